@@ -1,0 +1,73 @@
+"""The common form of the benchmarks: arguments, one process a run, a table, and the same as JSON."""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+Figures = dict[str, float]
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """Parser with the options that every benchmark takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data", type=Path, help="an .h5mu file; the packaged PBMC mosaic if left out")
+    parser.add_argument("--links", type=Path, help="table of linked features (.csv), for models that use one")
+    parser.add_argument("--seeds", type=int, default=3, help="number of runs of each system")
+    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=False, help="run scvi-tools beside")
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    return parser
+
+
+@dataclass
+class Cost:
+    """What training cost: wall seconds, and the process's largest resident memory (MB) by its end."""
+
+    seconds: float = float("nan")
+    peak_mb: float = float("nan")
+
+
+@contextmanager
+def measured_cost() -> Any:
+    """Measure wall time and peak memory of what is done inside."""
+    cost = Cost()
+    start = time.perf_counter()
+    yield cost
+    cost.seconds = time.perf_counter() - start
+    cost.peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def isolated(function: Callable[..., Figures], *args: Any) -> Figures:
+    """Run in a fresh process, so that peak memory is the run's own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+def report(title: str, runs: Mapping[str, list[Figures]], settings: Mapping[str, Any], path: Path | None) -> None:
+    """Print mean ± standard deviation over seeds of every figure of every system, and write all of it as JSON."""
+    table = Table("figure", *runs, title=title)
+    systems = list(runs)
+    if len(systems) == 2:
+        table.add_column(f"{systems[0]} / {systems[1]}")
+    names = list(dict.fromkeys(name for figures in runs.values() for run in figures for name in run))
+    for name in names:
+        values = {s: np.array([run[name] for run in runs[s] if name in run], dtype=float) for s in systems}
+        cells = [f"{v.mean():.4g} ± {v.std():.2g}" if len(v) else "–" for v in values.values()]
+        if len(systems) == 2:
+            first, second = values.values()
+            cells.append(f"{first.mean() / second.mean():.3f}" if len(first) and len(second) and second.mean() else "–")
+        table.add_row(name, *cells)
+    Console(width=120).print(table)
+    if path is not None:
+        content = {"title": title, "settings": {k: str(v) for k, v in settings.items()}, "runs": runs}
+        path.write_text(json.dumps(content, indent=1))

@@ -1,0 +1,168 @@
+"""MultiVI on a mosaic with hidden truth, beside scvi-tools' MULTIVI on the same data and split.
+
+``--hide N``: of the cells with all modalities, N lose one modality and N others another; what is imputed for them is
+compared with what was hidden. ``--unpair SHARE``: that share of the cells is replaced by copies with one modality each
+(the experiment of the MultiVI paper); the other copy holds the truth.
+
+    python benchmarks/multivi_mosaic.py --hide 200 --peer
+    python benchmarks/multivi_mosaic.py --data snare_cortex.h5mu --unpair 0.75 --min-share 0.005 --label-key cell_class
+"""
+
+import logging
+import warnings
+from argparse import Namespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from common import Figures, arguments, isolated, measured_cost, report
+
+
+def load(options: Namespace, seed: int) -> tuple[Any, dict[str, Any]]:
+    """The mosaic, and per modality the hidden measurements with the names of the cells they belong to."""
+    import mudata
+
+    from pyromosaic import hide, pbmc_mosaic, unpair
+    from pyromosaic.data.spec import LIKELIHOOD_BY_NAME
+
+    whole = pbmc_mosaic() if options.data is None else mudata.read_h5mu(options.data)
+    if options.min_share:
+        kept = {}
+        for name, adata in whole.mod.items():
+            seen = np.asarray((adata.X > 0).mean(axis=0)).ravel()
+            wanted = seen > options.min_share if LIKELIHOOD_BY_NAME.get(name.lower()) == "bernoulli" else seen > 0
+            kept[name] = adata[:, wanted].copy()
+        whole = mudata.MuData(kept)
+    if options.unpair is None:
+        return hide(whole, dict.fromkeys(whole.mod, options.hide), seed)
+    mosaic = unpair(whole, options.unpair, seed)
+    truth = {}
+    for name, adata in mosaic.mod.items():
+        # A cell's measurement in one modality is the truth for its copies in the others.
+        copies = adata[adata.obs_names.str.endswith(f":{name}")]
+        for other in mosaic.mod:
+            if other != name:
+                hidden = copies.copy()
+                hidden.obs_names = copies.obs_names.str.removesuffix(f":{name}") + f":{other}"
+                truth[name] = hidden
+    return mosaic, truth
+
+
+def quality(mosaic: Any, truth: dict[str, Any], options: Namespace, latent: pd.DataFrame, imputed: Any) -> Figures:
+    """Every metric of one trained system; `imputed(name, cells)` gives its expectation, cells × features."""
+    from pyromosaic import metrics
+
+    names = list(mosaic.mod)
+    measured = pd.DataFrame({n: latent.index.isin(a.obs_names) for n, a in mosaic.mod.items()}, index=latent.index)
+    pattern = measured.apply(lambda row: "+".join(measured.columns[row]), axis=1)
+    labels = pd.concat([a.obs[options.label_key].astype(str) for a in mosaic.mod.values()])
+    labels = labels[~labels.index.duplicated()].reindex(latent.index)
+    figures = {
+        "modality enrichment (1 = mixed)": metrics.modality_enrichment(latent, pattern),
+        "  largest possible": 1 / float((pattern.value_counts(normalize=True) ** 2).sum()),
+        "label purity": metrics.label_purity(latent, labels),
+    }
+    for a, b in [(a, b) for a in names for b in names if a != b]:
+        only_a, only_b = pattern == a, pattern == b
+        for k in (1, 15):
+            accuracy = metrics.label_transfer_accuracy(
+                latent[only_a], labels[only_a], latent[only_b], labels[only_b], n_neighbors=k
+            )
+            figures[f"transfer {a} -> {b}, {k} NN"] = accuracy
+    if options.unpair is not None:
+        first, second = (latent[pattern == name] for name in names[:2])
+        second = second.loc[first.index.str.removesuffix(f":{names[0]}") + f":{names[1]}"]
+        figures["rank distance of copies"] = metrics.neighbor_rank_distance(first, second, others=latent[pattern.str.contains(r"\+")])
+        figures["FOSCTTM of copies"] = metrics.foscttm(first, second)
+    for name, hidden in truth.items():
+        values = imputed(name, hidden.obs_names)
+        counts = hidden.X.tocsr()
+        if name == "atac":
+            figures[f"{name} AUPRC"] = metrics.imputation_auprc(counts, values)
+            figures["  share open"] = counts.nnz / np.prod(counts.shape)
+            continue
+        library = np.asarray(counts.sum(axis=1))
+        if name == "rna":
+            values = values * library
+        figures[f"{name} Spearman, all entries"] = metrics.imputation_spearman(counts, values)
+        per_feature = metrics.imputation_spearman(counts, values, per="feature")
+        figures[f"{name} Spearman, mean of features"] = float(np.nanmean(per_feature))
+        figures[f"{name} Spearman, median of features"] = float(np.nanmedian(per_feature))
+        shares = counts.multiply(1 / library).tocsr()
+        per_feature = metrics.imputation_spearman(shares, values / (library if name == "rna" else 1), per="feature")
+        figures[f"{name} Spearman of shares, median"] = float(np.nanmedian(per_feature))
+    return figures
+
+
+def ours(options: Namespace, seed: int) -> Figures:
+    """Train and judge this package's MultiVI."""
+    _quiet()
+    from pyromosaic import Mosaic, MultiVI
+
+    data, truth = load(options, seed)
+    mosaic = Mosaic.from_mudata(data, batch_key=options.batch_key)
+    model = MultiVI(mosaic, seed=seed)
+    with measured_cost() as cost:
+        model.train(options.epochs, seed=seed, progress_bar=False)
+    latent = model.get_latent_representation()
+
+    def imputed(name: str, cells: pd.Index) -> np.ndarray:
+        if name == "atac":
+            return model.get_accessibility_estimates(name, cells, factors=True).to_numpy()
+        library = 1.0 if name == "rna" else None
+        return model.get_expected_values(name, cells, library=library).to_numpy()
+
+    figures = quality(data, truth, options, latent, imputed)
+    figures["held-out ELBO per cell"] = float(model.history["validation_elbo"].iloc[-1])
+    reconstruction = -sum(model.history[f"validation_{name}"].iloc[-1] for name in data.mod)
+    figures["held-out reconstruction per cell"] = float(reconstruction)
+    return {**figures, **_cost(cost.seconds, len(model.history), cost.peak_mb)}
+
+
+def peer(options: Namespace, seed: int) -> Figures:
+    """Train and judge scvi-tools' MULTIVI."""
+    _quiet()
+    import peers
+
+    data, truth = load(options, seed)
+    result = peers.multivi(data, options.batch_key, options.peer_epochs, seed)
+    latent = pd.DataFrame(result.latent, index=data.obs_names)
+    rows = pd.Series(np.arange(data.n_obs), index=data.obs_names)
+    figures = quality(data, truth, options, latent, lambda name, cells: result.imputed[name][rows[cells]])
+    if result.heldout_reconstruction is not None:
+        figures["held-out reconstruction per cell"] = -result.heldout_reconstruction
+    return {**figures, **_cost(result.seconds, result.epochs, result.peak_memory_mb)}
+
+
+def _cost(seconds: float, epochs: int, peak_mb: float) -> Figures:
+    return {"epochs": epochs, "seconds per epoch": seconds / epochs, "seconds in all": seconds, "peak memory, MB": peak_mb}
+
+
+def _quiet() -> None:
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+def main() -> None:
+    parser = arguments(__doc__.split("\n")[0])
+    parser.add_argument("--hide", type=int, default=200, help="cells that lose each modality")
+    parser.add_argument("--unpair", type=float, help="share of cells to unpair instead of hiding")
+    parser.add_argument("--min-share", type=float, default=0.0, help="use regions seen in more than this share of cells")
+    parser.add_argument("--batch-key", default="batch")
+    parser.add_argument("--label-key", default="celltype")
+    parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--peer-epochs", type=int, default=500)
+    options = parser.parse_args()
+    runs: dict[str, list[Figures]] = {"pyromosaic": []}
+    if options.peer:
+        runs["scvi-tools"] = []
+    for seed in range(options.seeds):
+        runs["pyromosaic"].append(isolated(ours, options, seed))
+        if options.peer:
+            runs["scvi-tools"].append(isolated(peer, options, seed))
+    title = "MultiVI on " + ("the PBMC mosaic" if options.data is None else options.data.stem)
+    report(title, runs, vars(options), options.json)
+
+
+if __name__ == "__main__":
+    main()

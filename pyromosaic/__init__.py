@@ -1,0 +1,36 @@
+"""Mosaic single-cell integration as Pyro programs."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from pyromosaic.data import ModalitySpec, Mosaic, hide, pbmc_mosaic, protein_gene_links, unpair
+    from pyromosaic.models import MultiVI
+
+# Imported when first used, so that `import pyromosaic` is quick.
+_HOME = {
+    "ModalitySpec": "data",
+    "Mosaic": "data",
+    "MultiVI": "models",
+    "hide": "data",
+    "pbmc_mosaic": "data",
+    "protein_gene_links": "data",
+    "unpair": "data",
+}
+_ROOMS = ("data", "distributions", "fusion", "likelihoods", "metrics", "models", "nn", "penalties", "plot", "priors", "tasks", "train")
+
+__all__ = ["ModalitySpec", "Mosaic", "MultiVI", "hide", "pbmc_mosaic", "protein_gene_links", "unpair"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"pyromosaic.{_HOME[name]}"), name)
+    if name in _ROOMS:
+        return import_module(f"pyromosaic.{name}")
+    raise AttributeError(f"module 'pyromosaic' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_ROOMS, "__version__"])

@@ -1,0 +1,445 @@
+"""The command line: integrate a MuData file, or watch it done on packaged data."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.resources import as_file
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pyromosaic import __version__
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from anndata import AnnData
+    from mudata import MuData
+    from rich.console import Console
+
+    from pyromosaic.data import Mosaic
+    from pyromosaic.models import MultiVI
+    from pyromosaic.tasks import Estimate
+
+FIGURES = (".png", ".pdf", ".svg")
+DEMO_OUT, DEMO_FIGURE = Path("pbmc_integrated.h5mu"), Path("pbmc_integrated.png")
+
+app = typer.Typer(name="pyromosaic", add_completion=False, no_args_is_help=True, pretty_exceptions_show_locals=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pyromosaic {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Integrate single cells that were measured by RNA, chromatin, surface protein, or any mix of them."""
+
+
+@app.command()
+def integrate(
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA.h5mu",
+            show_default=False,
+            help="MuData file with raw counts, one modality each for RNA, chromatin or surface protein. "
+            "A cell need not be in every modality.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="RESULT.h5mu", show_default=False, help="Where to write the data with the results added."),
+    ],
+    figure: Annotated[
+        Path | None,
+        typer.Option(metavar="FIGURE.png", show_default=False, help="Where to draw the results (.png, .pdf or .svg)."),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", show_default=False, help="Where to keep the trained model, for use in Python."),
+    ] = None,
+    likelihood: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODALITY=NAME",
+            show_default=False,
+            help="Which kind of measurement a modality is, where its name does not say so (rna, atac and adt do) or "
+            "says it wrongly: nb or zinb (RNA counts), bernoulli (chromatin), nb_mixture (antibody counts), normal, "
+            "log1p_normal, ziln or zig (values that are not counts). Once for each such modality.",
+        ),
+    ] = None,
+    batch_key: Annotated[
+        str | None,
+        typer.Option(show_default=False, help="Column of obs with the batch (donor, run, …) to correct for."),
+    ] = None,
+    label_key: Annotated[
+        str | None,
+        typer.Option(
+            show_default=False, help="Column of obs with cell types. Training never sees them; metrics and figure do."
+        ),
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option(show_default=False, help="Layer that holds the raw counts, if X does not.")
+    ] = None,
+    hide: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Hide each modality in this many of the cells that have them all, and report how well it is imputed.",
+        ),
+    ] = 0,
+    n_latent: Annotated[int, typer.Option(min=1, help="Dimensions of the latent space.")] = 15,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data in training.")] = 200,
+    batch_size: Annotated[int, typer.Option(min=1, help="Largest number of cells in a minibatch.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all that is random.")] = 0,
+    impute: Annotated[
+        bool, typer.Option(help="Add the expected measurements of every modality in all cells to the result.")
+    ] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")] = False,
+) -> None:
+    """Integrate the modalities of a MuData file with MultiVI.
+
+    The result holds the data as they were and, for all cells, the joint latent space (obsm "X_multivi"), its UMAP
+    (obsm "X_multivi_umap", if a figure is drawn) and every modality as the model expects it ("rna_imputed" beside
+    "rna", with standard deviations in layer "sd").
+    """
+    options = {name: value for name, value in locals().items() if value is not None}
+    options = {name: value for name, value in options.items() if name not in ("out", "figure", "model", "overwrite")}
+    with _sentence(2, ValueError):
+        _check_outputs(data, out, figure, model, overwrite)
+    from rich.console import Console
+
+    console = Console()
+    with _quiet():
+        from pyromosaic.data import Mosaic
+        from pyromosaic.models import MultiVI
+        from pyromosaic.train import NonFiniteLossError
+
+        with _sentence(2, ValueError):
+            mdata = _read(data)
+            likelihoods = _likelihoods(mdata, likelihood or [])
+            shown, hidden = _hide(mdata, hide, seed)
+            mosaic = Mosaic.from_mudata(shown, likelihoods, layer=layer, batch_key=batch_key, label_key=label_key)
+        console.print(str(mosaic), highlight=False, markup=False)
+        multivi = MultiVI(mosaic, n_latent=n_latent, seed=seed)
+        with _sentence(1, NonFiniteLossError, OSError):
+            _train(multivi, epochs, batch_size, seed)
+            with console.status("Imputing and measuring"):
+                latent = multivi.get_latent_representation()
+                wanted = dict.fromkeys(mdata.mod) if impute else {name: a.obs_names for name, a in hidden.items()}
+                imputed = {n: multivi.get_imputed_values(n, cells, quantiles=()) for n, cells in wanted.items()}
+                compared = {
+                    name: (a.X if layer is None else a.layers[layer], imputed[name].mean.loc[a.obs_names].to_numpy())
+                    for name, a in hidden.items()
+                }
+                metrics = _metrics(mosaic, latent, compared)
+            with console.status("Drawing and writing"), ExitStack() as drafts:
+                mdata.obsm["X_multivi"] = latent.loc[mdata.obs_names].to_numpy("float32")
+                if figure is not None:
+                    coordinates = _draw(
+                        multivi, latent, compared, label_key, seed, drafts.enter_context(_draft(figure))
+                    )
+                    mdata.obsm["X_multivi_umap"] = coordinates.loc[mdata.obs_names].to_numpy("float32")
+                if model is not None:
+                    multivi.save(drafts.enter_context(_draft(model)))
+                _add(mdata, imputed if impute else {}, hidden)
+                mdata.uns["pyromosaic"] = {
+                    "version": __version__,
+                    "options": options | {"data": data.name, "likelihood": likelihoods},
+                    "metrics": metrics["value"].to_dict(),
+                }
+                mdata.write(drafts.enter_context(_draft(out)), compression="gzip")
+    _report(console, metrics)
+    for path in (out, figure, model):
+        if path is not None:
+            console.print(f"Wrote {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(metavar="RESULT.h5mu", help="Where to write the integrated data.")] = DEMO_OUT,
+    figure: Annotated[Path, typer.Option(metavar="FIGURE.png", help="Where to draw the results.")] = DEMO_FIGURE,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data in training.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all that is random.")] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace outputs that exist; the default ones are replaced anyway.")
+    ] = False,
+) -> None:
+    """Integrate packaged data: blood cells of four donors, one with RNA only, one with antibodies only, two with both.
+
+    Each modality is hidden in 200 cells, and its imputed values are compared with what was hidden. It takes about a
+    minute.
+    """
+    with _sentence(2, ValueError):
+        for path in (out, figure):
+            if path.exists() and not overwrite and path not in (DEMO_OUT, DEMO_FIGURE):
+                raise ValueError(f"{path} exists; --overwrite replaces it")
+    from pyromosaic.data.datasets import FILES
+
+    with as_file(FILES / "pbmc_mosaic.h5mu") as data:
+        integrate(
+            data,
+            out,
+            figure,
+            batch_key="batch",
+            label_key="celltype",
+            hide=200,
+            epochs=epochs,
+            seed=seed,
+            overwrite=True,
+        )
+
+
+@contextmanager
+def _sentence(exit_code: int, *errors: type[Exception]) -> Iterator[None]:
+    """Say what is wrong in one sentence, and stop."""
+    try:
+        yield
+    except errors as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(exit_code) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the asides of libraries, and with MuData's tables left as they are in the file."""
+    import lightning.pytorch
+    import mudata
+
+    logger = logging.getLogger(lightning.pytorch.__name__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), mudata.set_options(pull_on_update=False):
+            warnings.filterwarnings("ignore", module="mudata|anndata|lightning|umap|numba|sklearn")
+            warnings.filterwarnings("ignore", message="The HDF5 file was not created by muon")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _check_outputs(data: Path, out: Path, figure: Path | None, model: Path | None, overwrite: bool) -> None:
+    """Refuse what could not be written in the end, before anything is trained."""
+    taken = {data.resolve()}
+    for option, path, suffixes in (("out", out, (".h5mu",)), ("figure", figure, FIGURES), ("model", model, ())):
+        if path is None:
+            continue
+        if suffixes and path.suffix not in suffixes:
+            raise ValueError(f"--{option} takes a file that ends in {' or '.join(suffixes)}; found {path}")
+        if path.resolve() in taken:
+            raise ValueError(f"--{option} {path} is the input or another output; give it a name of its own")
+        taken.add(path.resolve())
+        if path.is_dir() if suffixes else path.is_file():
+            raise ValueError(f"--{option} {path} is a {'folder' if suffixes else 'file'}; give another name")
+        if (path if suffixes else path / "model.json").exists() and not overwrite:
+            raise ValueError(f"{path} exists; --overwrite replaces it")
+        folder = next(p for p in path.absolute().parents if p.exists())
+        try:
+            with TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ValueError(f"--{option} {path} cannot be written: {folder}: {error.strerror}") from error
+    if figure is not None and not (find_spec("matplotlib") and find_spec("umap")):
+        raise ValueError("--figure needs matplotlib and umap-learn; pip install 'pyromosaic[plot]' brings them")
+
+
+def _read(path: Path) -> "MuData":
+    import mudata
+
+    if path.suffix != ".h5mu":
+        raise ValueError(f"the data must be a MuData file that ends in .h5mu; found {path}")
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        mdata = mudata.read_h5mu(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = (str(error).splitlines() or ["it is damaged"])[0]
+        raise ValueError(f"{path} cannot be read as MuData: {reason}") from error
+    for name in mdata.mod:
+        if f"{name}_imputed" in mdata.mod:
+            raise ValueError(f"{path} has a modality '{name}_imputed' already; integrate the data without it")
+    return mdata
+
+
+def _likelihoods(mdata: "MuData", given: list[str]) -> dict[str, str]:
+    """The likelihood of each modality, as given or by its name."""
+    from pyromosaic.data.spec import LIKELIHOOD_BY_NAME
+
+    likelihoods = {name: LIKELIHOOD_BY_NAME.get(name.lower(), "") for name in mdata.mod}
+    for entry in given:
+        name, sign, likelihood = entry.partition("=")
+        if not (name and sign and likelihood):
+            raise ValueError(f"--likelihood takes MODALITY=NAME, rna=nb say; found {entry!r}")
+        if name not in likelihoods:
+            raise ValueError(f"--likelihood {entry}: there is no modality {name!r}; found {', '.join(mdata.mod)}")
+        likelihoods[name] = likelihood
+    for name, likelihood in likelihoods.items():
+        if not likelihood:
+            raise ValueError(f"the name of modality {name!r} does not say what it is; give --likelihood {name}=nb, say")
+    return likelihoods
+
+
+def _hide(mdata: "MuData", n_cells: int, seed: int) -> "tuple[MuData, dict[str, AnnData]]":
+    """The data to train on, and what is hidden from training."""
+    from pyromosaic.data import hide
+
+    if n_cells == 0:
+        return mdata, {}
+    if len(mdata.mod) < 2:
+        raise ValueError("--hide needs at least two modalities, as a hidden one is imputed from the others")
+    return hide(mdata, dict.fromkeys(mdata.mod, n_cells), seed)
+
+
+def _train(multivi: "MultiVI", epochs: int, batch_size: int, seed: int) -> None:
+    """Train with one progress bar over all epochs."""
+    from lightning.pytorch import Callback
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("Training"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("", total=epochs)
+
+        class Advance(Callback):
+            def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+                progress.advance(task)
+
+        # One device: on several, Lightning would start this command once for each.
+        multivi.train(epochs, batch_size=batch_size, seed=seed, progress_bar=False, callbacks=[Advance()], devices=1)
+
+
+def _metrics(mosaic: "Mosaic", latent: "pd.DataFrame", compared: "dict[str, tuple[Any, np.ndarray]]") -> "pd.DataFrame":
+    """What can be measured of the integration, by key: what it is, its value, and what to hold it against."""
+    from itertools import permutations
+
+    import pandas as pd
+
+    from pyromosaic import metrics
+
+    rows: dict[str, tuple[str, float, str]] = {}
+    patterns, labels = mosaic.patterns, mosaic.labels()
+    n_neighbors = min(15, len(latent) - 1)
+    shares = patterns.value_counts(normalize=True)
+    if len(shares) > 1:
+        value = metrics.modality_enrichment(latent, patterns, n_neighbors)
+        reading = f"mixed 1, apart {1 / (shares**2).sum():.2f}"
+        rows["modality_enrichment"] = ("Modality enrichment of neighbours", value, reading)
+    known = labels.notna()
+    if known.sum() > n_neighbors:
+        value = metrics.label_purity(latent[known], labels[known], n_neighbors)
+        chance = (labels[known].value_counts(normalize=True) ** 2).sum()
+        rows["label_purity"] = ("Label purity of neighbours", value, f"best 1, chance {chance:.2f}")
+    groups = {name: known & (patterns == name) for name in mosaic.modalities}
+    for x, y in permutations([name for name, cells in groups.items() if cells.any()], 2):
+        value = metrics.label_transfer_accuracy(
+            latent[groups[x]], labels[groups[x]], latent[groups[y]], labels[groups[y]]
+        )
+        reading = f"best 1, one label for all {labels[groups[y]].value_counts(normalize=True).max():.2f}"
+        rows[f"label_transfer_{x}_to_{y}"] = (f"Label transfer, {x}-only to {y}-only", value, reading)
+    for name, (truth, values) in compared.items():
+        value = float(metrics.imputation_spearman(truth, values))
+        rows[f"spearman_{name}"] = (f"Imputed {name}, Spearman, all entries", value, "best 1, chance 0")
+        median = pd.Series(metrics.imputation_spearman(truth, values, per="feature")).median()
+        rows[f"spearman_per_feature_{name}"] = (f"Imputed {name}, Spearman, median feature", median, "best 1, chance 0")
+        detected = (truth > 0).mean()
+        if mosaic.modalities[name].spec.likelihood == "bernoulli" and detected > 0:
+            value = metrics.imputation_auprc(truth, values)
+            reading = f"best 1, chance {detected:.2f}"
+            rows[f"auprc_{name}"] = (f"Imputed {name}, AUPRC", value, reading)
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["measure", "value", "reading"])
+
+
+def _draw(
+    multivi: "MultiVI",
+    latent: "pd.DataFrame",
+    compared: "dict[str, tuple[Any, np.ndarray]]",
+    label_key: str | None,
+    seed: int,
+    path: Path,
+) -> "pd.DataFrame":
+    """Draw the figure and return the UMAP in it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    from pyromosaic import plot
+
+    mosaic = multivi.mosaic
+    assert mosaic is not None
+    colours = [mosaic.patterns.rename("modalities in training")]
+    if label_key is not None:
+        colours.append(mosaic.labels().rename(label_key))
+    panels: dict[str, tuple[Any, np.ndarray, str]] = {}
+    for name, (truth, values) in compared.items():
+        spec, title = mosaic.modalities[name].spec, f"{name}, {len(values)} hidden cells"
+        if spec.likelihood == "bernoulli":
+            open_share, expected = (np.atleast_2d(np.asarray(part.mean(axis=0))) for part in (truth > 0, values))
+            panels[title] = (open_share, expected, "share of cells, by region")
+        else:
+            panels[title] = (truth, values, "counts" if spec.data_kind == "count" else "values")
+    coordinates = plot.umap(latent, seed)
+    figure = plot.overview(coordinates, colours, panels, multivi.history)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return coordinates
+
+
+def _add(mdata: "MuData", imputed: "dict[str, Estimate]", hidden: "dict[str, AnnData]") -> None:
+    """Add the imputed modalities, and in obs which modality was hidden from training.
+
+    MuData wants names of features that are unique over modalities, as it cannot select features by name otherwise. So
+    the imputed ones have its usual prefix, "rna_imputed:CD4", and their own name in column "feature".
+    """
+    import pandas as pd
+    from anndata import AnnData
+
+    if hidden:
+        which = {cell: name for name, adata in hidden.items() for cell in adata.obs_names}
+        mdata.obs["hidden_modality"] = pd.Categorical([which.get(cell, "none") for cell in mdata.obs_names])
+    for name, estimate in imputed.items():
+        var = mdata.mod[name].var.copy()
+        var["feature"] = var.index.astype(str)
+        var.index = [f"{name}_imputed:{feature}" for feature in var["feature"]]
+        mean, sd = (frame.loc[mdata.obs_names].to_numpy("float32") for frame in (estimate.mean, estimate.sd))
+        obs = pd.DataFrame(index=mdata.obs_names)
+        mdata.mod[f"{name}_imputed"] = AnnData(mean, obs=obs, var=var, layers={"sd": sd})
+    mdata.update()
+
+
+@contextmanager
+def _draft(path: Path) -> Iterator[Path]:
+    """Where to write a file or folder that takes its place at `path` only if all goes well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent, prefix=".pyromosaic-") as folder:
+        draft = Path(folder) / path.name
+        yield draft
+        if draft.is_dir():
+            path.mkdir(exist_ok=True)
+            for file in draft.iterdir():
+                file.replace(path / file.name)
+        else:
+            draft.replace(path)
+
+
+def _report(console: "Console", metrics: "pd.DataFrame") -> None:
+    """Print the metrics as a table."""
+    from rich.table import Table
+
+    table = Table("measure", "value", "to compare with")
+    table.columns[1].justify = "right"
+    for measure, value, reading in metrics.itertuples(index=False):
+        table.add_row(measure, f"{value:.3f}", reading)
+    if len(metrics):
+        console.print(table)

@@ -1,0 +1,41 @@
+"""Real data that come with the package."""
+
+import warnings
+from importlib.resources import as_file, files
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+if TYPE_CHECKING:
+    from mudata import MuData
+
+FILES = files("pyromosaic") / "data" / "files"
+
+
+def pbmc_mosaic() -> "MuData":
+    """Peripheral blood cells of four donors: RNA, surface proteins, or both.
+
+    400 cells of each donor: the first has RNA only (500 genes), the second antibodies only (224), the third and
+    fourth both. Raw counts; `obs` holds ``batch`` (the donor) and ``celltype`` (8 types).
+
+    Returns
+    -------
+    MuData
+        Modalities ``"rna"`` (1200 cells) and ``"adt"`` (1200 cells), 1600 cells in all.
+
+    References
+    ----------
+    Hao et al., Integrated analysis of multimodal single-cell data, Cell 2021 (GEO GSE164378); the excerpt is the one
+    that the `scmidas` 0.3.0 package ships under the MIT licence.
+    """
+    import mudata
+
+    with as_file(FILES / "pbmc_mosaic.h5mu") as path, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="mudata")
+        return mudata.read_h5mu(path)
+
+
+def protein_gene_links() -> pd.DataFrame:
+    """Which gene encodes the target of which antibody of `pbmc_mosaic`: columns ``protein`` and ``gene``."""
+    with as_file(FILES / "protein_gene_links.csv") as path:
+        return pd.read_csv(path)

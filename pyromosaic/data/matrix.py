@@ -1,0 +1,119 @@
+"""Reading a cells-by-features matrix row by row, whatever it is stored as, and refusing what no likelihood accepts."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import sparse
+
+CHUNK = 4096  # rows read at once in a pass over all cells
+DENSE_ABOVE = 0.3  # share of non-zero entries from which a minibatch is handed on as a dense tensor
+
+
+def _is_sparse(matrix: Any) -> bool:
+    return sparse.issparse(matrix)
+
+
+class Matrix:
+    """The measurements of one modality, read by rows and never copied as a whole.
+
+    Parameters
+    ----------
+    source
+        Cells × features: a scipy sparse matrix or array, a NumPy array, or the `X` of a backed `anndata.AnnData`
+        (sparse or dense). CSC has no fast rows, so in memory it is turned to CSR once, in a copy.
+    columns
+        Columns to use, in this order; None for all as they are.
+    """
+
+    def __init__(self, source: Any, columns: np.ndarray | None = None) -> None:
+        self.in_memory = _is_sparse(source) or isinstance(source, np.ndarray)
+        self.is_sparse = _is_sparse(source) or (not self.in_memory and hasattr(source, "format"))
+        if _is_sparse(source) and source.format != "csr":
+            source = source.tocsr()
+        if columns is not None and self.in_memory:
+            source, columns = source[:, columns], None
+        self.source, self.columns = source, columns
+        self.shape: tuple[int, int] = (source.shape[0], source.shape[1] if columns is None else len(columns))
+
+    def __getitem__(self, rows: np.ndarray) -> Any:
+        """The rows asked for, in that order: a CSR matrix where the source is sparse, else a NumPy array."""
+        if self.in_memory:
+            return self.source[rows]
+        # Files are read in increasing order, each row once.
+        unique, inverse = np.unique(rows, return_inverse=True)
+        block = self.source[unique]
+        block = (sparse.csr_matrix(block) if self.is_sparse else np.asarray(block))[inverse]
+        return block if self.columns is None else block[:, self.columns]
+
+    def tensor(self, rows: np.ndarray, dense: bool) -> torch.Tensor:
+        """Rows as a float32 tensor: strided if `dense`, else a coalesced sparse COO tensor."""
+        block = self[rows]
+        if not _is_sparse(block):
+            return torch.from_numpy(np.ascontiguousarray(block, dtype=np.float32))
+        if dense:
+            return torch.from_numpy(block.toarray().astype(np.float32, copy=False))
+        block.sum_duplicates()  # and sorts; does nothing where that is done already
+        cells = np.repeat(np.arange(block.shape[0]), np.diff(block.indptr))
+        indices = torch.from_numpy(np.stack([cells, block.indices.astype(np.int64)]))
+        values = torch.from_numpy(block.data.astype(np.float32, copy=False))
+        return torch.sparse_coo_tensor(indices, values, block.shape, is_coalesced=True, check_invariants=False)
+
+
+def check_values(
+    matrix: Matrix, rows: np.ndarray, kind: str, name: str, cells: pd.Index, features: pd.Index
+) -> tuple[np.ndarray, float]:
+    """Refuse values that the likelihood cannot have produced; one pass over the data.
+
+    Parameters
+    ----------
+    matrix
+        The measurements.
+    rows
+        Rows to look at.
+    kind
+        ``"count"`` (whole numbers from 0), ``"nonnegative"`` or ``"real"``.
+    name
+        Name of the modality, for the message.
+    cells, features
+        Names of these rows and of the columns, for the message.
+
+    Returns
+    -------
+    totals
+        Sum of each of these rows.
+    density
+        Share of non-zero entries.
+
+    Raises
+    ------
+    ValueError
+        On the first value that is not finite, negative (``"count"``, ``"nonnegative"``) or not whole (``"count"``),
+        naming its cell and feature.
+    """
+    totals = [np.zeros(0)]
+    n_nonzero = 0
+    for start in range(0, len(rows), CHUNK):
+        block = matrix[rows[start : start + CHUNK]]
+        values = block.data if _is_sparse(block) else block
+        bad = ~np.isfinite(values)
+        problem, accepted = "is not a finite number", "finite numbers"
+        if kind != "real" and not bad.any():
+            bad, problem, accepted = values < 0, "is negative", "values from 0 upwards"
+        if kind == "count" and not bad.any():
+            bad, problem = values != np.floor(values), "is not a whole number"
+            accepted = "raw counts; name the layer that holds them, or set allow_non_integer=True in its ModalitySpec"
+        if bad.any():
+            first = int(np.flatnonzero(bad)[0])
+            if _is_sparse(block):
+                row, column = int(np.searchsorted(block.indptr, first, side="right")) - 1, block.indices[first]
+            else:
+                row, column = divmod(first, block.shape[1])
+            raise ValueError(
+                f"modality {name!r}: the value {values.ravel()[first]} of feature {features[column]!r} in cell "
+                f"{cells[start + row]!r} {problem}; accepted: {accepted}"
+            )
+        totals.append(np.asarray(block.sum(axis=1, dtype=np.float64)).ravel())
+        n_nonzero += int(np.count_nonzero(values))
+    return np.concatenate(totals), n_nonzero / max(1, len(rows) * matrix.shape[1])

@@ -1,0 +1,298 @@
+"""Minibatches of a mosaic: per modality only the cells that have it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from pyromosaic.data.mosaic import Modality, Mosaic
+
+
+@dataclass
+class View:
+    """One modality in a minibatch, for the b cells in it that are concerned.
+
+    Parameters
+    ----------
+    rows
+        Positions of these cells in the minibatch, shape (b,).
+    codes
+        Category numbers, batch first, shape (b, number of categorical columns); -1 for a category that this modality
+        was never measured in.
+    n_categories
+        Number of categories of each categorical column.
+    continuous
+        Standardised continuous covariates, shape (b, number of columns).
+    library
+        Size of each cell in counts, shape (b, 1).
+    counts
+        Measurements, shape (b, features), strided or sparse COO; None where the model is to predict them.
+    """
+
+    rows: Tensor
+    codes: Tensor
+    n_categories: tuple[int, ...]
+    continuous: Tensor
+    library: Tensor
+    counts: Tensor | None
+
+    def dense_counts(self) -> Tensor:
+        """Measurements as a strided tensor, shape (b, features)."""
+        if self.counts is None:
+            raise ValueError("this view holds no measurements: it asks the model to predict them")
+        return self.counts.to_dense() if self.counts.is_sparse else self.counts
+
+    def one_hot(self, column: int = 0) -> Tensor:
+        """Categories of one column as indicators, shape (b, categories); an unknown category is their average."""
+        n = self.n_categories[column]
+        code = self.codes[:, column]
+        indicators = one_hot(code.clamp_min(0), n).to(self.library.dtype)
+        return torch.where((code < 0).unsqueeze(-1), torch.full_like(indicators, 1 / n), indicators)
+
+    def design(self) -> Tensor:
+        """All covariates side by side: indicators of each categorical column, then the continuous ones."""
+        columns = [self.one_hot(i) for i in range(len(self.n_categories))]
+        return torch.cat([*columns, self.continuous], dim=-1)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "View":
+        """The same view on another device."""
+        moved: dict[str, Any] = {
+            k: v.to(device, non_blocking=non_blocking) for k, v in vars(self).items() if isinstance(v, Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass
+class Minibatch:
+    """B cells of a mosaic.
+
+    Parameters
+    ----------
+    index
+        Their numbers in the mosaic, shape (B,).
+    n_cells
+        Number of cells that the minibatch stands for; likelihoods are scaled by `n_cells / B`.
+    observed
+        What the guide may look at: the modalities measured in at least one of the cells.
+    decoded
+        What the model explains (views with counts: training) or predicts (views without).
+    """
+
+    index: Tensor
+    n_cells: int
+    observed: dict[str, View]
+    decoded: dict[str, View]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def scale(self) -> float:
+        """Cells that each cell of the minibatch stands for."""
+        return self.n_cells / len(self)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Minibatch":
+        """The same minibatch on another device."""
+        observed = {k: v.to(device, non_blocking) for k, v in self.observed.items()}
+        # In training both sides hold the very same views: move them once.
+        decoded = {
+            k: observed[k] if v is self.observed.get(k) else v.to(device, non_blocking) for k, v in self.decoded.items()
+        }
+        return Minibatch(self.index.to(device, non_blocking=non_blocking), self.n_cells, observed, decoded)
+
+
+def measured(mosaic: Mosaic, index: np.ndarray, n_cells: int | None = None) -> Minibatch:
+    """Training minibatch: each modality is encoded and explained in the cells that have it.
+
+    Parameters
+    ----------
+    mosaic
+        The data.
+    index
+        Numbers of the cells, shape (B,).
+    n_cells
+        Number of cells that the minibatch stands for (default: all of the mosaic).
+    """
+    views = {}
+    for name, modality in mosaic.modalities.items():
+        rows = np.flatnonzero(modality.rows[index] >= 0)
+        if len(rows):
+            cells = index[rows]
+            views[name] = View(
+                rows=torch.from_numpy(rows),
+                codes=torch.from_numpy(modality.codes[cells]),
+                n_categories=modality.n_categories,
+                continuous=torch.from_numpy(modality.continuous[cells]),
+                library=torch.from_numpy(modality.library[cells, None]),
+                counts=modality.tensor(cells),
+            )
+    return Minibatch(torch.from_numpy(index), mosaic.n_cells if n_cells is None else n_cells, views, views)
+
+
+def to_predict(
+    mosaic: Mosaic,
+    index: np.ndarray,
+    decode: tuple[str, ...],
+    encode: Sequence[str] | None = None,
+    batch: str | None = None,
+    library: float | np.ndarray | None = None,
+) -> Minibatch:
+    """Minibatch in which the model predicts modalities for every cell, whether they were measured in it or not.
+
+    Parameters
+    ----------
+    mosaic
+        The data.
+    index
+        Numbers of the cells, shape (B,).
+    decode
+        Modalities to predict.
+    encode
+        Modalities that the guide may look at (default: all that are there).
+    batch
+        Batch to predict for; by default each cell's own, or an average over batches where the modality was never
+        measured in the cell's batch.
+    library
+        Size to predict at, one number or one a cell; by default the cell's own, or the median where unmeasured.
+
+    Raises
+    ------
+    ValueError
+        If there is no such modality or batch.
+    """
+    for name in (*decode, *(encode or ())):
+        if name not in mosaic.modalities:
+            raise ValueError(f"there is no modality {name!r}; the mosaic has {', '.join(map(repr, mosaic.modalities))}")
+    seen = measured(mosaic, index)
+    observed = {k: v for k, v in seen.observed.items() if encode is None or k in encode}
+    views = {}
+    for name in decode:
+        modality = mosaic.modalities[name]
+        codes = modality.codes[index]
+        if batch is not None:
+            codes[:, 0] = _batch_code(name, modality, batch)
+        size = modality.library[index] if library is None else np.broadcast_to(library, index.shape)
+        size = np.where(np.isnan(size), modality.schema.library, size).astype(np.float32)
+        views[name] = View(
+            rows=torch.arange(len(index)),
+            codes=torch.from_numpy(codes),
+            n_categories=modality.n_categories,
+            continuous=torch.from_numpy(modality.continuous[index]),
+            library=torch.from_numpy(size[:, None]),
+            counts=None,
+        )
+    return Minibatch(seen.index, len(index), observed, views)
+
+
+def _batch_code(name: str, modality: Modality, batch: str) -> int:
+    batches = modality.schema.categories[modality.spec.batch_key] if modality.spec.batch_key else ()
+    if batch not in batches:
+        raise ValueError(f"modality {name!r} has no batch {batch!r}; its batches: {', '.join(batches) or 'none'}")
+    return batches.index(batch)
+
+
+class _Minibatches(Dataset[Minibatch]):
+    """Turns an array of cell numbers into a minibatch."""
+
+    def __init__(self, mosaic: Mosaic, n_cells: int) -> None:
+        self.mosaic, self.n_cells = mosaic, n_cells
+
+    def __getitem__(self, index: np.ndarray) -> Minibatch:
+        return measured(self.mosaic, index, self.n_cells)
+
+
+class _Portions(Sampler[np.ndarray]):
+    """Portions of nearly equal size, so that no minibatch is a remainder of one or two cells."""
+
+    def __init__(self, cells: np.ndarray, size: int, generator: np.random.Generator | None) -> None:
+        self.cells, self.generator = cells, generator
+        self.n_portions = -(-len(cells) // size)
+
+    def __len__(self) -> int:
+        return self.n_portions
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        cells = self.cells if self.generator is None else self.generator.permutation(self.cells)
+        yield from np.array_split(cells, self.n_portions)  # lazily: a loader with workers makes one iterator in vain
+
+
+def loader(
+    mosaic: Mosaic, cells: np.ndarray, batch_size: int, seed: int | None = None, n_workers: int = 0
+) -> DataLoader[Minibatch]:
+    """Minibatches over `cells`; shuffled anew each epoch when a seed is given.
+
+    Parameters
+    ----------
+    mosaic
+        The data.
+    cells
+        Numbers of the cells to go through.
+    batch_size
+        Largest number of cells in a minibatch; all minibatches are within one cell of the same size.
+    seed
+        Seed of the shuffling; None leaves the order as it is.
+    n_workers
+        Processes that read ahead; 0 reads in the process itself.
+
+    Raises
+    ------
+    ValueError
+        If there is no cell, or `batch_size` is below 1.
+    """
+    if len(cells) == 0 or batch_size < 1:
+        raise ValueError(f"minibatches need at least one cell and a size of 1; found {len(cells)} and {batch_size}")
+    generator = None if seed is None else np.random.default_rng(seed)
+    return DataLoader(
+        _Minibatches(mosaic, len(cells)),
+        sampler=_Portions(cells, batch_size, generator),
+        batch_size=None,
+        num_workers=n_workers,
+    )
+
+
+@dataclass(frozen=True)
+class Split:
+    """Numbers of the cells for training, validation and test."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+
+def split(mosaic: Mosaic, validation: float = 0.1, test: float = 0.0, seed: int = 0) -> Split:
+    """Random split within each presence pattern; a pattern with too few cells stays in the training part.
+
+    Parameters
+    ----------
+    mosaic
+        The data.
+    validation, test
+        Shares of the cells, from 0 up to less than 1 together.
+    seed
+        Seed of the split.
+
+    Raises
+    ------
+    ValueError
+        If the shares are negative or leave nothing to train on.
+    """
+    if validation < 0 or test < 0 or validation + test >= 1:
+        raise ValueError(
+            f"the shares of validation ({validation}) and test ({test}) must be at least 0 and below 1 together"
+        )
+    generator = np.random.default_rng(seed)
+    parts: tuple[list[np.ndarray], ...] = ([], [], [])
+    patterns = mosaic.presence.to_numpy() @ (1 << np.arange(len(mosaic.modalities)))
+    for pattern in np.unique(patterns):
+        cells = generator.permutation(np.flatnonzero(patterns == pattern))
+        n_validation, n_test = int(validation * len(cells)), int(test * len(cells))
+        for part, chosen in zip(
+            parts, np.split(cells, [len(cells) - n_validation - n_test, len(cells) - n_test]), strict=True
+        ):
+            part.append(chosen)
+    return Split(*(np.sort(np.concatenate(part)) for part in parts))

@@ -1,0 +1,161 @@
+"""What a modality is (`ModalitySpec`, given by the user) and what a model remembers of its data (`Schema`)."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+#: The kind of number that each likelihood describes; registration checks the data against it.
+DATA_KINDS: Mapping[str, str] = {
+    "nb": "count",
+    "zinb": "count",
+    "nb_mixture": "count",
+    "bernoulli": "count",
+    "normal": "real",
+    "log1p_normal": "nonnegative",
+    "ziln": "nonnegative",
+    "zig": "nonnegative",
+}
+
+#: Likelihoods that are used for a modality whose name says what it is.
+LIKELIHOOD_BY_NAME: Mapping[str, str] = {
+    **dict.fromkeys(("rna", "gex", "gene_expression", "expression"), "nb"),
+    **dict.fromkeys(("atac", "chromatin", "accessibility", "peaks", "regions"), "bernoulli"),
+    **dict.fromkeys(("adt", "protein", "proteins", "prot", "antibody"), "nb_mixture"),
+}
+
+
+@dataclass(frozen=True)
+class ModalitySpec:
+    """How one modality is measured and modelled.
+
+    Parameters
+    ----------
+    likelihood
+        Name of the likelihood: ``"nb"``, ``"zinb"``, ``"nb_mixture"``, ``"bernoulli"`` (all for raw counts;
+        ``"bernoulli"`` reads a count above 0 as open), ``"normal"``, ``"log1p_normal"``, ``"ziln"`` or ``"zig"``.
+    layer
+        Layer that holds the values; None for `X`.
+    batch_key
+        Column of `obs` with the batch of each cell.
+    categorical_covariates, continuous_covariates
+        Further columns of `obs` that the decoder (and encoder) may use. Continuous ones are standardised.
+    label_key
+        Column of `obs` with labels, if there are any.
+    unlabelled
+        The value in `label_key` that means "not known"; missing values mean the same.
+    size_factor_key
+        Column of `obs` with each cell's size in counts; by default the cell's total count.
+    allow_non_integer
+        Accept values that are not whole under a count likelihood (corrected counts, say).
+    """
+
+    likelihood: str
+    layer: str | None = None
+    batch_key: str | None = None
+    categorical_covariates: tuple[str, ...] = ()
+    continuous_covariates: tuple[str, ...] = ()
+    label_key: str | None = None
+    unlabelled: str = "unknown"
+    size_factor_key: str | None = None
+    allow_non_integer: bool = False
+
+    def __post_init__(self) -> None:
+        if self.likelihood not in DATA_KINDS:
+            raise ValueError(f"there is no likelihood {self.likelihood!r}; accepted: {', '.join(DATA_KINDS)}")
+        for name in ("categorical_covariates", "continuous_covariates"):
+            columns = getattr(self, name)
+            if isinstance(columns, str):
+                raise ValueError(f"{name} takes a sequence of column names; found the single string {columns!r}")
+            object.__setattr__(self, name, tuple(columns))
+        covariates = [*self.categorical, *self.continuous_covariates]
+        for column in covariates:
+            if covariates.count(column) > 1:
+                raise ValueError(f"the column {column!r} is given more than once among batch and covariates")
+
+    @property
+    def data_kind(self) -> str:
+        """``"count"``, ``"nonnegative"`` or ``"real"``."""
+        kind = DATA_KINDS[self.likelihood]
+        return "nonnegative" if kind == "count" and self.allow_non_integer else kind
+
+    @property
+    def needs_library(self) -> bool:
+        """Whether the likelihood's mean is proportional to the cell's size."""
+        return self.likelihood in ("nb", "zinb", "nb_mixture")
+
+    @property
+    def categorical(self) -> tuple[str, ...]:
+        """All categorical columns, the batch first."""
+        return ((self.batch_key,) if self.batch_key else ()) + self.categorical_covariates
+
+
+@dataclass(frozen=True)
+class ModalitySchema:
+    """What a model remembers of a modality: enough to be rebuilt, and to check new data against.
+
+    Parameters
+    ----------
+    spec
+        The user's specification.
+    features
+        Names of the features, in the model's order.
+    categories
+        For each categorical column the categories among the cells that have the modality. A cell whose category was
+        never measured in this modality is treated as an average over the categories.
+    continuous
+        Mean and standard deviation of each continuous covariate.
+    labels
+        Label categories.
+    library
+        Median size of a cell, in counts.
+    """
+
+    spec: ModalitySpec
+    features: tuple[str, ...]
+    categories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    continuous: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+    library: float = 1.0
+
+    @property
+    def n_features(self) -> int:
+        """Number of features."""
+        return len(self.features)
+
+    @property
+    def n_covariates(self) -> int:
+        """Width of the covariates' design: one-hot categories and continuous columns."""
+        return sum(len(c) for c in self.categories.values()) + len(self.continuous)
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The modalities of a model, by name, in the model's order."""
+
+    modalities: Mapping[str, ModalitySchema]
+
+    def __getitem__(self, name: str) -> ModalitySchema:
+        if name not in self.modalities:
+            raise KeyError(f"there is no modality {name!r}; the model knows {', '.join(map(repr, self.modalities))}")
+        return self.modalities[name]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings."""
+        return {name: asdict(modality) for name, modality in self.modalities.items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Schema":
+        """The inverse of `to_json`."""
+        modalities = {}
+        for name, entry in data.items():
+            known = {f.name for f in fields(ModalitySpec)}
+            spec = ModalitySpec(**{k: v for k, v in entry["spec"].items() if k in known})
+            modalities[name] = ModalitySchema(
+                spec=spec,
+                features=tuple(entry["features"]),
+                categories={k: tuple(v) for k, v in entry["categories"].items()},
+                continuous={k: (float(v[0]), float(v[1])) for k, v in entry["continuous"].items()},
+                labels=tuple(entry["labels"]),
+                library=float(entry["library"]),
+            )
+        return cls(modalities)

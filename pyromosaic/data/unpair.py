@@ -1,0 +1,110 @@
+"""Taking measurements away from paired cells, so that what a model says of them can be compared with the truth."""
+
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from mudata import MuData
+
+
+def _complete(mdata: "MuData") -> pd.Index:
+    """Cells that have all modalities."""
+    return mdata.obs_names[np.all([mdata.obs_names.isin(a.obs_names) for a in mdata.mod.values()], axis=0)]
+
+
+def _mudata(modalities: "dict[str, AnnData]", obs: pd.DataFrame, origin: Mapping[str, str]) -> "MuData":
+    """A MuData whose cells have the columns `obs` of the cells that they come from."""
+    import mudata
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="mudata")
+        mdata = mudata.MuData(modalities)
+    names = [origin.get(name, name) for name in mdata.obs_names]
+    for column in obs.columns.difference(mdata.obs.columns, sort=False):
+        mdata.obs[column] = obs[column].reindex(names).array
+    return mdata
+
+
+def hide(mdata: "MuData", n_hidden: Mapping[str, int], seed: int = 0) -> "tuple[MuData, dict[str, AnnData]]":
+    """Hide modalities of randomly chosen cells that have them all; no cell loses more than one.
+
+    Parameters
+    ----------
+    mdata
+        The data; left as they are.
+    n_hidden
+        How many cells lose each modality, ``{"adt": 200, "rna": 200}`` say.
+    seed
+        Seed of the choice.
+
+    Returns
+    -------
+    mosaic
+        The data without the hidden measurements.
+    truth
+        For each modality the hidden measurements.
+
+    Raises
+    ------
+    ValueError
+        If there are too few cells with all modalities, a number is negative, or a modality does not exist.
+    """
+    for name, n in n_hidden.items():
+        if name not in mdata.mod:
+            raise ValueError(f"there is no modality {name!r}; found {', '.join(map(repr, mdata.mod))}")
+        if n < 0:
+            raise ValueError(f"modality {name!r}: the number of cells to hide is at least 0; found {n}")
+    complete = _complete(mdata)
+    total = sum(n_hidden.values())
+    if total > len(complete):
+        raise ValueError(f"{total} cells are to lose a modality, but only {len(complete)} cells have all modalities")
+    chosen = np.random.default_rng(seed).permutation(complete)[:total]
+    ends = np.cumsum(list(n_hidden.values()), dtype=int)
+    lost = {name: chosen[end - n : end] for (name, n), end in zip(n_hidden.items(), ends, strict=True)}
+    kept, truth = {}, {}
+    for name, adata in mdata.mod.items():
+        hidden = adata.obs_names.isin(lost.get(name, []))
+        kept[name] = adata[~hidden].copy()
+        if name in lost:
+            truth[name] = adata[hidden].copy()
+    return _mudata(kept, mdata.obs, {}), truth
+
+
+def unpair(mdata: "MuData", share: float, seed: int = 0) -> "MuData":
+    """Replace a share of the complete cells by copies that have one modality each (MultiVI's artificial unpairing).
+
+    Parameters
+    ----------
+    mdata
+        The data; left as they are.
+    share
+        Share of the cells with all modalities that are unpaired, from 0 to 1.
+    seed
+        Seed of the choice.
+
+    Returns
+    -------
+    MuData
+        Every unpaired cell ``c`` stands in it as ``c:rna``, ``c:atac``, …, once for each modality.
+
+    Raises
+    ------
+    ValueError
+        If `share` is not between 0 and 1.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"the share of cells to unpair lies between 0 and 1; found {share}")
+    complete = _complete(mdata)
+    chosen = np.random.default_rng(seed).permutation(complete)[: round(share * len(complete))]
+    copies = {}
+    for name, adata in mdata.mod.items():
+        copy = adata.copy()
+        copy.obs_names = np.where(copy.obs_names.isin(chosen), copy.obs_names + f":{name}", copy.obs_names)
+        copies[name] = copy
+    origin = {f"{cell}:{name}": cell for name in copies for cell in chosen}
+    return _mudata(copies, mdata.obs, origin)

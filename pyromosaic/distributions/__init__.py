@@ -1,0 +1,22 @@
+"""Likelihoods of single-cell data as Pyro distributions: exact ``log_prob``, ``sample``, ``mean`` and ``variance``."""
+
+from pyro.distributions import Normal
+
+from pyromosaic.distributions.accessibility import AccessibilityBernoulli
+from pyromosaic.distributions.continuous import Log1pNormal, ZeroInflatedGamma, ZeroInflatedLogNormal
+from pyromosaic.distributions.counts import (
+    NegativeBinomial,
+    NegativeBinomialMixture,
+    ZeroInflatedNegativeBinomial,
+)
+
+__all__ = [
+    "AccessibilityBernoulli",
+    "Log1pNormal",
+    "NegativeBinomial",
+    "NegativeBinomialMixture",
+    "Normal",
+    "ZeroInflatedGamma",
+    "ZeroInflatedLogNormal",
+    "ZeroInflatedNegativeBinomial",
+]

@@ -1,0 +1,91 @@
+"""Chromatin accessibility: whether a region is open in a cell."""
+
+from collections.abc import Callable
+
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from torch.types import _size
+
+from pyromosaic.distributions.counts import _CountDistribution
+
+
+class AccessibilityBernoulli(_CountDistribution):
+    r"""Whether a region of chromatin is seen open in a cell.
+
+    .. math:: P(x > 0) = \sigma(\text{logits})\,\sigma(\text{region\_logits})\,\sigma(\text{cell\_logits})
+
+    The accessibility that a decoder gives, times a factor of the region (its width, its bias) and a factor of the cell
+    (its sequencing depth), as in PeakVI (Ashuach et al. 2022) and MultiVI (Ashuach et al. 2023). Computed in log space.
+
+    ``log_prob`` takes fragment counts as well as zeros and ones: every positive count means open. Samples are 0 or 1.
+
+    Parameters
+    ----------
+    logits
+        Log-odds of the decoded accessibility, cells by regions.
+    region_logits
+        Log-odds of the region factor; broadcasts with ``logits``, usually one a region, and is never expanded.
+    cell_logits
+        Log-odds of the cell factor; broadcasts with ``logits``, usually of shape (cells, 1), and is never expanded.
+    validate_args
+        Check parameters and values; Pyro's global setting by default.
+
+    Raises
+    ------
+    ValueError
+        If validation is on and a parameter is not a number.
+
+    Examples
+    --------
+    >>> import torch
+    >>> zero = torch.zeros(())
+    >>> region = AccessibilityBernoulli(logits=zero, region_logits=zero, cell_logits=zero)
+    >>> region.mean
+    tensor(0.1250)
+    >>> region.log_prob(torch.tensor([0, 1, 2])).exp()
+    tensor([0.8750, 0.1250, 0.1250])
+    """
+
+    arg_constraints = {
+        "logits": constraints.real,
+        "region_logits": constraints.real,
+        "cell_logits": constraints.real,
+    }
+
+    def __init__(
+        self, logits: Tensor, region_logits: Tensor, cell_logits: Tensor, validate_args: bool | None = None
+    ) -> None:
+        parameters = {"logits": logits, "region_logits": region_logits, "cell_logits": cell_logits}
+        super().__init__(parameters, validate_args)
+
+    @property
+    def mean(self) -> Tensor:
+        """Probability that the region is open."""
+        return self._log_open().exp().expand(self.batch_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of the binary outcome, ``mean * (1 - mean)``."""
+        log_open = self._log_open()
+        return (log_open.exp() * -log_open.expm1()).expand(self.batch_shape)
+
+    def sample(self, sample_shape: _size = ()) -> Tensor:
+        """Draw 1 for open and 0 for closed."""
+        with torch.no_grad():
+            return torch.bernoulli(self.mean.expand(self._extended_shape(sample_shape)))
+
+    def _log_open(self) -> Tensor:
+        return logsigmoid(self.logits) + (logsigmoid(self.region_logits) + logsigmoid(self.cell_logits))
+
+    def _log_prob_zero(self) -> Tensor:
+        log_open = self._log_open()
+        probability = torch.exp(log_open)
+        closed = torch.log1p(-probability.clamp(max=0.9))
+        sure = probability > 0.9  # few; there 1 - p loses its digits
+        rest = -torch.expm1(log_open.masked_select(sure).clamp(max=-torch.finfo(log_open.dtype).tiny))
+        return closed.masked_scatter(sure, torch.log(rest))
+
+    def _log_prob_positive(self, count: Tensor, at: Callable[..., Tensor]) -> Tensor:
+        return logsigmoid(at(self.logits)) + logsigmoid(at(self.region_logits)) + logsigmoid(at(self.cell_logits))

@@ -1,0 +1,388 @@
+"""Negative binomial likelihoods that do their expensive arithmetic only where a count is positive."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from pyro.distributions import Gamma, TorchDistribution, constraints
+from pyro.distributions.util import broadcast_shape
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from torch.types import _size
+
+LARGEST_RATE = 1e9  # Poisson samplers overflow 32-bit integers above about 4e9
+SMALLEST_MEAN = 1e-30  # keeps count / mean finite in float32 when a mean has underflowed to zero
+
+
+class _CountDistribution(TorchDistribution):
+    """Counts, most of which are zero.
+
+    A subclass gives the log-probability of a zero, cheap and dense, and that of a positive count, which is evaluated
+    at the positive entries alone. Parameters keep the shapes they were given; only ``batch_shape`` is broadcast.
+    """
+
+    support = constraints.nonnegative_integer
+
+    def __init__(self, parameters: dict[str, Tensor], validate_args: bool | None) -> None:
+        self.__dict__.update(parameters)
+        shape = broadcast_shape(*(parameter.shape for parameter in parameters.values()))
+        super().__init__(torch.Size(shape), validate_args=validate_args)
+
+    def _log_prob_zero(self) -> Tensor:
+        """Log-probability of a zero at every entry, in a shape that broadcasts to ``batch_shape``."""
+        raise NotImplementedError
+
+    def _log_prob_positive(self, count: Tensor, at: Callable[..., Tensor]) -> Tensor:
+        """Log-probability of the positive counts; ``at(parameter)`` is a parameter at their entries.
+
+        In float64: ``lgamma(count + theta) - lgamma(theta)`` cancels in float32.
+        """
+        raise NotImplementedError
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability of counts.
+
+        Parameters
+        ----------
+        value
+            Counts: strided, of a shape that broadcasts with ``batch_shape``, or sparse, of the shape that results.
+            A sparse tensor is never made dense, and the expensive terms are evaluated at its entries alone: give one
+            where most counts are zero.
+
+        Returns
+        -------
+        Tensor
+            Dense log-probabilities; gradients flow to the parameters.
+
+        Raises
+        ------
+        ValueError
+            If the shape does not fit or, with validation on, if a value is not a non-negative integer.
+        """
+        if self._validate_args:
+            self._validate_sample(value)
+        shape = torch.Size(broadcast_shape(self.batch_shape, value.shape))
+        if value.layout == torch.strided:
+            positive = self._log_prob_positive(value.double().clamp_min(1), lambda x, transform=Tensor.double: transform(x))
+            zero = self._log_prob_zero()
+            return torch.where(value == 0, zero, positive.to(zero.dtype)).expand(shape)
+        if value.shape != shape:
+            raise ValueError(f"A sparse value must have the shape {tuple(shape)}, not {tuple(value.shape)}.")
+        value = value.to_sparse().coalesce()
+        index, count = value.indices(), value.values()
+        if not count.all():  # a sparse tensor may store zeros
+            index, count = index[:, count != 0], count[count != 0]
+        entry = _flat_position(index, shape)
+
+        def at(parameter: Tensor, transform: Callable[[Tensor], Tensor] = Tensor.double) -> Tensor:
+            """Look up the transformed parameter at the entries; the transform runs on the smaller of the two."""
+            position = entry if parameter.shape == shape else _flat_position(index, parameter.shape)
+            if parameter.numel() < len(position):
+                return transform(parameter).reshape(-1).index_select(0, position)
+            return transform(parameter.reshape(-1).index_select(0, position))
+
+        positive = self._log_prob_positive(count.double(), at)
+        log_prob = self._log_prob_zero().expand(shape).reshape(-1)
+        log_prob = log_prob.index_put((entry,), positive.to(log_prob.dtype))
+        return log_prob.reshape(shape)
+
+    def expand(self, batch_shape: _size, _instance: TorchDistribution | None = None) -> "_CountDistribution":
+        """Return the same distribution with a larger ``batch_shape``; parameters are shared, not copied."""
+        if broadcast_shape(self.batch_shape, batch_shape) != tuple(batch_shape):
+            raise ValueError(f"A batch of shape {tuple(self.batch_shape)} does not expand to {tuple(batch_shape)}.")
+        new = copy.copy(self)
+        new._batch_shape = torch.Size(batch_shape)
+        return new
+
+    def _validate_sample(self, value: Tensor) -> None:
+        stored = value if value.layout == torch.strided else value.to_sparse().coalesce().values()
+        valid = self.support.check(stored)
+        if not valid.all():
+            raise ValueError(f"{type(self).__name__} accepts non-negative integers; found {stored[~valid][0].item()}.")
+
+
+class NegativeBinomial(_CountDistribution):
+    r"""Negative binomial counts with mean :math:`\mu` and inverse dispersion :math:`\theta`.
+
+    .. math:: \operatorname{Var}(x) = \mu + \mu^2 / \theta
+
+    A Poisson count whose rate is Gamma distributed with mean :math:`\mu` and shape :math:`\theta`: the gene expression
+    likelihood of scVI (Lopez et al. 2018) and of most models after it.
+
+    Parameters
+    ----------
+    mu
+        Mean, zero or positive. A mean below 1e-30 counts as 1e-30 where a positive count is observed.
+    theta
+        Inverse dispersion, positive; broadcasts with ``mu`` (often one a feature) and is never expanded.
+    validate_args
+        Check parameters and values; Pyro's global setting by default.
+
+    Raises
+    ------
+    ValueError
+        If validation is on and a parameter is outside its range.
+
+    Examples
+    --------
+    >>> import torch
+    >>> counts = NegativeBinomial(mu=torch.tensor([[1.0, 4.0], [2.0, 8.0]]), theta=torch.tensor([1.0, 2.0]))
+    >>> counts.variance
+    tensor([[ 2., 12.],
+            [ 6., 40.]])
+    >>> value = torch.tensor([[0.0, 3.0], [0.0, 0.0]])
+    >>> counts.log_prob(value)
+    tensor([[-0.6931, -2.0273],
+            [-1.0986, -3.2189]])
+    >>> bool((counts.log_prob(value.to_sparse()) == counts.log_prob(value)).all())
+    True
+    """
+
+    arg_constraints = {"mu": constraints.nonnegative, "theta": constraints.positive}
+
+    def __init__(self, mu: Tensor, theta: Tensor, validate_args: bool | None = None) -> None:
+        super().__init__({"mu": mu, "theta": theta}, validate_args)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean ``mu``."""
+        return self.mu.expand(self.batch_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance ``mu + mu**2 / theta``."""
+        return _variance(self.mu, self.theta).expand(self.batch_shape)
+
+    def sample(self, sample_shape: _size = ()) -> Tensor:
+        """Draw counts as Poisson draws with Gamma distributed rates."""
+        shape = self._extended_shape(sample_shape)
+        with torch.no_grad():
+            return _gamma_poisson(self.mu.expand(shape), self.theta.expand(shape))
+
+    def _log_prob_zero(self) -> Tensor:
+        return _log_zero(self.mu, self.theta)
+
+    def _log_prob_positive(self, count: Tensor, at: Callable[..., Tensor]) -> Tensor:
+        return _log_positive(count, [self.mu], self.theta, at)[0]
+
+
+class ZeroInflatedNegativeBinomial(_CountDistribution):
+    r"""Negative binomial counts of which some are replaced by structural zeros (dropout).
+
+    With :math:`\pi = \operatorname{sigmoid}(\text{gate\_logits})` and the negative binomial mass :math:`f`,
+
+    .. math:: P(x) = \pi\,[x = 0] + (1 - \pi)\,f(x; \mu, \theta)
+
+    as in scVI (Lopez et al. 2018) and contrastiveVI (Weinberger et al. 2023). ``mu`` is the mean of the counts that
+    are not structural zeros; :attr:`mean` is ``(1 - pi) * mu``.
+
+    Parameters
+    ----------
+    mu
+        Mean of the negative binomial part, zero or positive.
+    theta
+        Inverse dispersion, positive; broadcasts with ``mu`` and is never expanded.
+    gate_logits
+        Log-odds of a structural zero.
+    validate_args
+        Check parameters and values; Pyro's global setting by default.
+
+    Raises
+    ------
+    ValueError
+        If validation is on and a parameter is outside its range.
+
+    Examples
+    --------
+    >>> import torch
+    >>> counts = ZeroInflatedNegativeBinomial(torch.tensor(4.0), torch.tensor(2.0), gate_logits=torch.tensor(0.0))
+    >>> counts.mean
+    tensor(2.)
+    >>> counts.log_prob(torch.tensor([0.0, 3.0])).exp()
+    tensor([0.5556, 0.0658])
+    """
+
+    arg_constraints = {
+        "mu": constraints.nonnegative,
+        "theta": constraints.positive,
+        "gate_logits": constraints.real,
+    }
+
+    def __init__(self, mu: Tensor, theta: Tensor, gate_logits: Tensor, validate_args: bool | None = None) -> None:
+        super().__init__({"mu": mu, "theta": theta, "gate_logits": gate_logits}, validate_args)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean over structural zeros and counts, ``(1 - pi) * mu``."""
+        return (torch.sigmoid(-self.gate_logits) * self.mu).expand(self.batch_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance over structural zeros and counts."""
+        gate = torch.sigmoid(self.gate_logits)
+        within = _variance(self.mu, self.theta)
+        return (torch.sigmoid(-self.gate_logits) * (within + gate * self.mu**2)).expand(self.batch_shape)
+
+    def sample(self, sample_shape: _size = ()) -> Tensor:
+        """Draw negative binomial counts and put zeros in the place of some."""
+        shape = self._extended_shape(sample_shape)
+        with torch.no_grad():
+            counted = torch.bernoulli(torch.sigmoid(-self.gate_logits).expand(shape))
+            return counted * _gamma_poisson(self.mu.expand(shape), self.theta.expand(shape))
+
+    def _log_prob_zero(self) -> Tensor:
+        structural = self.gate_logits.new_zeros(())
+        return _log_mixture(self.gate_logits, structural, _log_zero(self.mu, self.theta))
+
+    def _log_prob_positive(self, count: Tensor, at: Callable[..., Tensor]) -> Tensor:
+        return logsigmoid(-at(self.gate_logits)) + _log_positive(count, [self.mu], self.theta, at)[0]
+
+
+class NegativeBinomialMixture(_CountDistribution):
+    r"""Protein counts that are either background or foreground.
+
+    With :math:`\pi = \operatorname{sigmoid}(\text{mixture\_logits})`, the probability of **background**, and the
+    negative binomial mass :math:`f`,
+
+    .. math:: P(x) = \pi\,f(x; \mu_b, \theta) + (1 - \pi)\,f(x; \mu_f, \theta)
+
+    the antibody likelihood of totalVI (Gayoso et al. 2021) and MultiVI (Ashuach et al. 2023). Nothing orders the two
+    means; a model makes the foreground the larger, for instance as background times one plus a positive factor.
+
+    Parameters
+    ----------
+    mu_background
+        Mean of the background component, zero or positive.
+    mu_foreground
+        Mean of the foreground component, zero or positive.
+    theta
+        Inverse dispersion of both components, positive; broadcasts with the means and is never expanded.
+    mixture_logits
+        Log-odds of background against foreground.
+    validate_args
+        Check parameters and values; Pyro's global setting by default.
+
+    Raises
+    ------
+    ValueError
+        If validation is on and a parameter is outside its range.
+
+    Examples
+    --------
+    >>> import torch
+    >>> protein = NegativeBinomialMixture(
+    ...     mu_background=torch.tensor(5.0),
+    ...     mu_foreground=torch.tensor(105.0),
+    ...     theta=torch.tensor(3.0),
+    ...     mixture_logits=torch.tensor(0.0),
+    ... )
+    >>> protein.mean, protein.mixing_probability
+    (tensor(55.), tensor(0.5000))
+    """
+
+    arg_constraints = {
+        "mu_background": constraints.nonnegative,
+        "mu_foreground": constraints.nonnegative,
+        "theta": constraints.positive,
+        "mixture_logits": constraints.real,
+    }
+
+    def __init__(
+        self,
+        mu_background: Tensor,
+        mu_foreground: Tensor,
+        theta: Tensor,
+        mixture_logits: Tensor,
+        validate_args: bool | None = None,
+    ) -> None:
+        parameters = {
+            "mu_background": mu_background,
+            "mu_foreground": mu_foreground,
+            "theta": theta,
+            "mixture_logits": mixture_logits,
+        }
+        super().__init__(parameters, validate_args)
+
+    @property
+    def mixing_probability(self) -> Tensor:
+        """Probability of background, ``sigmoid(mixture_logits)``, of shape ``batch_shape``."""
+        return torch.sigmoid(self.mixture_logits).expand(self.batch_shape)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean over both components."""
+        background, foreground = self.mixing_probability, torch.sigmoid(-self.mixture_logits)
+        return background * self.mu_background + foreground * self.mu_foreground
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance within and between the components."""
+        background, foreground = self.mixing_probability, torch.sigmoid(-self.mixture_logits)
+        within = background * _variance(self.mu_background, self.theta)
+        within = within + foreground * _variance(self.mu_foreground, self.theta)
+        return within + background * foreground * (self.mu_foreground - self.mu_background) ** 2
+
+    def sample(self, sample_shape: _size = ()) -> Tensor:
+        """Draw the component, then the count."""
+        shape = self._extended_shape(sample_shape)
+        with torch.no_grad():
+            background = torch.bernoulli(self.mixing_probability.expand(shape)).bool()
+            mu = torch.where(background, self.mu_background, self.mu_foreground)
+            return _gamma_poisson(mu, self.theta.expand(shape))
+
+    def _log_prob_zero(self) -> Tensor:
+        background, foreground = (_log_zero(mu, self.theta) for mu in (self.mu_background, self.mu_foreground))
+        return _log_mixture(self.mixture_logits, background, foreground)
+
+    def _log_prob_positive(self, count: Tensor, at: Callable[..., Tensor]) -> Tensor:
+        means = [self.mu_background, self.mu_foreground]
+        background, foreground = _log_positive(count, means, self.theta, at)
+        logits = at(self.mixture_logits)
+        return torch.logaddexp(logsigmoid(logits) + background, logsigmoid(-logits) + foreground)
+
+
+def _flat_position(index: Tensor, shape: torch.Size) -> Tensor:
+    """Row-major position, in a tensor of this shape, of entries of a larger tensor it broadcasts to."""
+    position = index.new_zeros(index.shape[1])
+    for along, size in zip(index[len(index) - len(shape) :], shape, strict=True):
+        if size > 1:
+            position = torch.add(along, position, alpha=size)
+    return position
+
+
+def _log_zero(mu: Tensor, theta: Tensor) -> Tensor:
+    """Negative binomial log-probability of a zero."""
+    return -theta * torch.log1p(mu * theta.reciprocal())
+
+
+def _log_positive(count: Tensor, means: list[Tensor], theta: Tensor, at: Callable[..., Tensor]) -> list[Tensor]:
+    """Negative binomial log-probability of positive counts under each mean; terms without a mean are computed once."""
+    shared = at(theta, lambda theta: torch.xlogy(theta.double(), theta.double()) - torch.lgamma(theta.double()))
+    theta = at(theta)
+    shared = shared + torch.lgamma(count + theta) - torch.lgamma(count + 1)
+    mus = [at(mu) for mu in means]
+    return [shared + count * torch.log(mu + SMALLEST_MEAN) - (count + theta) * torch.log(theta + mu) for mu in mus]
+
+
+def _log_mixture(logits: Tensor, log_first: Tensor, log_second: Tensor) -> Tensor:
+    """Log of ``w * exp(log_first) + (1 - w) * exp(log_second)``, ``w = sigmoid(logits)``, for log-probabilities.
+
+    Accurate next to zero, where the complement is summed, and far below, where logarithms are.
+    """
+    complement = -(torch.sigmoid(logits) * torch.expm1(log_first) + torch.sigmoid(-logits) * torch.expm1(log_second))
+    near = torch.log1p(-complement.clamp(max=0.9))
+    rare = complement > 0.9
+    logits, log_first, log_second = (x.masked_select(rare) for x in (logits, log_first, log_second))
+    far = torch.logaddexp(logsigmoid(logits) + log_first, logsigmoid(-logits) + log_second)
+    return near.masked_scatter(rare, far)
+
+
+def _variance(mu: Tensor, theta: Tensor) -> Tensor:
+    """Negative binomial variance."""
+    return mu + mu**2 / theta
+
+
+def _gamma_poisson(mu: Tensor, theta: Tensor) -> Tensor:
+    """Draw negative binomial counts."""
+    rate = Gamma(theta, 1.0).sample() * (mu / theta)
+    return torch.poisson(rate.clamp(max=LARGEST_RATE))

@@ -1,0 +1,346 @@
+"""Likelihoods: from a decoder's predictors to the observed site of a modality.
+
+A likelihood names the predictors it needs (the decoder has one head each), owns the feature-level parameters, and says
+where training should start given the data. `Likelihood.forward` stands in the model, inside the plates of the
+modality's cells (dim -2) and features (dim -1); a likelihood with latent variables of its own also has
+`Likelihood.posterior`, which stands in the guide.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyro
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid, softplus
+
+from pyromosaic.data import ModalitySchema, View
+from pyromosaic.distributions import (
+    AccessibilityBernoulli,
+    Log1pNormal,
+    NegativeBinomial,
+    NegativeBinomialMixture,
+    ZeroInflatedGamma,
+    ZeroInflatedLogNormal,
+    ZeroInflatedNegativeBinomial,
+)
+
+Predictors = Mapping[str, Tensor]
+
+
+def logit(p: Tensor) -> Tensor:
+    """Log odds of a probability, kept away from 0 and 1."""
+    return torch.logit(p, eps=1e-6)
+
+
+class Likelihood(PyroModule):
+    """What all likelihoods share; a subclass defines `distribution` and names its `predictors`.
+
+    Parameters
+    ----------
+    schema
+        The modality.
+    """
+
+    predictors: tuple[str, ...] = ()  # heads of the model's decoder
+    posterior_predictors: tuple[str, ...] = ()  # heads of the guide's decoder, for latent variables of its own
+
+    def __init__(self, schema: ModalitySchema) -> None:
+        super().__init__()
+        self.schema = schema
+
+    def start(self, view: View) -> dict[str, Tensor]:
+        """Set feature-level parameters from data and return start values of the decoders' biases by predictor."""
+        return {}
+
+    def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
+        """Distribution of the measurements, batch shape (..., b, features)."""
+        raise TypeError(f"{type(self).__name__} does not define distribution()")
+
+    def forward(self, name: str, predictors: Predictors, view: View, kl_weight: float = 1.0) -> None:
+        """The generative story of the modality: its observed site, named after the modality."""
+        pyro.sample(name, self.distribution(predictors, view), obs=view.counts)
+
+    def normalized(self, distribution: dist.TorchDistribution) -> Tensor:
+        """The biological signal in a distribution that was made for a cell of size 1."""
+        return distribution.mean
+
+
+class NB(Likelihood):
+    """RNA counts: ``x ~ NB(mean = l * softmax(rate), theta)``, l the cell's size, theta per gene (MultiVI, Methods)."""
+
+    predictors = ("rate",)
+
+    def __init__(self, schema: ModalitySchema) -> None:
+        super().__init__(schema)
+        self.log_theta = nn.Parameter(torch.zeros(schema.n_features))
+
+    def start(self, view: View) -> dict[str, Tensor]:
+        """Mean profile of the cells; theta stays at 1."""
+        total = view.dense_counts().sum(0)
+        return {"rate": torch.log((total + 0.5) / (total + 0.5).sum())}
+
+    def mean(self, predictors: Predictors, view: View) -> Tensor:
+        """Expected counts."""
+        return view.library * torch.softmax(predictors["rate"], dim=-1)
+
+    def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
+        """Negative binomial of every cell and gene."""
+        return NegativeBinomial(self.mean(predictors, view), self.log_theta.exp())
+
+
+class ZINB(NB):
+    """RNA counts with structural zeros, of probability ``sigmoid(gate)``; else as `NB`."""
+
+    predictors = ("rate", "gate")
+
+    def start(self, view: View) -> dict[str, Tensor]:
+        """Mean profile of the cells, and few structural zeros."""
+        return {**super().start(view), "gate": torch.full((self.schema.n_features,), -3.0)}
+
+    def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
+        """Zero-inflated negative binomial of every cell and gene."""
+        return ZeroInflatedNegativeBinomial(
+            self.mean(predictors, view), self.log_theta.exp(), gate_logits=predictors["gate"]
+        )
+
+
+class NBMixture(Likelihood):
+    """Antibody counts: background or foreground (totalVI; MultiVI, Methods).
+
+    A log background level is drawn for every cell and protein, ``b ~ Normal(m, s)`` with m and s learnt per protein
+    and batch. With probability ``sigmoid(mixing)`` the count is background, ``NB(l * exp(b), theta)``, else it is
+    foreground, ``NB(l * exp(b) * (1 + exp(foreground)), theta)``; l is the cell's antibody count over the median cell's.
+    The posterior of b given the latent variable is normal, by a decoder of the guide.
+    """
+
+    predictors = ("foreground", "mixing")
+    posterior_predictors = ("loc", "log_scale")
+
+    def __init__(self, schema: ModalitySchema) -> None:
+        super().__init__(schema)
+        n_batches = len(next(iter(schema.categories.values()))) if schema.spec.batch_key else 1
+        self.log_theta = nn.Parameter(torch.zeros(schema.n_features))
+        self.background_loc = nn.Parameter(torch.zeros(n_batches, schema.n_features))
+        self.background_log_scale = nn.Parameter(torch.zeros(n_batches, schema.n_features))
+
+    def start(self, view: View) -> dict[str, Tensor]:
+        """Background, foreground and mixing as in a two-component normal fit of log1p counts, per batch and protein."""
+        x = torch.log1p(view.dense_counts() * self.schema.library / view.library).numpy()
+        batches = view.one_hot().argmax(-1).numpy() if self.schema.spec.batch_key else np.zeros(len(x), dtype=int)
+        with torch.no_grad():
+            for batch in np.unique(batches):
+                loc, scale = two_normals(x[batches == batch])[:2]
+                # x is log1p, the parameter is a log mean.
+                self.background_loc[batch] = torch.from_numpy(np.log(np.expm1(np.maximum(loc[0], 0.1))))
+                self.background_log_scale[batch] = torch.from_numpy(np.log(np.clip(scale[0], 0.1, 1.0)))
+        loc, _, background = two_normals(x)
+        gap = torch.from_numpy(np.maximum(loc[1] - loc[0], 0.1))
+        return {
+            "foreground": torch.log(torch.expm1(gap)),
+            "mixing": logit(torch.from_numpy(background)).clamp(-3.0, 3.0),
+            "loc": self.background_loc.detach().mean(0),
+            "log_scale": self.background_log_scale.detach().mean(0),
+        }
+
+    def _prior(self, view: View) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the log background, shape (b, proteins)."""
+        if not self.schema.spec.batch_key:
+            return self.background_loc[0], self.background_log_scale[0].exp()
+        batch = view.one_hot()
+        return batch @ self.background_loc, (batch @ self.background_log_scale).exp()
+
+    def forward(self, name: str, predictors: Predictors, view: View, kl_weight: float = 1.0) -> None:
+        """Background level, then the count."""
+        with poutine.scale(scale=kl_weight):
+            background = pyro.sample(f"{name}_background", dist.Normal(*self._prior(view)))
+        # exp(foreground) + 1 times the background, in log space
+        mu_background = (view.library / self.schema.library) * background.exp()
+        mu_foreground = mu_background * softplus(predictors["foreground"]).exp()
+        mixture = NegativeBinomialMixture(
+            mu_background, mu_foreground, self.log_theta.exp(), mixture_logits=predictors["mixing"]
+        )
+        pyro.sample(name, mixture, obs=view.counts)
+
+    def posterior(self, name: str, predictors: Predictors, kl_weight: float = 1.0) -> None:
+        """Posterior of the log background given the latent variable; stands in the guide."""
+        with poutine.scale(scale=kl_weight):
+            scale = predictors["log_scale"].clamp(-10.0, 3.0).exp()
+            pyro.sample(f"{name}_background", dist.Normal(predictors["loc"], scale))
+
+    def normalized(self, distribution: dist.TorchDistribution) -> Tensor:
+        """Expected foreground: its probability times its mean."""
+        return (1 - distribution.mixing_probability) * distribution.mu_foreground
+
+
+def two_normals(x: np.ndarray, n_steps: int = 30) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mixture of two normals fitted to every column by expectation maximisation.
+
+    Parameters
+    ----------
+    x
+        Values, shape (cells, features).
+    n_steps
+        Number of steps.
+
+    Returns
+    -------
+    loc, scale
+        Lower component first, shape (2, features).
+    weight
+        Share of the lower component, shape (features,).
+    """
+    loc = np.quantile(x, [0.25, 0.9], axis=0)
+    scale = np.stack([x.std(0), x.std(0)]) + 1e-2
+    weight = np.full((2, x.shape[1]), 0.5)
+    for _ in range(n_steps):
+        log_density = np.log(weight) - np.log(scale) - 0.5 * ((x[:, None] - loc) / scale) ** 2
+        share = np.exp(log_density - np.logaddexp(log_density[:, :1], log_density[:, 1:]))
+        total = share.sum(0) + 1e-3
+        weight = np.clip(total / len(x), 1e-3, 1 - 1e-3)
+        loc = (share * x[:, None]).sum(0) / total
+        scale = np.sqrt((share * (x[:, None] - loc) ** 2).sum(0) / total) + 1e-2
+    order = np.argsort(loc, axis=0)
+    loc, scale, weight = (np.take_along_axis(a, order, axis=0).astype(np.float32) for a in (loc, scale, weight))
+    return loc, scale, weight[0]
+
+
+class Bernoulli(Likelihood):
+    """Accessibility: ``P(x > 0) = d * r * sigmoid(accessibility)`` with cell factor d and region factor r (PeakVI; MultiVI, Methods).
+
+    The region factor is ``sigmoid`` of a free parameter; the cell factor is ``sigmoid`` of a small network of the
+    cell's depth, the log of its fragment count relative to the median cell's.
+    """
+
+    predictors = ("accessibility",)
+
+    def __init__(self, schema: ModalitySchema) -> None:
+        super().__init__(schema)
+        self.region_logits = nn.Parameter(torch.zeros(schema.n_features))
+        self.cell_factor = nn.Sequential(nn.Linear(1, 16), nn.LeakyReLU(), nn.Linear(16, 1))
+
+    def start(self, view: View) -> dict[str, Tensor]:
+        """Share of cells in which each region is open, given cell and region factors of one half."""
+        share = (view.dense_counts() > 0).to(torch.float32).mean(0)
+        return {"accessibility": logit((4 * share).clamp(1e-4, 0.9))}
+
+    def cell_logits(self, view: View) -> Tensor:
+        """Log odds of the cell factor, shape (b, 1)."""
+        depth = torch.log1p(view.library) - np.log1p(self.schema.library)
+        return self.cell_factor(depth)
+
+    def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
+        """Bernoulli of every cell and region."""
+        return AccessibilityBernoulli(
+            predictors["accessibility"], region_logits=self.region_logits, cell_logits=self.cell_logits(view)
+        )
+
+    def normalized(self, distribution: dist.TorchDistribution) -> Tensor:
+        """Accessibility without cell and region factors."""
+        return logsigmoid(distribution.logits).exp()
+
+
+class Normal(Likelihood):
+    """Real values: ``x ~ Normal(loc, sigma)``, sigma per feature."""
+
+    predictors = ("loc",)
+
+    def __init__(self, schema: ModalitySchema) -> None:
+        super().__init__(schema)
+        self.log_sigma = nn.Parameter(torch.zeros(schema.n_features))
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The scale on which the values are normal."""
+        return x
+
+    def start(self, view: View) -> dict[str, Tensor]:
+        """Mean and standard deviation of each feature."""
+        x = self.transform(view.dense_counts())
+        with torch.no_grad():
+            self.log_sigma.copy_(x.std(0).clamp_min(1e-3).log())
+        return {"loc": x.mean(0)}
+
+    def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
+        """Normal of every cell and feature."""
+        return dist.Normal(predictors["loc"], self.log_sigma.exp())
+
+
+class Log1pNormalLikelihood(Normal):
+    """Non-negative values: ``log(1 + x) ~ Normal(loc, sigma)``."""
+
+    def transform(self, x: Tensor) -> Tensor:
+        """``log(1 + x)``."""
+        return torch.log1p(x)
+
+    def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
+        """Log1p-normal of every cell and feature."""
+        return Log1pNormal(predictors["loc"], self.log_sigma.exp())
+
+
+class ZILN(Likelihood):
+    """Non-negative values with exact zeros: 0 with probability ``sigmoid(gate)``, else ``LogNormal(loc, sigma)``."""
+
+    predictors = ("loc", "gate")
+
+    def __init__(self, schema: ModalitySchema) -> None:
+        super().__init__(schema)
+        self.log_sigma = nn.Parameter(torch.zeros(schema.n_features))
+
+    def start(self, view: View) -> dict[str, Tensor]:
+        """Share of zeros, and mean and standard deviation of the logarithm of the rest, per feature."""
+        x = view.dense_counts()
+        positive = (x > 0).to(x.dtype)
+        n = positive.sum(0).clamp_min(1.0)
+        log_x = torch.where(x > 0, x.clamp_min(1e-30).log(), torch.zeros_like(x))
+        loc = log_x.sum(0) / n
+        sd = ((positive * (log_x - loc)).square().sum(0) / n).sqrt()
+        with torch.no_grad():
+            self.log_sigma.copy_(sd.clamp_min(1e-2).log())
+        return {"loc": loc, "gate": logit(1 - positive.mean(0)).clamp(-5.0, 5.0)}
+
+    def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
+        """Zero-inflated log-normal of every cell and feature."""
+        return ZeroInflatedLogNormal(predictors["loc"], self.log_sigma.exp(), gate_logits=predictors["gate"])
+
+
+class ZIG(Likelihood):
+    """Non-negative values with exact zeros: 0 with probability ``sigmoid(gate)``, else ``Gamma(softplus(shape), rate)``."""
+
+    predictors = ("shape", "gate")
+
+    def __init__(self, schema: ModalitySchema) -> None:
+        super().__init__(schema)
+        self.log_rate = nn.Parameter(torch.zeros(schema.n_features))
+
+    def start(self, view: View) -> dict[str, Tensor]:
+        """Share of zeros, and shape and rate of the rest by moments, per feature."""
+        x = view.dense_counts()
+        positive = (x > 0).to(x.dtype)
+        n = positive.sum(0).clamp_min(1.0)
+        mean = (x.sum(0) / n).clamp_min(1e-6)
+        variance = ((positive * (x - mean)).square().sum(0) / n).clamp_min(1e-6)
+        shape = (mean.square() / variance).clamp(0.1, 100.0)
+        with torch.no_grad():
+            self.log_rate.copy_((shape / mean).log())
+        return {"shape": shape + torch.log(-torch.expm1(-shape)), "gate": logit(1 - positive.mean(0)).clamp(-5.0, 5.0)}
+
+    def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
+        """Zero-inflated gamma of every cell and feature."""
+        concentration = softplus(predictors["shape"]) + 1e-8
+        return ZeroInflatedGamma(concentration, self.log_rate.exp(), gate_logits=predictors["gate"])
+
+
+#: The likelihood behind each name that a `ModalitySpec` accepts.
+LIKELIHOODS: Mapping[str, type[Likelihood]] = {
+    "nb": NB,
+    "zinb": ZINB,
+    "nb_mixture": NBMixture,
+    "bernoulli": Bernoulli,
+    "normal": Normal,
+    "log1p_normal": Log1pNormalLikelihood,
+    "ziln": ZILN,
+    "zig": ZIG,
+}

@@ -1,0 +1,111 @@
+"""What the measures accept: each check returns the array to work with or says in one sentence what is wrong."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from scipy import sparse
+
+
+def as_finite(values: ArrayLike, name: str) -> NDArray[np.floating]:
+    """Return a non-empty real array; float32 stays float32, all else becomes float64."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiub":
+        raise ValueError(f"`{name}` has dtype {array.dtype}; real numbers are needed.")
+    if array.size == 0:
+        raise ValueError(f"`{name}` has shape {array.shape} and so no entries; at least one is needed.")
+    if array.dtype != np.float32:
+        array = array.astype(np.float64, copy=False)
+    n_bad = array.size - np.count_nonzero(np.isfinite(array))
+    if n_bad:
+        raise ValueError(f"`{name}` is NaN or infinite in {n_bad} of {array.size} entries; every entry must be finite.")
+    return array
+
+
+def as_latent(values: ArrayLike, name: str) -> NDArray[np.float64]:
+    """Return latents, cells by dimensions, in double precision so that distances keep their order."""
+    latent = as_finite(values, name)
+    if latent.ndim != 2:
+        raise ValueError(f"`{name}` has shape {latent.shape}; latents are a matrix of cells by dimensions.")
+    return latent.astype(np.float64, copy=False)
+
+
+def as_latent_pair(
+    x: ArrayLike, y: ArrayLike, names: tuple[str, str] = ("x", "y")
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return two sets of latents of one space, refusing one matrix given twice."""
+    first, second = as_latent(x, names[0]), as_latent(y, names[1])
+    if first.shape[1] != second.shape[1]:
+        raise ValueError(
+            f"`{names[0]}` has {first.shape[1]} dimensions and `{names[1]}` has {second.shape[1]}; "
+            "both must lie in the same latent space."
+        )
+    if np.array_equal(first, second):
+        raise ValueError(
+            f"`{names[0]}` and `{names[1]}` are the same matrix; the same matrix on both sides is not an alignment."
+        )
+    return first, second
+
+
+def as_copies(x: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return two latents of the same cells, row by row."""
+    first, second = as_latent_pair(x, y)
+    if len(first) != len(second):
+        raise ValueError(
+            f"`x` has {len(first)} rows and `y` has {len(second)}; row i of both must be the same cell, "
+            "so both need the same number of rows."
+        )
+    if len(first) < 2:
+        raise ValueError("`x` and `y` have 1 row; at least two cells are needed to compare distances.")
+    return first, second
+
+
+def as_labels(labels: Any, n_cells: int, name: str) -> NDArray[np.object_]:
+    """Return one label a cell, none missing."""
+    array = np.asarray(labels, dtype=object)
+    if array.shape != (n_cells,):
+        raise ValueError(f"`{name}` has shape {array.shape}; {n_cells} cells need one label each.")
+    n_missing = np.count_nonzero(pd.isna(array))
+    if n_missing:
+        raise ValueError(
+            f"`{name}` lacks the label of {n_missing} of {n_cells} cells; leave out cells without a label."
+        )
+    return array
+
+
+def as_sparse(values: Any, name: str) -> sparse.csr_array:
+    """Return a finite matrix, cells by features, dense or sparse before, as CSR without stored zeros."""
+    if len(np.shape(values)) != 2 or 0 in np.shape(values):
+        raise ValueError(f"`{name}` has shape {np.shape(values)}; a matrix of cells by features is needed.")
+    if not sparse.issparse(values):
+        values = as_finite(values, name)
+    matrix = sparse.csr_array(values, copy=True)
+    matrix.sum_duplicates()
+    matrix.eliminate_zeros()
+    if matrix.nnz:
+        matrix.data = as_finite(matrix.data, name)
+    return matrix
+
+
+def as_counts(values: Any, name: str) -> sparse.csr_array:
+    """Return a matrix of counts, cells by features, as CSR without stored zeros."""
+    matrix = as_sparse(values, name)
+    if matrix.nnz and matrix.data.min() < 0:
+        raise ValueError(f"`{name}` goes down to {matrix.data.min():g}; counts must not be negative.")
+    return matrix
+
+
+def check_same_shape(first: Any, second: Any, names: tuple[str, str]) -> None:
+    """Refuse two arrays whose entries do not correspond."""
+    if first.shape != second.shape:
+        raise ValueError(
+            f"`{names[0]}` has shape {first.shape} and `{names[1]}` has shape {second.shape}; "
+            "both need the same shape, entry by entry."
+        )
+
+
+def check_number(value: int, name: str, most: int, limit: str) -> None:
+    """Refuse a number of neighbours, bins, blocks or components that is not an integer from 1 to `most`."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or not 1 <= value <= most:
+        raise ValueError(f"`{name}` is {value!r}; an integer from 1 to {most} is accepted ({limit}).")

@@ -1,0 +1,253 @@
+"""Alignment: whether the modalities' latents of the same cells, or of the same kinds of cells, meet."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from scipy.spatial.distance import cdist
+
+from pyromosaic.metrics._checks import as_copies, as_labels, as_latent, as_latent_pair, check_number
+from pyromosaic.metrics.neighbors import nearest_neighbors
+
+
+def foscttm(
+    x: ArrayLike, y: ArrayLike, *, per_cell: bool = False, block_size: int = 512
+) -> float | NDArray[np.float64]:
+    r"""Fraction of samples closer than the true match, from both sides.
+
+    For cell :math:`i` with latents :math:`x_i` and :math:`y_i` of its two modalities,
+
+    .. math::
+
+        f_i = \frac{1}{2 (n - 1)} \sum_{j \ne i} \Big(
+            \big[\lVert x_i - y_j \rVert < \lVert x_i - y_i \rVert\big] +
+            \big[\lVert x_j - y_i \rVert < \lVert x_i - y_i \rVert\big] \Big),
+
+    where an equal distance counts one half, so that a latent space that has collapsed to a point scores as chance
+    and not as perfect. The divisor is the number of *other* cells (some authors divide by n), which makes 0 perfect,
+    exactly 0.5 chance and 1 the worst.
+
+    Parameters
+    ----------
+    x, y
+        Latents of the two modalities, cells by dimensions; row i of both is the same cell.
+    per_cell
+        Return :math:`f_i` of each cell instead of their mean.
+    block_size
+        Rows whose distances are held at a time; memory is `block_size` times the number of cells. The result does
+        not depend on it.
+
+    Returns
+    -------
+    The mean over cells, or one value a cell.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, an entry is not finite, there are fewer than two cells, or `x` and `y` are the very
+        same matrix: that measures no alignment.
+
+    Notes
+    -----
+    Distances are Euclidean over all dimensions. The measure is due to Liu et al., "Jointly embedding multiple
+    single-cell omics measurements", WABI 2019.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.array([[0.0], [1.0], [5.0]])
+    >>> foscttm(x, x + 0.1)
+    0.0
+    >>> foscttm(x, x[::-1])
+    0.6666666666666666
+
+    """
+    latent_x, latent_y = as_copies(x, y)
+    match = np.arange(len(latent_x))
+    closer = _closer_than_match(latent_x, latent_y, match, block_size)
+    closer += _closer_than_match(latent_y, latent_x, match, block_size)
+    fraction = closer / (2 * (len(match) - 1))
+    return fraction if per_cell else float(fraction.mean())
+
+
+def neighbor_rank_distance(
+    x: ArrayLike,
+    y: ArrayLike,
+    *,
+    others: ArrayLike | None = None,
+    normalized: bool = True,
+    block_size: int = 512,
+) -> float:
+    r"""How many neighbours lie between the two copies of a cell.
+
+    A cell measured with two modalities and split into two unpaired copies has two latents in one space. Its rank
+    distance is the smallest K with each copy among the K nearest neighbours of the other. Neighbours are sought
+    among *all* latents of that space: both copies of every cell, and the cells that were never split (`others`).
+
+    Parameters
+    ----------
+    x, y
+        Latents of the two copies, cells by dimensions; row i of both is the same cell.
+    others
+        Latents of all further cells of the space, such as those that stayed paired. They count as neighbours and
+        have no rank distance of their own.
+    normalized
+        Return :math:`(K - 1) / (K_{max} - 1)`, with :math:`K_{max}` the number of possible neighbours, `2 n - 1` and
+        the number of others: 0 when the copies are each other's nearest neighbour, 1 when they are each other's
+        farthest. False: return K.
+    block_size
+        Rows whose distances are held at a time; the result does not depend on it.
+
+    Returns
+    -------
+    The mean over cells.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, an entry is not finite, there are fewer than two cells, or `x` and `y` are the very
+        same matrix.
+
+    Notes
+    -----
+    From the MultiVI paper (Ashuach et al., Nature Methods 2023), main text and Methods, "Neighbor rank distance
+    calculation": the larger of the two one-sided ranks. Latents exactly as far as the other copy count one half.
+    Copies paired at random score above 1/2, because the larger rank counts: up to 2/3, the mean of the larger of two
+    independent uniform numbers.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.array([[0.0], [1.0], [5.0]])
+    >>> neighbor_rank_distance(x, x + 0.1)
+    0.0
+    >>> neighbor_rank_distance(x, x + 0.1, normalized=False)
+    1.0
+
+    """
+    latent_x, latent_y = as_copies(x, y)
+    latents = [latent_x, latent_y]
+    if others is not None:
+        latents.append(as_latent_pair(latent_x, others, ("x", "others"))[1])
+    space = np.concatenate(latents)
+    rows_x = np.arange(len(latent_x))
+    rows_y = rows_x + len(latent_x)
+    between = np.maximum(
+        _closer_than_match(latent_x, space, rows_y, block_size, itself=rows_x),
+        _closer_than_match(latent_y, space, rows_x, block_size, itself=rows_y),
+    ).mean()
+    return float(between / (len(space) - 2) if normalized else between + 1)
+
+
+def _closer_than_match(
+    latent: NDArray[np.float64],
+    candidates: NDArray[np.float64],
+    match: NDArray[np.intp],
+    block_size: int,
+    itself: NDArray[np.intp] | None = None,
+) -> NDArray[np.float64]:
+    """Count for each latent the candidates closer than its match, ties one half, itself left out."""
+    check_number(block_size, "block_size", np.iinfo(np.int64).max, "rows at a time")
+    closer = np.empty(len(latent))
+    for start in range(0, len(latent), block_size):
+        rows = slice(start, start + block_size)
+        # Coordinate differences, not the expanded square: equal pairs then have equal distances, bit by bit.
+        distance = cdist(latent[rows], candidates, "sqeuclidean")
+        if itself is not None:
+            np.put_along_axis(distance, itself[rows, None], np.inf, axis=1)
+        true = np.take_along_axis(distance, match[rows, None], axis=1)
+        ties = (distance == true).sum(axis=1) - 1
+        closer[rows] = (distance < true).sum(axis=1) + ties / 2
+    return closer
+
+
+class LabelTransfer(NamedTuple):
+    """Label transfer accuracy in both directions."""
+
+    x_to_y: float
+    """Share of `y` cells that get their own label from `x` cells."""
+    y_to_x: float
+    """Share of `x` cells that get their own label from `y` cells."""
+
+
+def label_transfer_accuracy(
+    reference: ArrayLike,
+    reference_labels: Any,
+    query: ArrayLike,
+    query_labels: Any,
+    n_neighbors: int = 1,
+) -> float:
+    """Share of query cells whose own label is the one their reference neighbours vote for.
+
+    Parameters
+    ----------
+    reference, query
+        Latents of the labelled cells and of the cells to label, cells by dimensions of one latent space.
+    reference_labels, query_labels
+        One label a cell, none missing. A query label that no reference cell has can only be wrong.
+    n_neighbors
+        Reference cells that vote, by Euclidean distance. The default is the nearest one alone, as published
+        accuracies of scMODAL and of linkage by canonical correlation are measured; scMODAL's own helper takes 20
+        (by cosine). Labels with equal votes: the one of the nearest neighbour among them.
+
+    Returns
+    -------
+    Accuracy from 0 to 1. Compare it with the share of the most frequent label, not with 0.
+
+    Raises
+    ------
+    ValueError
+        If the latents differ in dimensions, are the very same matrix or are not finite, a cell has no label, or
+        there are fewer reference cells than neighbours.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> reference, query = np.array([[0.0], [1.0], [5.0], [6.0]]), np.array([[0.2], [5.2], [2.0]])
+    >>> label_transfer_accuracy(reference, ["B", "B", "NK", "NK"], query, ["B", "NK", "B"])
+    1.0
+
+    """
+    reference, query = as_latent_pair(reference, query, ("reference", "query"))
+    known = as_labels(reference_labels, len(reference), "reference_labels")
+    wanted = as_labels(query_labels, len(query), "query_labels")
+    codes, labels = pd.factorize(known)
+    neighbors = codes[nearest_neighbors(reference, n_neighbors, query)]
+    rows = np.arange(len(query))
+    votes = np.zeros((len(query), len(labels)), dtype=np.intp)
+    np.add.at(votes, (rows[:, None], neighbors), 1)
+    # The first neighbour whose label has the most votes settles equal votes.
+    winner = np.argmax(votes[rows[:, None], neighbors] == votes.max(axis=1, keepdims=True), axis=1)
+    return float(np.mean(labels[neighbors[rows, winner]] == wanted))
+
+
+def label_transfer_both_ways(
+    x: ArrayLike, x_labels: Any, y: ArrayLike, y_labels: Any, n_neighbors: int = 1
+) -> LabelTransfer:
+    """Label transfer accuracy from `x` to `y` and from `y` to `x`; see :func:`label_transfer_accuracy`.
+
+    Parameters
+    ----------
+    x, y
+        Latents of the two modalities' cells, cells by dimensions; the cells need not be the same.
+    x_labels, y_labels
+        One label a cell.
+    n_neighbors
+        Cells of the other modality that vote.
+
+    Returns
+    -------
+    ``LabelTransfer(x_to_y, y_to_x)``.
+
+    Raises
+    ------
+    ValueError
+        As :func:`label_transfer_accuracy`.
+
+    """
+    x, y = as_latent(x, "x"), as_latent(y, "y")
+    return LabelTransfer(
+        x_to_y=label_transfer_accuracy(x, x_labels, y, y_labels, n_neighbors),
+        y_to_x=label_transfer_accuracy(y, y_labels, x, x_labels, n_neighbors),
+    )

@@ -1,0 +1,185 @@
+"""Calibration: whether the model knows how wrong it may be."""
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from pyromosaic.metrics._checks import as_finite, check_number, check_same_shape
+
+
+def interval_coverage(truth: ArrayLike, lower: ArrayLike, upper: ArrayLike) -> float:
+    """Share of held-out values inside their predicted intervals, ends included.
+
+    Parameters
+    ----------
+    truth
+        Held-out values, any shape.
+    lower, upper
+        Ends of the interval of each value, such as the 5 % and 95 % quantiles of posterior predictive draws; the
+        shape of `truth`.
+
+    Returns
+    -------
+    Coverage from 0 to 1. Intervals meant to hold 90 % of values are calibrated when it is 0.9; for counts, whose
+    quantiles are whole numbers, it lies at or above that.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, an entry is not finite or a lower end lies above its upper end.
+
+    Examples
+    --------
+    >>> interval_coverage([1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 0.0], [3.0, 3.0, 3.0, 3.0])
+    0.75
+
+    """
+    truth, lower, upper = as_finite(truth, "truth"), as_finite(lower, "lower"), as_finite(upper, "upper")
+    check_same_shape(truth, lower, ("truth", "lower"))
+    check_same_shape(truth, upper, ("truth", "upper"))
+    n_reversed = np.count_nonzero(lower > upper)
+    if n_reversed:
+        raise ValueError(
+            f"`lower` is above `upper` in {n_reversed} of {truth.size} intervals; lower <= upper is needed."
+        )
+    return float(np.mean((lower <= truth) & (truth <= upper)))
+
+
+def reliability_curve(confidence: ArrayLike, correct: ArrayLike, n_bins: int = 15) -> pd.DataFrame:
+    """How often the model is right when it claims a given confidence.
+
+    Parameters
+    ----------
+    confidence
+        Claimed probabilities in [0, 1], any shape: of the predicted label, or of an imputed detection.
+    correct
+        Whether it came true (boolean or 0 and 1), the shape of `confidence`.
+    n_bins
+        Bins of equal width over (0, 1]; a confidence on an edge belongs to the bin below it, 0 to the first.
+
+    Returns
+    -------
+    One row a bin: ``lower`` and ``upper`` edge, mean ``confidence``, ``accuracy`` and number ``n`` of predictions;
+    NaN means in an empty bin. Calibrated: accuracy equals confidence in every row.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, a confidence lies outside [0, 1], or `correct` has other values than 0 and 1.
+
+    Examples
+    --------
+    >>> reliability_curve([0.1, 0.3, 0.9, 0.9], [0, 1, 1, 1], n_bins=2)
+       lower  upper  confidence  accuracy  n
+    0    0.0    0.5         0.2       0.5  2
+    1    0.5    1.0         0.9       1.0  2
+
+    """
+    confidence, correct = as_finite(confidence, "confidence"), as_finite(correct, "correct")
+    check_same_shape(confidence, correct, ("confidence", "correct"))
+    if confidence.min() < 0 or confidence.max() > 1:
+        raise ValueError(
+            f"`confidence` ranges from {confidence.min():g} to {confidence.max():g}; probabilities lie in [0, 1]."
+        )
+    if not np.isin(correct, (0, 1)).all():
+        raise ValueError("`correct` has values other than 0 and 1; each prediction is either right or wrong.")
+    check_number(n_bins, "n_bins", np.iinfo(np.int32).max, "bins of equal width")
+    edges = np.linspace(0, 1, n_bins + 1)
+    means = _means_by_bin(confidence, edges, {"confidence": confidence, "accuracy": correct}).reindex(range(n_bins))
+    means.insert(0, "lower", edges[:-1])
+    means.insert(1, "upper", edges[1:])
+    return means.assign(n=means["n"].fillna(0).astype(int))
+
+
+def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, n_bins: int = 15) -> float:
+    r"""Mean gap between confidence and accuracy.
+
+    .. math::
+
+        \sum_b \frac{n_b}{n} \lvert \mathrm{accuracy}_b - \mathrm{confidence}_b \rvert
+
+    over the bins of :func:`reliability_curve`.
+
+    Parameters
+    ----------
+    confidence, correct, n_bins
+        As in :func:`reliability_curve`.
+
+    Returns
+    -------
+    The error from 0 (calibrated) to 1.
+
+    Raises
+    ------
+    ValueError
+        As :func:`reliability_curve`.
+
+    Notes
+    -----
+    Guo et al., "On calibration of modern neural networks", ICML 2017, with 15 bins.
+
+    Examples
+    --------
+    >>> round(expected_calibration_error([0.75, 0.75, 0.75, 0.75], [1, 1, 1, 0]), 6)
+    0.0
+
+    """
+    bins = reliability_curve(confidence, correct, n_bins).query("n > 0")
+    return float(np.average((bins["accuracy"] - bins["confidence"]).abs(), weights=bins["n"]))
+
+
+def error_by_uncertainty(error: ArrayLike, uncertainty: ArrayLike, n_bins: int = 10) -> pd.DataFrame:
+    """Mean squared error of predictions from the most to the least certain.
+
+    Parameters
+    ----------
+    error
+        Imputed minus held-out value, any shape; it is squared here.
+    uncertainty
+        What the model says of each, such as the standard deviation over posterior draws; the shape of `error`.
+    n_bins
+        Bins of about equally many predictions, cut at quantiles of the uncertainty. Equal uncertainties stay
+        together, so that many ties leave fewer bins.
+
+    Returns
+    -------
+    One row a bin, most certain first: mean ``uncertainty``, mean ``squared_error`` and number ``n`` of predictions.
+    An honest model's error grows from row to row; if the uncertainty is a standard deviation of an unbiased
+    prediction, ``squared_error`` is the mean squared uncertainty.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, an entry is not finite, an uncertainty is negative, or there are more bins than
+        predictions.
+
+    Notes
+    -----
+    The curve behind the MultiVI paper's figure of error against uncertainty (Ashuach et al., Nature Methods 2023,
+    Fig. 4c).
+
+    Examples
+    --------
+    >>> error_by_uncertainty([1.0, -1.0, 2.0, -4.0], [0.1, 0.3, 0.5, 0.7], n_bins=2)
+       uncertainty  squared_error  n
+    0          0.2            1.0  2
+    1          0.6           10.0  2
+
+    """
+    error, uncertainty = as_finite(error, "error"), as_finite(uncertainty, "uncertainty")
+    check_same_shape(error, uncertainty, ("error", "uncertainty"))
+    if uncertainty.min() < 0:
+        raise ValueError(f"`uncertainty` goes down to {uncertainty.min():g}; it must not be negative.")
+    check_number(n_bins, "n_bins", error.size, "the number of predictions")
+    edges = np.quantile(uncertainty, np.linspace(0, 1, n_bins + 1), method="inverted_cdf")
+    means = _means_by_bin(uncertainty, edges, {"uncertainty": uncertainty, "squared_error": error**2})
+    return means.reset_index(drop=True)
+
+
+def _means_by_bin(
+    values: NDArray[np.floating], edges: NDArray[np.floating], columns: dict[str, NDArray[np.floating]]
+) -> pd.DataFrame:
+    """Average the columns in the bins (lower, upper] of `values` that are not empty; the first holds its lower edge."""
+    bins = np.searchsorted(edges[1:-1], values.ravel(), side="left")
+    groups = pd.DataFrame({name: column.ravel().astype(np.float64) for name, column in columns.items()}).groupby(bins)
+    return groups.mean().assign(n=groups.size())

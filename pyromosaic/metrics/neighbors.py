@@ -1,0 +1,41 @@
+"""Exact nearest neighbours, shared by the measures that look at a cell's neighbourhood."""
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.neighbors import NearestNeighbors
+
+from pyromosaic.metrics._checks import check_number
+
+
+def nearest_neighbors(
+    reference: NDArray[np.float64], n_neighbors: int, query: NDArray[np.float64] | None = None
+) -> NDArray[np.intp]:
+    """Return the rows of `reference` nearest to each cell by Euclidean distance, nearest first.
+
+    Parameters
+    ----------
+    reference
+        Latents among which neighbours are sought, cells by dimensions.
+    n_neighbors
+        Neighbours of each cell.
+    query
+        Latents of the cells that seek neighbours. Left out: the reference cells themselves, each without itself.
+
+    Returns
+    -------
+    Row numbers, query cells by `n_neighbors`. Cells at exactly the same distance come in the order in which the
+    tree meets them, which depends on the input alone.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer cells than neighbours.
+
+    """
+    n_candidates = len(reference) - (query is None)
+    limit = "the number of cells" if query is not None else "the number of other cells"
+    check_number(n_neighbors, "n_neighbors", n_candidates, limit)
+    # A tree takes coordinate differences; scikit-learn's brute search expands the square, which loses digits far from
+    # the origin and leaves ties to rounding and to the number of threads.
+    search = NearestNeighbors(n_neighbors=n_neighbors, algorithm="kd_tree").fit(reference)
+    return search.kneighbors(query, return_distance=False)

@@ -1,0 +1,6 @@
+"""The models; each is one file with a generative story, an inference story and what is special to it."""
+
+from pyromosaic.models.mosaic_model import MosaicModel
+from pyromosaic.models.multivi import MultiVI
+
+__all__ = ["MosaicModel", "MultiVI"]

@@ -1,0 +1,136 @@
+"""Networks: plain torch, no probability."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pyromosaic.data import ModalitySchema, View
+
+
+def layers(n_in: int, n_hidden: int, n_layers: int, dropout: float) -> nn.Sequential:
+    """Fully connected layers, each followed by LayerNorm without affine part, LeakyReLU and dropout."""
+    modules: list[nn.Module] = []
+    for i in range(n_layers):
+        modules += [nn.Linear(n_in if i == 0 else n_hidden, n_hidden)]
+        modules += [nn.LayerNorm(n_hidden, elementwise_affine=False), nn.LeakyReLU(), nn.Dropout(dropout)]
+    return nn.Sequential(*modules)
+
+
+class InputScaling(nn.Module):
+    """Measurements as the encoder sees them: size-normalised, on a log scale, standardised per feature.
+
+    Counts are divided by the cell's size and multiplied by the median size, then ``log1p``; accessibility is
+    binarised first; real values are only standardised. The mean and standard deviation are those of the training
+    cells and are kept with the weights.
+
+    Parameters
+    ----------
+    schema
+        The modality.
+    """
+
+    mean: Tensor
+    sd: Tensor
+
+    def __init__(self, schema: ModalitySchema) -> None:
+        super().__init__()
+        self.schema = schema
+        self.register_buffer("mean", torch.zeros(schema.n_features))
+        self.register_buffer("sd", torch.ones(schema.n_features))
+
+    def transform(self, view: View) -> Tensor:
+        """The scale on which features are standardised, shape (b, features)."""
+        x = view.dense_counts()
+        if self.schema.spec.data_kind == "real":
+            return x
+        if self.schema.spec.likelihood == "bernoulli":
+            x = (x > 0).to(x.dtype)
+        return torch.log1p(x * (self.schema.library / view.library.clamp_min(1e-8)))
+
+    def start(self, view: View) -> None:
+        """Learn mean and standard deviation from the cells of a view."""
+        x = self.transform(view)
+        self.mean.copy_(x.mean(0))
+        self.sd.copy_(x.std(0).clamp_min(0.1 * x.std(0).mean().clamp_min(1e-6)))
+
+    def forward(self, view: View) -> Tensor:
+        """Scaled measurements, shape (b, features)."""
+        return (self.transform(view) - self.mean) / self.sd
+
+
+class Encoder(nn.Module):
+    """From the measurements of one modality to a diagonal normal posterior of the latent variable.
+
+    Parameters
+    ----------
+    schema
+        The modality.
+    n_latent, n_hidden, n_layers, dropout
+        Width of the latent space and shape of the network.
+    covariates
+        Whether the encoder sees the covariates too.
+    """
+
+    def __init__(
+        self,
+        schema: ModalitySchema,
+        n_latent: int,
+        n_hidden: int = 128,
+        n_layers: int = 2,
+        dropout: float = 0.1,
+        covariates: bool = True,
+    ) -> None:
+        super().__init__()
+        self.scaling = InputScaling(schema)
+        self.covariates = covariates
+        self.hidden = layers(schema.n_features + covariates * schema.n_covariates, n_hidden, n_layers, dropout)
+        self.loc = nn.Linear(n_hidden, n_latent)
+        self.log_variance = nn.Linear(n_hidden, n_latent)
+
+    def forward(self, view: View) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the posterior, each of shape (b, latent)."""
+        x = self.scaling(view)
+        if self.covariates:
+            x = torch.cat([x, view.design()], dim=-1)
+        hidden = self.hidden(x)
+        return self.loc(hidden), torch.exp(0.5 * self.log_variance(hidden).clamp(-20.0, 20.0))
+
+
+class Decoder(nn.Module):
+    """From the latent variable and the covariates to what a likelihood asks for, one linear head each.
+
+    Parameters
+    ----------
+    schema
+        The modality.
+    predictors
+        Names of the heads, each as wide as the modality has features.
+    n_latent, n_hidden, n_layers, dropout
+        Width of the latent space and shape of the network.
+    """
+
+    def __init__(
+        self,
+        schema: ModalitySchema,
+        predictors: tuple[str, ...],
+        n_latent: int,
+        n_hidden: int = 128,
+        n_layers: int = 1,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.hidden = layers(n_latent + schema.n_covariates, n_hidden, n_layers, dropout)
+        self.heads = nn.ModuleDict({name: nn.Linear(n_hidden, schema.n_features) for name in predictors})
+
+    def start(self, biases: Mapping[str, Tensor]) -> None:
+        """Begin training at these biases, the data's mean profile say, rather than at random ones."""
+        with torch.no_grad():
+            for name, bias in biases.items():
+                self.heads[name].bias.copy_(bias)
+
+    def forward(self, z: Tensor, view: View) -> dict[str, Tensor]:
+        """Predictors by name, each of shape (..., b, features), for z of shape (..., b, latent)."""
+        design = view.design().expand(*z.shape[:-1], -1)
+        hidden = self.hidden(torch.cat([z, design], dim=-1))
+        return {name: head(hidden) for name, head in self.heads.items()}

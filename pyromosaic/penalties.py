@@ -1,0 +1,70 @@
+"""Penalties on posteriors; a guide adds each as one named `pyro.factor`.
+
+A penalty is a function of what the guide infers, not of how data come about. It therefore stands in the guide: the
+model stays a proper joint density, and prior or posterior predictive samples and held-out likelihoods never contain it.
+"""
+
+from collections.abc import Iterable, Mapping
+from itertools import combinations
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from pyromosaic.data import Minibatch
+from pyromosaic.fusion import Posterior
+
+
+class Penalty(nn.Module):
+    """A term that is added to the loss.
+
+    Subclasses define `forward(posteriors, minibatch)`, a scalar: the penalty's mean over the cells of the minibatch.
+
+    Parameters
+    ----------
+    weight
+        What it is multiplied by.
+    """
+
+    name: str
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        if weight < 0:
+            raise ValueError(f"a penalty's weight is at least 0; found {weight}")
+        self.weight = weight
+
+
+def apply(penalties: Iterable[nn.Module], posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> None:
+    """Add each penalty to the guide, scaled from the mean over the minibatch to all cells; call it outside every plate."""
+    for penalty in penalties:
+        if penalty.weight:
+            value = penalty.weight * minibatch.n_cells * penalty(posteriors, minibatch)
+            # In a guide a factor enters the ELBO with a minus.
+            pyro.factor(f"penalty/{penalty.name}", value, has_rsample=True)
+
+
+class Jeffreys(Penalty):
+    """Symmetric Kullback-Leibler divergence between the posteriors of every pair of modalities that a cell has.
+
+    ``KL(q_1 || q_2) + KL(q_2 || q_1)``, summed over latent dimensions and pairs, mean over the cells of the minibatch
+    (MultiVI, Methods).
+
+    Parameters
+    ----------
+    weight
+        What it is multiplied by; 1 in the paper.
+    """
+
+    name = "jeffreys"
+
+    def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
+        """The penalty, a scalar; 0 when no cell of the minibatch has two modalities."""
+        total = next(iter(posteriors.values())).loc.new_zeros(())
+        for a, b in combinations(posteriors.values(), 2):
+            in_a, in_b = (torch.isin(a.rows, b.rows, assume_unique=True), torch.isin(b.rows, a.rows, assume_unique=True))
+            difference = (a.loc[in_a] - b.loc[in_b]).square()
+            variance_a, variance_b = a.scale[in_a].square(), b.scale[in_b].square()
+            terms = (variance_a + difference) / variance_b + (variance_b + difference) / variance_a - 2
+            total = total + 0.5 * terms.sum()
+        return total / len(minibatch)

@@ -1,0 +1,54 @@
+"""What a Pyro model or guide over a mosaic shares: its parameters are its own, and its plates have one form."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pyro
+from pyro import poutine
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyromosaic.data import Minibatch
+
+
+def _itself(parameter: Tensor) -> Tensor:
+    return parameter
+
+
+class Program(PyroModule):
+    """A model or a guide: a `pyro.nn.PyroModule` called with a minibatch and a KL weight.
+
+    Parameters stay local to the module whatever Pyro's ``module_local_params`` setting is elsewhere in the process, so
+    several models, and a user's own programs, never share parameters by accident.
+    """
+
+    def __init__(self) -> None:
+        with pyro.settings.context(module_local_params=True):
+            super().__init__()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for parameter in self.parameters():
+            # pyro.infer.SVI asks each parameter for the tensor to optimise, and plain ones do not answer in local mode.
+            if not hasattr(parameter, "unconstrained"):
+                parameter.unconstrained = partial(_itself, parameter)  # type: ignore[attr-defined]
+        with pyro.settings.context(module_local_params=True):
+            return super().__call__(*args, **kwargs)
+
+    @staticmethod
+    def container(modules: Mapping[str, nn.Module]) -> nn.ModuleDict:
+        """A dictionary of modules in which Pyro finds priors and parameters."""
+        return PyroModule[nn.ModuleDict](modules)
+
+    @staticmethod
+    @contextmanager
+    def plates(name: str, minibatch: Minibatch, n_features: int) -> Iterator[None]:
+        """Plates of the cells that have a modality (dim -2) and of its features (dim -1), scaled to all cells."""
+        n_cells = len(minibatch.decoded[name].rows)
+        with (
+            poutine.scale(scale=minibatch.scale),
+            pyro.plate(f"{name}_cells", n_cells, dim=-2),
+            pyro.plate(f"{name}_features", n_features, dim=-1),
+        ):
+            yield

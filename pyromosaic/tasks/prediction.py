@@ -1,0 +1,107 @@
+"""What a trained program says of a modality in any cell, measured or not."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+from pyro import poutine
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+
+from pyromosaic.data import Minibatch
+from pyromosaic.tasks.inference import AtMean
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A quantity of every cell and feature, over draws from the posterior.
+
+    Parameters
+    ----------
+    mean, sd
+        Mean and standard deviation over the draws, cells × features.
+    quantiles
+        Quantiles over the draws by level, each cells × features.
+    """
+
+    mean: pd.DataFrame
+    sd: pd.DataFrame
+    quantiles: dict[float, pd.DataFrame] = field(default_factory=dict)
+
+
+def run(model: nn.Module, guide: nn.Module, minibatch: Minibatch, latent_at_mean: bool) -> poutine.Trace:
+    """Trace of the model on latent values from the guide; sites to be predicted take their mean."""
+    with AtMean() if latent_at_mean else nullcontext():
+        guide_trace = poutine.trace(guide).get_trace(minibatch)
+    with AtMean(minibatch.decoded.__contains__):
+        return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(minibatch)
+
+
+def draws(
+    model: nn.Module,
+    guide: nn.Module,
+    minibatch: Minibatch,
+    name: str,
+    value: Callable[[TorchDistribution], Tensor],
+    n_samples: int | None,
+    columns: Tensor,
+) -> Tensor:
+    """Independent posterior draws of a quantity for the cells of one minibatch.
+
+    Parameters
+    ----------
+    model, guide
+        The Pyro program.
+    minibatch
+        With the modality among those to be decoded.
+    name
+        The modality.
+    value
+        The quantity, from the modality's distribution.
+    n_samples
+        Number of draws; None for one evaluation at the mean of the posterior.
+    columns
+        Numbers of the features that are wanted.
+
+    Returns
+    -------
+    Tensor
+        Shape (draws, cells, features).
+    """
+    values = []
+    for _ in range(n_samples or 1):
+        trace = run(model, guide, minibatch, latent_at_mean=n_samples is None)
+        values.append(value(trace.nodes[name]["fn"]).index_select(-1, columns))
+    return torch.stack(values)
+
+
+def estimate(
+    chunks: Iterable[Tensor], cells: pd.Index, features: pd.Index, quantiles: Sequence[float] = ()
+) -> Estimate:
+    """Mean, standard deviation and quantiles over draws, chunk of cells by chunk of cells.
+
+    Parameters
+    ----------
+    chunks
+        Draws for consecutive groups of cells, each of shape (draws, cells, features).
+    cells, features
+        Names.
+    quantiles
+        Levels between 0 and 1.
+    """
+    levels = list(quantiles)
+    if any(not 0 <= q <= 1 for q in levels):
+        raise ValueError(f"quantiles lie between 0 and 1; found {levels}")
+
+    def summaries() -> Iterator[np.ndarray]:
+        for values in chunks:
+            sd = values.std(0) if len(values) > 1 else torch.zeros_like(values[0])
+            parts = [values.mean(0), sd, *(torch.quantile(values, q, dim=0) for q in levels)]
+            yield torch.stack(parts).cpu().numpy()
+
+    whole = np.concatenate(list(summaries()), axis=1)
+    frames = [pd.DataFrame(part, index=cells, columns=features) for part in whole]
+    return Estimate(frames[0], frames[1], dict(zip(levels, frames[2:], strict=True)))

@@ -1,0 +1,242 @@
+"""Stochastic variational inference under Lightning."""
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as lightning
+import pandas as pd
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from pyromosaic.data import Minibatch
+from pyromosaic.train.elbo import MosaicELBO
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became infinite or not a number; the parameters are back at the start of the epoch."""
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """How parameters are fitted.
+
+    Parameters
+    ----------
+    learning_rate, weight_decay
+        Of AdamW.
+    kl_warmup_epochs
+        Epochs over which the weight of latent variables' divergences rises linearly to 1; at most half of the run.
+    schedule
+        From an optimiser to a learning-rate scheduler that steps once an epoch; None keeps the rate.
+    gradient_clip
+        Largest norm of the gradient; 0 for no limit.
+    """
+
+    learning_rate: float = 2e-3
+    weight_decay: float = 1e-3
+    kl_warmup_epochs: int = 50
+    schedule: Callable[[torch.optim.Optimizer], Any] | None = None
+    gradient_clip: float = 10.0
+
+
+class Plan(lightning.LightningModule):
+    """A model and a guide under Lightning.
+
+    What is minimised is the negative ELBO plus penalties, divided by the number of cells. Each epoch appends a row to
+    `rows`: for training and validation cells the ``objective`` as it is minimised, the ``elbo`` (without penalties and
+    with full weight on the divergences) and every site's part of the negative ELBO, all per cell.
+
+    Parameters
+    ----------
+    model, guide
+        The Pyro program; both are called with a `Minibatch` and a KL weight.
+    optimisation
+        How parameters are fitted.
+    n_epochs
+        Length of the run.
+    """
+
+    def __init__(self, model: nn.Module, guide: nn.Module, optimisation: Optimisation, n_epochs: int) -> None:
+        super().__init__()
+        self.elbo = MosaicELBO()
+        self.objective = self.elbo(model, guide)
+        self.optimisation = optimisation
+        self.warmup_epochs = min(optimisation.kl_warmup_epochs, n_epochs // 2)
+        self.rows: list[dict[str, float]] = []
+        self._sums: dict[str, dict[str, Tensor]] = {}
+        self._last_good: dict[str, Tensor] = {}
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, and the schedule if there is one."""
+        o = self.optimisation
+        optimiser = torch.optim.AdamW(self.objective.parameters(), lr=o.learning_rate, weight_decay=o.weight_decay)
+        return optimiser if o.schedule is None else ([optimiser], [o.schedule(optimiser)])
+
+    def kl_weight(self) -> float:
+        """Weight of latent variables' divergences at this step."""
+        if self.warmup_epochs == 0:
+            return 1.0
+        return min(1.0, (self.global_step + 1) / (self.warmup_epochs * int(self.trainer.num_training_batches)))
+
+    def training_step(self, minibatch: Minibatch, step: int) -> Tensor:
+        """One step of stochastic variational inference."""
+        weight = self.kl_weight()
+        loss: Tensor = self.objective(minibatch, weight) / minibatch.n_cells
+        # On an accelerator a look at the loss waits for the device, so it is not taken at every step.
+        if (loss.device.type == "cpu" or step % 50 == 0) and not torch.isfinite(loss):
+            sites = [name for name, term in self.elbo.terms.items() if not torch.isfinite(term)]
+            self.objective.load_state_dict(self._last_good)
+            raise NonFiniteLossError(
+                f"the loss is not finite in epoch {self.current_epoch}, at {', '.join(map(repr, sites))}; the parameters "
+                "are back at the start of this epoch. A lower learning rate or a smaller gradient_clip helps"
+            )
+        self._add("train", minibatch, loss.detach(), weight)
+        return loss
+
+    def validation_step(self, minibatch: Minibatch, step: int) -> None:
+        """Evaluate the bound on cells that take no part in training."""
+        loss = self.objective(minibatch, 1.0) / minibatch.n_cells
+        self._add("validation", minibatch, loss, 1.0)
+
+    def _add(self, part: str, minibatch: Minibatch, loss: Tensor, kl_weight: float) -> None:
+        """Add the parts of the loss to the epoch's sums, on the device."""
+        sums = self._sums.setdefault(part, {})
+        # Each part stands for n_cells cells.
+        parts = {k: v / minibatch.n_cells / (kl_weight if k in self.elbo.latent else 1.0) for k, v in self.elbo.terms.items()}
+        parts["elbo"] = -sum(v for k, v in parts.items() if not k.startswith("penalty/"))  # type: ignore[assignment]
+        parts["objective"] = loss
+        for name, value in parts.items():
+            sums[name] = sums.get(name, torch.zeros_like(loss)) + len(minibatch) * value
+        sums["cells"] = sums.get("cells", torch.zeros_like(loss)) + len(minibatch)
+
+    def on_train_epoch_start(self) -> None:
+        """Remember parameters that are known to be good."""
+        self._sums = {}
+        self._last_good = {k: v.detach().clone() for k, v in self.objective.state_dict().items()}
+
+    def on_train_epoch_end(self) -> None:
+        """Append a row to the history and hand it to the loggers."""
+        row: dict[str, float] = {}
+        for part, sums in self._sums.items():
+            names = list(sums)
+            values = torch.stack([sums[name] for name in names]).tolist()  # one copy from the device
+            n = values[names.index("cells")]
+            row |= {f"{part}_{name}": value / n for name, value in zip(names, values, strict=True) if name != "cells"}
+        self.rows.append({"epoch": self.current_epoch, "kl_weight": self.kl_weight(), **row})
+        self.log_dict({k: v for k, v in row.items() if k.endswith(("objective", "elbo"))}, prog_bar=True)
+        others = {k: v for k, v in row.items() if not k.endswith(("objective", "elbo"))}
+        self.log_dict(others)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the history with a checkpoint."""
+        checkpoint["rows"] = self.rows
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the history of a checkpoint."""
+        self.rows = list(checkpoint["rows"])
+
+
+class ReturnToBest(EarlyStopping):
+    """Early stopping on the validation ELBO that ends with the parameters of the best epoch.
+
+    Parameters
+    ----------
+    patience
+        Epochs without a better value after which training stops.
+    """
+
+    def __init__(self, patience: int) -> None:
+        super().__init__("validation_elbo", patience=patience, mode="max", check_on_train_epoch_end=True)
+        self.best: dict[str, Tensor] = {}
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, plan: lightning.LightningModule) -> None:
+        """Keep the parameters if they are the best so far."""
+        super().on_train_epoch_end(trainer, plan)
+        if self.wait_count == 0:
+            self.best = {k: v.detach().clone() for k, v in plan.state_dict().items()}
+
+    def on_train_end(self, trainer: lightning.Trainer, plan: lightning.LightningModule) -> None:
+        """Put the best parameters back."""
+        plan.load_state_dict(self.best)
+
+
+def fit(
+    model: nn.Module,
+    guide: nn.Module,
+    train: DataLoader[Minibatch],
+    validation: DataLoader[Minibatch] | None,
+    n_epochs: int,
+    optimisation: Optimisation,
+    *,
+    early_stopping: int | None = None,
+    checkpoint_dir: str | None = None,
+    resume_from: str | None = None,
+    progress_bar: bool = True,
+    logger: Any = False,
+    callbacks: Iterable[Callback] = (),
+    **trainer: Any,
+) -> pd.DataFrame:
+    """Train a model and its guide by stochastic variational inference.
+
+    Parameters
+    ----------
+    model, guide
+        The Pyro program; trained in place.
+    train, validation
+        Minibatches; None validates nothing.
+    n_epochs
+        Length of the run.
+    optimisation
+        How parameters are fitted.
+    early_stopping
+        Stop after this many epochs without a better validation ELBO, and return to the best; None to train on.
+    checkpoint_dir
+        Where to write Lightning checkpoints, the last of them ``last.ckpt``; None writes none.
+    resume_from
+        A checkpoint to go on from.
+    progress_bar, logger, callbacks, **trainer
+        For `lightning.pytorch.Trainer`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row an epoch; columns as described at `Plan`.
+
+    Raises
+    ------
+    ValueError
+        If early stopping is asked for without validation cells.
+    NonFiniteLossError
+        If the loss is not finite; the parameters are then those at the start of the epoch.
+    """
+    if early_stopping is not None and validation is None:
+        raise ValueError("early stopping looks at validation cells: give validation a share above 0, or set early_stopping=None")
+    plan = Plan(model, guide, optimisation, n_epochs)
+    callbacks = list(callbacks)
+    if early_stopping is not None:
+        callbacks.append(ReturnToBest(early_stopping))
+    if checkpoint_dir is not None:
+        callbacks.append(ModelCheckpoint(checkpoint_dir, save_last=True, filename="{epoch}"))
+    if progress_bar:
+        callbacks.append(TQDMProgressBar(refresh_rate=20))
+    with warnings.catch_warnings():
+        # Loading runs in the main process on purpose, and minibatches are few on small data.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*number of training batches.*")
+        runner = lightning.Trainer(
+            max_epochs=n_epochs,
+            gradient_clip_val=optimisation.gradient_clip or None,
+            callbacks=callbacks,
+            logger=logger,
+            enable_checkpointing=checkpoint_dir is not None,
+            enable_progress_bar=progress_bar,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            **trainer,
+        )
+        runner.fit(plan, train, validation, ckpt_path=resume_from)
+    return pd.DataFrame(plan.rows).set_index("epoch")

@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from mudata import MuData
+from scipy import sparse
+
+
+@pytest.fixture
+def shared_data():
+    """The folder of development data beside the repository."""
+    path = Path(__file__).parents[2] / "shared" / "data"
+    if not path.exists():
+        pytest.skip("the development data are not here")
+    return path
+
+
+@pytest.fixture
+def mdata():
+    """A small mosaic: 24 cells with RNA (12 genes) and 24 with antibodies (5 proteins), 16 cells in common."""
+
+    def modality(first, n_features, prefix, batches):
+        generator = np.random.default_rng(n_features)
+        counts = generator.poisson(0.4, (24, n_features)).astype(np.float32)
+        counts[:, 0] += 1  # no empty cell
+        obs = pd.DataFrame(
+            {
+                "batch": pd.Categorical(np.resize(batches, 24)),
+                "sex": np.resize(["f", "m", "m"], 24),
+                "age": generator.normal(40, 10, 24),
+                "celltype": np.resize(["B", "T", "unknown", "NK"], 24),
+                "size": generator.uniform(1, 5, 24),
+            },
+            index=[f"cell{i}" for i in range(first, first + 24)],
+        )
+        var = pd.DataFrame(index=[f"{prefix}{i}" for i in range(n_features)])
+        return anndata.AnnData(sparse.csr_matrix(counts), obs, var, uns={"origin": "simulated"})
+
+    return MuData({"rna": modality(0, 12, "gene", ["a", "b"]), "adt": modality(8, 5, "protein", ["b", "c"])})

@@ -1,0 +1,360 @@
+import subprocess
+import sys
+import warnings
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import mudata
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+from scipy import sparse
+from scipy.stats import spearmanr
+from typer.testing import CliRunner
+
+import pyromosaic
+from pyromosaic import Mosaic, MultiVI, cli, plot
+
+N = 90
+CELLS = pd.Index([f"cell{i}" for i in range(N)])
+
+
+@pytest.fixture(scope="module")
+def data():
+    """90 cells of two kinds: 30 with RNA only, 30 with antibodies only, 30 with both; atac in all but the last 20."""
+    generator = np.random.default_rng(0)
+    kind = np.arange(N) % 2
+    rates = generator.gamma(1.0, 4.0, (2, 12))
+    obs = pd.DataFrame({"donor": np.where(np.arange(N) % 3 == 0, "d1", "d2"), "type": np.where(kind, "B", "NK")}, CELLS)
+    obs.loc[CELLS[:5], "type"] = "unknown"
+
+    def modality(name, cells, n_features):
+        counts = generator.poisson(rates[kind][cells, :n_features] + 0.5).astype(np.float32)
+        var = pd.DataFrame({"length": np.arange(n_features)}, [f"{name}{i}" for i in range(n_features)])
+        return AnnData(sparse.csr_matrix(counts), obs=obs.iloc[cells].copy(), var=var)
+
+    # The second modality is stored in another order of cells than the whole.
+    modalities = {"rna": modality("gene", np.arange(60), 12), "adt": modality("protein", np.arange(N - 1, 29, -1), 7)}
+    with mudata.set_options(pull_on_update=False):
+        mdata = mudata.MuData(modalities)
+        mdata.obs["site"] = np.arange(mdata.n_obs)
+    return mdata
+
+
+@pytest.fixture
+def folder(tmp_path, data, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with mudata.set_options(pull_on_update=False):
+        data.write("data.h5mu")
+    return tmp_path
+
+
+@pytest.fixture
+def quick_umap(monkeypatch):
+    monkeypatch.setattr(
+        plot, "umap", lambda latent, seed: latent.iloc[:, :2].set_axis(["UMAP 1", "UMAP 2"], axis=1) + seed
+    )
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def train(*arguments, **options):
+        raise AssertionError("training began")
+
+    monkeypatch.setattr(MultiVI, "train", train)
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+
+def integrate(*arguments, epochs=1):
+    return run("integrate", "data.h5mu", "--out", "result.h5mu", "--epochs", epochs, *arguments)
+
+
+def read(path):
+    """What a reader gets, who is told of any ambiguity in the file."""
+    with warnings.catch_warnings(), mudata.set_options(pull_on_update=False):
+        warnings.simplefilter("error")
+        return mudata.read_h5mu(path)
+
+
+def test_integrate_writes_what_the_model_says(folder, data):
+    outcome = integrate(
+        *("--batch-key", "donor", "--label-key", "type", "--n-latent", 4, "--seed", 3, "--batch-size", 40), epochs=2
+    )
+    assert outcome.exit_code == 0, outcome.output
+    assert sorted(p.name for p in folder.iterdir()) == ["data.h5mu", "result.h5mu"]
+    result = read("result.h5mu")
+
+    mosaic = Mosaic.from_mudata(data, batch_key="donor", label_key="type")
+    model = MultiVI(mosaic, n_latent=4, seed=3)
+    model.train(2, seed=3, batch_size=40, progress_bar=False)
+    latent = model.get_latent_representation()
+    np.testing.assert_allclose(result.obsm["X_multivi"], latent.loc[result.obs_names], rtol=1e-4, atol=1e-5)
+
+    assert list(result.mod) == ["rna", "adt", "rna_imputed", "adt_imputed"]
+    for name in ("rna", "adt"):
+        imputed, expected = result[f"{name}_imputed"], model.get_imputed_values(name)
+        assert imputed.obs_names.equals(result.obs_names)
+        assert list(imputed.var["feature"]) == list(data[name].var_names)
+        assert list(imputed.var_names) == [f"{name}_imputed:{feature}" for feature in data[name].var_names]
+        assert list(imputed.var["length"]) == list(data[name].var["length"])
+        for values, frame in ((imputed.X, expected.mean), (imputed.layers["sd"], expected.sd)):
+            assert values.dtype == np.float32
+            np.testing.assert_allclose(values, frame.loc[result.obs_names], rtol=1e-3, atol=1e-5)
+        assert (result[name].X != data[name].X).nnz == 0
+        assert result[name].obs_names.equals(data[name].obs_names)
+        pd.testing.assert_frame_equal(result[name].obs.astype(str), data[name].obs.astype(str))
+    assert list(result.obs["site"]) == list(data.obs["site"])
+    assert "hidden_modality" not in result.obs
+
+    record = result.uns["pyromosaic"]
+    assert record["version"] == pyromosaic.__version__
+    assert record["options"]["batch_key"] == "donor"
+    assert record["options"]["seed"] == 3
+    assert record["options"]["likelihood"] == {"rna": "nb", "adt": "nb_mixture"}
+    assert "layer" not in record["options"]
+    assert set(record["metrics"]) == {
+        *("modality_enrichment", "label_purity", "label_transfer_rna_to_adt", "label_transfer_adt_to_rna")
+    }
+    assert "Modality enrichment" in outcome.output
+    assert f"{record['metrics']['label_purity']:.3f}" in outcome.output
+
+
+def test_a_result_can_be_selected_from_and_written_again(folder):
+    assert integrate().exit_code == 0
+    result = read("result.h5mu")
+    with warnings.catch_warnings(), mudata.set_options(pull_on_update=False):
+        warnings.simplefilter("error")
+        selected = result[:, ["gene3", "rna_imputed:gene3"]]
+        assert {name: a.n_vars for name, a in selected.mod.items() if a.n_vars} == {"rna": 1, "rna_imputed": 1}
+        result[result.obs_names[:10]].copy().write("again.h5mu")
+    again = read("again.h5mu")
+    np.testing.assert_array_equal(again.obsm["X_multivi"], result.obsm["X_multivi"][:10])
+    np.testing.assert_array_equal(again["adt_imputed"].X, result["adt_imputed"].X[:10])
+
+
+def test_hidden_measurements_are_kept_from_training_and_compared(folder, data, quick_umap):
+    outcome = integrate("--hide", 8, "--figure", "deep/er/figure.png", "--seed", 1)
+    assert outcome.exit_code == 0, outcome.output
+    result = read("result.h5mu")
+    hidden = result.obs["hidden_modality"]
+    assert hidden.value_counts().to_dict() == {"none": N - 16, "rna": 8, "adt": 8}
+    metrics = result.uns["pyromosaic"]["metrics"]
+    for name in ("rna", "adt"):
+        cells = hidden.index[hidden == name]
+        truth = data[name][cells].X.toarray()
+        imputed = result[f"{name}_imputed"][cells].X
+        assert metrics[f"spearman_{name}"] == pytest.approx(spearmanr(truth.ravel(), imputed.ravel())[0])
+        each = [spearmanr(t, i)[0] for t, i in zip(truth.T, imputed.T, strict=True) if np.ptp(t) > 0]
+        assert metrics[f"spearman_per_feature_{name}"] == pytest.approx(np.median(each))
+    # The model has seen none of it: these cells are imputed as if the data had never held it.
+    shown, _ = pyromosaic.hide(data, {"rna": 8, "adt": 8}, seed=1)
+    model = MultiVI(Mosaic.from_mudata(shown), seed=1)
+    model.train(1, seed=1, progress_bar=False)
+    np.testing.assert_allclose(
+        result.obsm["X_multivi"], model.get_latent_representation().loc[result.obs_names], rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(result.obsm["X_multivi_umap"], result.obsm["X_multivi"][:, :2] + 1, rtol=1e-6)
+    assert matplotlib.image.imread("deep/er/figure.png").shape[0] > 500
+    assert not matplotlib.pyplot.get_fignums()
+
+
+def test_without_imputation_and_with_a_model(folder):
+    outcome = integrate("--no-impute", "--hide", 5, "--model", "model", "--likelihood", "adt=nb", "--n-latent", 3)
+    assert outcome.exit_code == 0, outcome.output
+    result = read("result.h5mu")
+    assert list(result.mod) == ["rna", "adt"]
+    assert {"spearman_rna", "spearman_adt"} <= set(result.uns["pyromosaic"]["metrics"])
+    shown, _ = pyromosaic.hide(read("data.h5mu"), {"rna": 5, "adt": 5})
+    model = MultiVI.load("model", shown)
+    assert model.schema["adt"].spec.likelihood == "nb"
+    latent = model.get_latent_representation().loc[result.obs_names]
+    np.testing.assert_allclose(result.obsm["X_multivi"], latent, rtol=1e-4, atol=1e-5)
+
+
+def test_accessibility_is_judged_by_detection(folder, data, quick_umap):
+    atac = data["adt"].copy()
+    atac.X = (atac.X > 4).astype(np.float32)
+    counts = data["rna"].copy()
+    counts.layers["raw"], atac.layers["raw"] = counts.X.copy(), atac.X.copy()
+    counts.X, atac.X = counts.X * 0.5, atac.X * 0.5
+    with mudata.set_options(pull_on_update=False):
+        mudata.MuData({"rna": counts, "peak counts": atac}).write("data.h5mu")
+    outcome = integrate(
+        *("--likelihood", "peak counts=bernoulli", "--layer", "raw", "--hide", 10, "--figure", "figure.pdf")
+    )
+    assert outcome.exit_code == 0, outcome.output
+    metrics = read("result.h5mu").uns["pyromosaic"]["metrics"]
+    assert 0 < metrics["auprc_peak counts"] <= 1
+    assert "auprc_rna" not in metrics
+
+
+TO_RESULT = ["integrate", "data.h5mu", "--out", "result.h5mu"]
+REFUSALS = [
+    (["integrate", "absent.h5mu", "--out", "result.h5mu"], "there is no file absent.h5mu"),
+    (["integrate", "notes.txt", "--out", "result.h5mu"], "ends in .h5mu"),
+    (["integrate", "notes.h5mu", "--out", "result.h5mu"], "cannot be read as MuData"),
+    (["integrate", "single.h5mu", "--out", "result.h5mu"], "cannot be read as MuData"),
+    (["integrate", "data.h5mu", "--out", "result.h5ad"], "--out takes a file that ends in .h5mu"),
+    (["integrate", "data.h5mu", "--out", "data.h5mu", "--overwrite"], "is the input"),
+    (["integrate", "data.h5mu", "--out", "there.h5mu"], "there.h5mu exists; --overwrite replaces it"),
+    (["integrate", "data.h5mu", "--out", "notes.txt/result.h5mu"], "cannot be written"),
+    (["integrate", "data.h5mu", "--out", "folder.h5mu"], "is a folder"),
+    ([*TO_RESULT, "--figure", "figure.jpeg"], "--figure takes a file that ends in .png or .pdf or .svg"),
+    ([*TO_RESULT, "--figure", "there.png"], "there.png exists"),
+    ([*TO_RESULT, "--model", "notes.txt"], "is a file"),
+    ([*TO_RESULT, "--model", "model"], "model exists"),
+    ([*TO_RESULT, "--model", "result.h5mu"], "another output"),
+    ([*TO_RESULT, "--likelihood", "rna:nb"], "--likelihood takes MODALITY=NAME, rna=nb say; found 'rna:nb'"),
+    ([*TO_RESULT, "--likelihood", "protein=nb"], "there is no modality 'protein'; found rna, adt"),
+    ([*TO_RESULT, "--likelihood", "rna=gaussian"], "there is no likelihood 'gaussian'"),
+    ([*TO_RESULT, "--batch-key", "plate"], "obs has no column 'plate'"),
+    ([*TO_RESULT, "--label-key", "plate"], "obs has no column 'plate'"),
+    ([*TO_RESULT, "--layer", "raw"], "there is no layer 'raw'"),
+    ([*TO_RESULT, "--hide", "40"], "only 30 cells have all modalities"),
+    (["demo", "--out", "there.h5mu"], "there.h5mu exists"),
+    (["demo", "--figure", "there.png"], "there.png exists"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), REFUSALS)
+def test_refusals_come_before_training_and_leave_nothing(folder, no_training, arguments, sentence):
+    for name in ("notes.txt", "notes.h5mu", "there.h5mu", "there.png"):
+        (folder / name).write_text("some words")
+    AnnData(np.ones((3, 2))).write(folder / "single.h5mu")
+    (folder / "folder.h5mu").mkdir()
+    (folder / "model").mkdir()
+    (folder / "model" / "model.json").write_text("{}")
+    before = {p: p.is_file() and p.read_bytes() for p in folder.rglob("*")}
+    outcome = run(*arguments)
+    assert outcome.exit_code == 2, outcome.output
+    assert isinstance(outcome.exception, SystemExit)
+    (line,) = outcome.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert sentence in line.replace("modality 'rna': ", "")
+    assert {p: p.is_file() and p.read_bytes() for p in folder.rglob("*")} == before
+
+
+def test_modalities_whose_names_say_nothing_or_are_taken(folder, no_training, data):
+    with mudata.set_options(pull_on_update=False):
+        mudata.MuData({"first": data["rna"], "adt": data["adt"]}).write("data.h5mu")
+    outcome = integrate()
+    assert outcome.exit_code == 2
+    assert "'first' does not say what it is; give --likelihood first=nb" in outcome.stderr
+    with mudata.set_options(pull_on_update=False):
+        mudata.MuData({"rna": data["rna"], "rna_imputed": data["adt"]}).write("data.h5mu")
+    outcome = integrate("--likelihood", "rna_imputed=nb")
+    assert outcome.exit_code == 2
+    assert "has a modality 'rna_imputed' already" in outcome.stderr
+
+
+def test_hiding_needs_something_to_impute_from(folder, no_training, data):
+    with mudata.set_options(pull_on_update=False):
+        mudata.MuData({"rna": data["rna"]}).write("data.h5mu")
+    outcome = integrate("--hide", 5)
+    assert outcome.exit_code == 2
+    assert "at least two modalities" in outcome.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_refused(folder, no_training, monkeypatch):
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(cli, "TemporaryFile", refuse)
+    outcome = integrate()
+    assert outcome.exit_code == 2
+    assert "result.h5mu cannot be written" in outcome.stderr
+    assert "Permission denied" in outcome.stderr
+
+
+def test_a_figure_needs_the_extra(folder, no_training, monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    for outcome in (integrate("--figure", "figure.png"), run("demo")):
+        assert outcome.exit_code == 2
+        assert "pip install 'pyromosaic[plot]'" in outcome.stderr
+
+
+def test_one_modality_without_batches_or_labels(folder, data):
+    with mudata.set_options(pull_on_update=False):
+        mudata.MuData({"rna": data["rna"]}).write("data.h5mu")
+    outcome = integrate()
+    assert outcome.exit_code == 0, outcome.output
+    result = read("result.h5mu")
+    assert list(result.mod) == ["rna", "rna_imputed"]
+    assert result.uns["pyromosaic"]["metrics"] == {}
+
+
+def test_overwrite_replaces_result_figure_and_model(folder, quick_umap):
+    outputs = ("--figure", "figure.png", "--model", "model")
+    (folder / "result.h5mu").write_text("old")
+    (folder / "figure.png").write_text("old")
+    (folder / "model").mkdir()
+    (folder / "model" / "model.json").write_text("old")
+    outcome = integrate(*outputs, "--overwrite")
+    assert outcome.exit_code == 0, outcome.output
+    assert read("result.h5mu").obsm["X_multivi"].shape == (N, 15)
+    assert (folder / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    MultiVI.load("model")
+    assert sorted(p.name for p in folder.iterdir()) == ["data.h5mu", "figure.png", "model", "result.h5mu"]
+
+
+def test_a_failure_at_the_end_leaves_nothing_half_written(folder, quick_umap, monkeypatch):
+    def full(self, path, **options):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    (folder / "result.h5mu").write_text("old")
+    monkeypatch.setattr(mudata.MuData, "write", full)
+    outcome = integrate("--figure", "figure.png", "--model", "model", "--overwrite")
+    assert outcome.exit_code == 1
+    assert "No space left on device" in outcome.stderr
+    assert sorted(p.name for p in folder.iterdir()) == ["data.h5mu", "result.h5mu"]
+    assert (folder / "result.h5mu").read_text() == "old"
+
+
+def test_demo_needs_nothing_and_replaces_its_own_outputs(tmp_path, monkeypatch, quick_umap):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pbmc_integrated.h5mu").write_text("an earlier one")
+    (tmp_path / "pbmc_integrated.png").write_text("an earlier one")
+    outcome = run("demo", "--epochs", 1)
+    assert outcome.exit_code == 0, outcome.output
+    result = read("pbmc_integrated.h5mu")
+    assert result["rna_imputed"].shape == (1600, 500)
+    assert result["adt_imputed"].shape == (1600, 224)
+    assert result.obs["hidden_modality"].value_counts().to_dict() == {"none": 1200, "rna": 200, "adt": 200}
+    assert set(result.uns["pyromosaic"]["metrics"]) == {
+        *("modality_enrichment", "label_purity", "label_transfer_rna_to_adt", "label_transfer_adt_to_rna"),
+        *("spearman_rna", "spearman_per_feature_rna", "spearman_adt", "spearman_per_feature_adt"),
+    }
+    assert result.uns["pyromosaic"]["options"]["batch_key"] == "batch"
+    assert (tmp_path / "pbmc_integrated.h5mu").stat().st_size < 30e6
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pbmc_integrated.h5mu", "pbmc_integrated.png"]
+
+
+def test_the_terminal_shows_progress_and_results_only(folder):
+    command = [sys.executable, "-m", "pyromosaic", "integrate", "data.h5mu", "--out", "result.h5mu", "--epochs", "1"]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert outcome.stderr == ""
+    lines = outcome.stdout.splitlines()
+    assert lines[0] == f"Mosaic of {N} cells"
+    assert "Training" in lines[3]
+    assert "1/1 epochs" in lines[3]
+    assert lines[-1] == "Wrote result.h5mu"
+    assert len(lines) == 10  # mosaic 3, progress 1, table 5, output 1
+
+
+def test_version_and_help():
+    assert run("--version").stdout == f"pyromosaic {pyromosaic.__version__}\n"
+    for arguments in (["--help"], ["integrate", "--help"], ["demo", "--help"]):
+        assert run(*arguments).exit_code == 0
+
+
+def test_importing_the_command_line_is_quick():
+    heavy = "{'torch', 'pyro', 'lightning', 'mudata', 'anndata', 'numpy', 'pandas', 'matplotlib'}"
+    check = f"import sys, pyromosaic.cli; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True)
