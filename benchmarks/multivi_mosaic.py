@@ -72,7 +72,9 @@ def quality(mosaic: Any, truth: dict[str, Any], options: Namespace, latent: pd.D
     if options.unpair is not None:
         first, second = (latent[pattern == name] for name in names[:2])
         second = second.loc[first.index.str.removesuffix(f":{names[0]}") + f":{names[1]}"]
-        figures["rank distance of copies"] = metrics.neighbor_rank_distance(first, second, others=latent[pattern.str.contains(r"\+")])
+        figures["rank distance of copies"] = metrics.neighbor_rank_distance(
+            first, second, others=latent[pattern.str.contains(r"\+")]
+        )
         figures["FOSCTTM of copies"] = metrics.foscttm(first, second)
     for name, hidden in truth.items():
         values = imputed(name, hidden.obs_names)
@@ -110,7 +112,7 @@ def ours(options: Namespace, seed: int) -> Figures:
         if name == "atac":
             return model.get_accessibility_estimates(name, cells, factors=True).to_numpy()
         library = 1.0 if name == "rna" else None
-        return model.get_expected_values(name, cells, library=library).to_numpy()
+        return model.get_imputed_values(name, cells, library=library, n_samples=None).mean.to_numpy()
 
     figures = quality(data, truth, options, latent, imputed)
     figures["held-out ELBO per cell"] = float(model.history["validation_elbo"].iloc[-1])
@@ -135,7 +137,12 @@ def peer(options: Namespace, seed: int) -> Figures:
 
 
 def _cost(seconds: float, epochs: int, peak_mb: float) -> Figures:
-    return {"epochs": epochs, "seconds per epoch": seconds / epochs, "seconds in all": seconds, "peak memory, MB": peak_mb}
+    return {
+        "epochs": epochs,
+        "seconds per epoch": seconds / epochs,
+        "seconds in all": seconds,
+        "peak memory, MB": peak_mb,
+    }
 
 
 def _quiet() -> None:
@@ -147,7 +154,9 @@ def main() -> None:
     parser = arguments(__doc__.split("\n")[0])
     parser.add_argument("--hide", type=int, default=200, help="cells that lose each modality")
     parser.add_argument("--unpair", type=float, help="share of cells to unpair instead of hiding")
-    parser.add_argument("--min-share", type=float, default=0.0, help="use regions seen in more than this share of cells")
+    parser.add_argument(
+        "--min-share", type=float, default=0.0, help="use regions seen in more than this share of cells"
+    )
     parser.add_argument("--batch-key", default="batch")
     parser.add_argument("--label-key", default="celltype")
     parser.add_argument("--epochs", type=int, default=200)

@@ -19,7 +19,20 @@ _HOME = {
     "protein_gene_links": "data",
     "unpair": "data",
 }
-_ROOMS = ("data", "distributions", "fusion", "likelihoods", "metrics", "models", "nn", "penalties", "plot", "priors", "tasks", "train")
+_ROOMS = (
+    "data",
+    "distributions",
+    "fusion",
+    "likelihoods",
+    "metrics",
+    "models",
+    "nn",
+    "penalties",
+    "plot",
+    "priors",
+    "tasks",
+    "train",
+)
 
 __all__ = ["ModalitySpec", "Mosaic", "MultiVI", "hide", "pbmc_mosaic", "protein_gene_links", "unpair"]
 

@@ -2,4 +2,5 @@
 
 from pyromosaic.cli import app
 
-app(prog_name="pyromosaic")
+if __name__ == "__main__":
+    app(prog_name="pyromosaic")

@@ -28,7 +28,13 @@ if TYPE_CHECKING:
 FIGURES = (".png", ".pdf", ".svg")
 DEMO_OUT, DEMO_FIGURE = Path("pbmc_integrated.h5mu"), Path("pbmc_integrated.png")
 
-app = typer.Typer(name="pyromosaic", add_completion=False, no_args_is_help=True, pretty_exceptions_show_locals=False)
+app = typer.Typer(
+    name="pyromosaic",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode="markdown",
+)
 
 
 def _version(wanted: bool) -> None:
@@ -111,8 +117,10 @@ def integrate(
     """Integrate the modalities of a MuData file with MultiVI.
 
     The result holds the data as they were and, for all cells, the joint latent space (obsm "X_multivi"), its UMAP
-    (obsm "X_multivi_umap", if a figure is drawn) and every modality as the model expects it ("rna_imputed" beside
-    "rna", with standard deviations in layer "sd").
+    (obsm "X_multivi_umap", if a figure is drawn) and every modality as the model expects it: "rna_imputed" beside
+    "rna", with standard deviations in layer "sd".
+
+    Label transfer is measured between cells that have one modality only.
     """
     options = {name: value for name, value in locals().items() if value is not None}
     options = {name: value for name, value in options.items() if name not in ("out", "figure", "model", "overwrite")}
@@ -244,12 +252,11 @@ def _check_outputs(data: Path, out: Path, figure: Path | None, model: Path | Non
             raise ValueError(f"--{option} {path} is a {'folder' if suffixes else 'file'}; give another name")
         if (path if suffixes else path / "model.json").exists() and not overwrite:
             raise ValueError(f"{path} exists; --overwrite replaces it")
-        folder = next(p for p in path.absolute().parents if p.exists())
         try:
-            with TemporaryFile(dir=folder):
+            with TemporaryFile(dir=next(p for p in path.absolute().parents if p.exists())):
                 pass
         except OSError as error:
-            raise ValueError(f"--{option} {path} cannot be written: {folder}: {error.strerror}") from error
+            raise ValueError(f"--{option} {path} cannot be written: {error.strerror}") from error
     if figure is not None and not (find_spec("matplotlib") and find_spec("umap")):
         raise ValueError("--figure needs matplotlib and umap-learn; pip install 'pyromosaic[plot]' brings them")
 
@@ -344,18 +351,18 @@ def _metrics(mosaic: "Mosaic", latent: "pd.DataFrame", compared: "dict[str, tupl
         value = metrics.label_transfer_accuracy(
             latent[groups[x]], labels[groups[x]], latent[groups[y]], labels[groups[y]]
         )
-        reading = f"best 1, one label for all {labels[groups[y]].value_counts(normalize=True).max():.2f}"
-        rows[f"label_transfer_{x}_to_{y}"] = (f"Label transfer, {x}-only to {y}-only", value, reading)
+        reading = f"best 1, majority {labels[groups[y]].value_counts(normalize=True).max():.2f}"
+        rows[f"label_transfer_{x}_to_{y}"] = (f"Label transfer, {x} to {y}", value, reading)
     for name, (truth, values) in compared.items():
         value = float(metrics.imputation_spearman(truth, values))
-        rows[f"spearman_{name}"] = (f"Imputed {name}, Spearman, all entries", value, "best 1, chance 0")
+        rows[f"spearman_{name}"] = (f"Spearman of {name}, all entries", value, "best 1, chance 0")
         median = pd.Series(metrics.imputation_spearman(truth, values, per="feature")).median()
-        rows[f"spearman_per_feature_{name}"] = (f"Imputed {name}, Spearman, median feature", median, "best 1, chance 0")
+        rows[f"spearman_per_feature_{name}"] = (f"Spearman of {name}, median feature", median, "best 1, chance 0")
         detected = (truth > 0).mean()
         if mosaic.modalities[name].spec.likelihood == "bernoulli" and detected > 0:
             value = metrics.imputation_auprc(truth, values)
             reading = f"best 1, chance {detected:.2f}"
-            rows[f"auprc_{name}"] = (f"Imputed {name}, AUPRC", value, reading)
+            rows[f"auprc_{name}"] = (f"AUPRC of {name}, all entries", value, reading)
     return pd.DataFrame.from_dict(rows, orient="index", columns=["measure", "value", "reading"])
 
 

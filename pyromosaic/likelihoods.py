@@ -72,7 +72,7 @@ class Likelihood(PyroModule):
 class NB(Likelihood):
     """RNA counts: ``x ~ NB(mean = l * softmax(rate), theta)``, l the cell's size, theta per gene (MultiVI, Methods)."""
 
-    predictors = ("rate",)
+    predictors: tuple[str, ...] = ("rate",)
 
     def __init__(self, schema: ModalitySchema) -> None:
         super().__init__(schema)
@@ -113,8 +113,8 @@ class NBMixture(Likelihood):
 
     A log background level is drawn for every cell and protein, ``b ~ Normal(m, s)`` with m and s learnt per protein
     and batch. With probability ``sigmoid(mixing)`` the count is background, ``NB(l * exp(b), theta)``, else it is
-    foreground, ``NB(l * exp(b) * (1 + exp(foreground)), theta)``; l is the cell's antibody count over the median cell's.
-    The posterior of b given the latent variable is normal, by a decoder of the guide.
+    foreground, ``NB(l * exp(b) * (1 + exp(foreground)), theta)``; l is the cell's antibody count over the median
+    cell's. The posterior of b given the latent variable is normal, by a decoder of the guide.
     """
 
     predictors = ("foreground", "mixing")
@@ -176,13 +176,15 @@ class NBMixture(Likelihood):
         return (1 - distribution.mixing_probability) * distribution.mu_foreground
 
 
-def two_normals(x: np.ndarray, n_steps: int = 30) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def two_normals(x: np.ndarray, n_cells: int = 500, n_steps: int = 20) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mixture of two normals fitted to every column by expectation maximisation.
 
     Parameters
     ----------
     x
         Values, shape (cells, features).
+    n_cells
+        Number of cells, evenly spaced, that are enough for start values.
     n_steps
         Number of steps.
 
@@ -193,6 +195,7 @@ def two_normals(x: np.ndarray, n_steps: int = 30) -> tuple[np.ndarray, np.ndarra
     weight
         Share of the lower component, shape (features,).
     """
+    x = x[:: max(1, len(x) // n_cells)]
     loc = np.quantile(x, [0.25, 0.9], axis=0)
     scale = np.stack([x.std(0), x.std(0)]) + 1e-2
     weight = np.full((2, x.shape[1]), 0.5)
@@ -204,12 +207,12 @@ def two_normals(x: np.ndarray, n_steps: int = 30) -> tuple[np.ndarray, np.ndarra
         loc = (share * x[:, None]).sum(0) / total
         scale = np.sqrt((share * (x[:, None] - loc) ** 2).sum(0) / total) + 1e-2
     order = np.argsort(loc, axis=0)
-    loc, scale, weight = (np.take_along_axis(a, order, axis=0).astype(np.float32) for a in (loc, scale, weight))
-    return loc, scale, weight[0]
+    ordered = [np.take_along_axis(a, order, axis=0).astype(np.float32) for a in (loc, scale, weight)]
+    return ordered[0], ordered[1], ordered[2][0]
 
 
 class Bernoulli(Likelihood):
-    """Accessibility: ``P(x > 0) = d * r * sigmoid(accessibility)`` with cell factor d and region factor r (PeakVI; MultiVI, Methods).
+    """Accessibility: ``P(x > 0) = d * r * sigmoid(accessibility)``, cell factor d, region factor r (PeakVI; MultiVI).
 
     The region factor is ``sigmoid`` of a free parameter; the cell factor is ``sigmoid`` of a small network of the
     cell's depth, the log of its fragment count relative to the median cell's.
@@ -307,7 +310,7 @@ class ZILN(Likelihood):
 
 
 class ZIG(Likelihood):
-    """Non-negative values with exact zeros: 0 with probability ``sigmoid(gate)``, else ``Gamma(softplus(shape), rate)``."""
+    """Non-negative values with exact zeros: of probability ``sigmoid(gate)``, else ``Gamma(softplus(shape), rate)``."""
 
     predictors = ("shape", "gate")
 

@@ -1,6 +1,7 @@
 """Networks: plain torch, no probability."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +122,9 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.hidden = layers(n_latent + schema.n_covariates, n_hidden, n_layers, dropout)
-        self.heads = nn.ModuleDict({name: nn.Linear(n_hidden, schema.n_features) for name in predictors})
+        self.heads: Any = nn.ModuleDict(
+            {name: nn.Linear(n_hidden + schema.n_covariates, schema.n_features) for name in predictors}
+        )
 
     def start(self, biases: Mapping[str, Tensor]) -> None:
         """Begin training at these biases, the data's mean profile say, rather than at random ones."""
@@ -133,4 +136,5 @@ class Decoder(nn.Module):
         """Predictors by name, each of shape (..., b, features), for z of shape (..., b, latent)."""
         design = view.design().expand(*z.shape[:-1], -1)
         hidden = self.hidden(torch.cat([z, design], dim=-1))
+        hidden = torch.cat([hidden, design], dim=-1)
         return {name: head(hidden) for name, head in self.heads.items()}

@@ -6,6 +6,7 @@ model stays a proper joint density, and prior or posterior predictive samples an
 
 from collections.abc import Iterable, Mapping
 from itertools import combinations
+from typing import Any
 
 import pyro
 import torch
@@ -35,8 +36,8 @@ class Penalty(nn.Module):
         self.weight = weight
 
 
-def apply(penalties: Iterable[nn.Module], posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> None:
-    """Add each penalty to the guide, scaled from the mean over the minibatch to all cells; call it outside every plate."""
+def apply(penalties: Iterable[Any], posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> None:
+    """Add each penalty to the guide, scaled from the mean over the minibatch to all cells; outside every plate."""
     for penalty in penalties:
         if penalty.weight:
             value = penalty.weight * minibatch.n_cells * penalty(posteriors, minibatch)
@@ -62,7 +63,10 @@ class Jeffreys(Penalty):
         """The penalty, a scalar; 0 when no cell of the minibatch has two modalities."""
         total = next(iter(posteriors.values())).loc.new_zeros(())
         for a, b in combinations(posteriors.values(), 2):
-            in_a, in_b = (torch.isin(a.rows, b.rows, assume_unique=True), torch.isin(b.rows, a.rows, assume_unique=True))
+            in_a, in_b = (
+                torch.isin(a.rows, b.rows, assume_unique=True),
+                torch.isin(b.rows, a.rows, assume_unique=True),
+            )
             difference = (a.loc[in_a] - b.loc[in_b]).square()
             variance_a, variance_b = a.scale[in_a].square(), b.scale[in_b].square()
             terms = (variance_a + difference) / variance_b + (variance_b + difference) / variance_a - 2

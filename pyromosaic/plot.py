@@ -87,7 +87,7 @@ def embedding(coordinates: pd.DataFrame, colour: pd.Series, ax: Axes | None = No
     order = order[np.argsort(values.notna().to_numpy()[order], kind="stable")]
     known = order[values.isna().sum() :]
     xy = coordinates.to_numpy()
-    style: Any = {"s": float(np.clip(20_000 / len(xy), 1, 25)), "linewidths": 0, "rasterized": True}
+    style: Any = {"s": float(np.clip(12_000 / len(xy), 1, 25)), "linewidths": 0, "rasterized": True}
     if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(colour):
         ax.scatter(xy[order, 0], xy[order, 1], color=UNKNOWN, **style)
         dots = ax.scatter(xy[known, 0], xy[known, 1], c=values.to_numpy()[known], cmap="viridis", **style)
@@ -151,7 +151,7 @@ def imputation(
         ax.set_yticks(np.log1p(shown), [f"{v:,}" for v in shown])
     extent = (low, high, low, high)
     cells = ax.hexbin(x, y, gridsize=36, extent=extent, norm=LogNorm(), mincnt=1, cmap="viridis_r", linewidths=0.1)
-    ax.axline((low, low), slope=1, color="black", linewidth=1, linestyle="--")
+    ax.axline((low, low), slope=1, color=PALETTE[3], linewidth=1.5, linestyle="--")
     ax.text(
         *(0.04, 0.96, f"Spearman {spearman:.2f}"),
         transform=ax.transAxes,
@@ -221,7 +221,7 @@ def overview(
     with plt.rc_context({"font.size": 10, "axes.titlesize": 12, "legend.fontsize": 10}):
         n_columns = max(len(colours), len(imputed) + 1, 2)
         layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1)
-        figure = plt.figure(figsize=(4.4 * n_columns, 8.4), layout=layout)
+        figure = plt.figure(figsize=(4.4 * n_columns, 8), layout=layout)
         above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
         for ax, colour in zip(np.ravel(above.subplots(1, len(colours))), colours, strict=True):
             embedding(coordinates, colour, ax)

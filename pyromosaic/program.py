@@ -29,10 +29,11 @@ class Program(PyroModule):
             super().__init__()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program."""
         for parameter in self.parameters():
             # pyro.infer.SVI asks each parameter for the tensor to optimise, and plain ones do not answer in local mode.
             if not hasattr(parameter, "unconstrained"):
-                parameter.unconstrained = partial(_itself, parameter)  # type: ignore[attr-defined]
+                parameter.unconstrained = partial(_itself, parameter)
         with pyro.settings.context(module_local_params=True):
             return super().__call__(*args, **kwargs)
 

@@ -90,7 +90,7 @@ def test_integrate_writes_what_the_model_says(folder, data):
     assert sorted(p.name for p in folder.iterdir()) == ["data.h5mu", "result.h5mu"]
     result = read("result.h5mu")
 
-    mosaic = Mosaic.from_mudata(data, batch_key="donor", label_key="type")
+    mosaic = Mosaic.from_mudata(data, batch_key="donor")  # labels make no difference
     model = MultiVI(mosaic, n_latent=4, seed=3)
     model.train(2, seed=3, batch_size=40, progress_bar=False)
     latent = model.get_latent_representation()

@@ -12,10 +12,9 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, TraceMeanField_ELBO
-from torch.nn.functional import softplus
 
 from pyromosaic import ModalitySpec, Mosaic, MultiVI, hide, metrics, pbmc_mosaic
-from pyromosaic.data import loader, measured, split, to_predict
+from pyromosaic.data import loader, measured, split
 from pyromosaic.distributions import NegativeBinomial, NegativeBinomialMixture
 from pyromosaic.penalties import Jeffreys
 from pyromosaic.train import MosaicELBO, NonFiniteLossError
@@ -27,7 +26,9 @@ def simulate(n_cells: int = 240, seed: int = 0) -> mudata.MuData:
     """Three modalities from four types in two batches; every pattern of presence occurs."""
     rng = np.random.default_rng(seed)
     kind, batch = rng.integers(4, size=n_cells), rng.integers(2, size=n_cells)
-    obs = pd.DataFrame({"batch": np.array(["a", "b"])[batch], "type": kind.astype(str)}, [f"c{i}" for i in range(n_cells)])
+    obs = pd.DataFrame(
+        {"batch": np.array(["a", "b"])[batch], "type": kind.astype(str)}, [f"c{i}" for i in range(n_cells)]
+    )
     rna = rng.poisson(np.exp(rng.normal(0.3, 1.0, (4, 30)))[kind] * rng.gamma(4, 0.25, (n_cells, 1))) + (
         np.arange(30) == 0
     )
@@ -194,7 +195,9 @@ def test_minibatches_estimate_the_whole_without_bias(mosaic):
         elbo.loss(model.model, model.guide, measured(mosaic, part))
         terms.append(elbo.terms)
     for name in ("z", "penalty/jeffreys"):  # these do not depend on the draw
-        torch.testing.assert_close(torch.stack([t[name] for t in terms[1:]]).mean(), terms[0][name], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(
+            torch.stack([t[name] for t in terms[1:]]).mean(), terms[0][name], rtol=1e-4, atol=1e-3
+        )
 
 
 def test_a_modality_without_a_cell_in_the_minibatch_is_skipped(mosaic):
@@ -487,7 +490,7 @@ def test_wrong_questions_get_a_sentence(trained, mosaic):
         (lambda: trained.get_imputed_values("rna", n_samples=0), ValueError, "at least 1"),
         (lambda: trained.get_imputed_values("rna", n_samples=2, quantiles=[2.0]), ValueError, "between 0 and 1"),
         (lambda: trained.get_imputed_values("rna", []), ValueError, "no cell was asked for"),
-        (lambda: MultiVI(mosaic.schema).train(1), ValueError, "without data"),
+        (lambda: MultiVI(mosaic.schema).train(1), ValueError, "has no data"),
     ]:
         with pytest.raises(error, match=message):
             call()
@@ -532,7 +535,9 @@ def test_load_in_another_process(trained, data, tmp_path):
 
 def test_load_puts_features_in_order_and_refuses_others(trained, data, tmp_path):
     trained.save(tmp_path / "model")
-    mixed = {name: adata[::-1, np.random.default_rng(0).permutation(adata.n_vars)].copy() for name, adata in data.mod.items()}
+    mixed = {
+        name: adata[::-1, np.random.default_rng(0).permutation(adata.n_vars)].copy() for name, adata in data.mod.items()
+    }
     loaded = MultiVI.load(tmp_path / "model", mixed)
     pd.testing.assert_frame_equal(
         loaded.get_latent_representation().sort_index(), trained.get_latent_representation().sort_index(), atol=1e-5
@@ -593,7 +598,8 @@ def test_import_is_quick_and_pulls_in_nothing_optional():
     script = (
         "import time, torch, pyro; start = time.perf_counter(); import pyromosaic, sys; "
         "print(time.perf_counter() - start); "
-        "print([m for m in ('matplotlib', 'umap', 'lightning', 'geomloss', 'torch_geometric', 'scanpy') if m in sys.modules])"
+        "optional = ('matplotlib', 'umap', 'lightning', 'geomloss', 'torch_geometric', 'scanpy'); "
+        "print([m for m in optional if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split("\n")
     assert float(out[0]) < 1

@@ -63,7 +63,9 @@ class _CountDistribution(TorchDistribution):
             self._validate_sample(value)
         shape = torch.Size(broadcast_shape(self.batch_shape, value.shape))
         if value.layout == torch.strided:
-            positive = self._log_prob_positive(value.double().clamp_min(1), lambda x, transform=Tensor.double: transform(x))
+            positive = self._log_prob_positive(
+                value.double().clamp_min(1), lambda x, transform=Tensor.double: transform(x)
+            )
             zero = self._log_prob_zero()
             return torch.where(value == 0, zero, positive.to(zero.dtype)).expand(shape)
         if value.shape != shape:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyromosaic.data import Minibatch, Mosaic, Schema, Split, loader, split, to_predict
 from pyromosaic.program import Program
-from pyromosaic.tasks import AtMean, Estimate, draws, estimate, inference_mode
+from pyromosaic.tasks import Estimate, draws, estimate, inference_mode
 from pyromosaic.train import Optimisation, fit
 
 FORMAT = 1  # version of the saved form
@@ -134,7 +134,14 @@ class MosaicModel:
         with torch.random.fork_rng(), pyro.validation_enabled(False):
             torch.manual_seed(seed)
             self.history = fit(
-                self.model, self.guide, train, held_out, n_epochs, optimisation, early_stopping=early_stopping, **trainer
+                self.model,
+                self.guide,
+                train,
+                held_out,
+                n_epochs,
+                optimisation,
+                early_stopping=early_stopping,
+                **trainer,
             )
         self.model.eval()
         self.guide.eval()
@@ -275,7 +282,7 @@ class MosaicModel:
         encode: Sequence[str] | None = None,
         batch: str | None = None,
         library: float | None = None,
-        n_samples: int = 25,
+        n_samples: int | None = 25,
         quantiles: Sequence[float] = (0.05, 0.95),
         data: Mosaic | None = None,
         seed: int = 0,
@@ -296,7 +303,7 @@ class MosaicModel:
         library
             Size of the cells in counts; by default the cell's own, or the median where the modality is missing.
         n_samples
-            Number of independent posterior draws.
+            Number of independent posterior draws; None evaluates at the mean of the posterior, without uncertainty.
         quantiles
             Levels at which to report quantiles over the draws.
 
@@ -384,9 +391,8 @@ class MosaicModel:
                 self.schema[name]
             present = np.any([mosaic.modalities[name].present[index] for name in encode], axis=0)
             if not present.all():
-                raise ValueError(
-                    f"cell {mosaic.obs_names[index[~present][0]]!r} has none of the modalities to infer from: {list(encode)}"
-                )
+                cell = mosaic.obs_names[index[~present][0]]
+                raise ValueError(f"cell {cell!r} has none of the modalities to infer from: {', '.join(encode)}")
         wanted = torch.from_numpy(columns).to(self._device)
         with inference_mode(self.model, self.guide, seed=seed):
             size = max(1, CHUNK_ENTRIES // (self.schema[modality].n_features * (n_samples or 1)))
@@ -427,9 +433,9 @@ class MosaicModel:
     def _data(self, data: Mosaic | None) -> Mosaic:
         mosaic = self.mosaic if data is None else data
         if mosaic is None:
-            raise ValueError("the model was loaded without data; give some, data=Mosaic.from_mudata(..., schema=model.schema)")
+            raise ValueError("the model has no data: give some, data=model.register(mdata) say")
         if mosaic.schema != self.schema:
-            raise ValueError("the data were not registered for this model; register them with schema=model.schema")
+            raise ValueError("the data were not registered for this model: model.register(mdata) does that")
         return mosaic
 
     # Keeping
@@ -453,7 +459,9 @@ class MosaicModel:
         if (directory / "model.json").exists() and not overwrite:
             raise FileExistsError(f"{directory} holds a model already; overwrite=True replaces it")
         directory.mkdir(parents=True, exist_ok=True)
-        weights = {f"{k}.{n}": t.contiguous() for k in ("model", "guide") for n, t in getattr(self, k).state_dict().items()}
+        weights = {
+            f"{k}.{n}": t.contiguous() for k in ("model", "guide") for n, t in getattr(self, k).state_dict().items()
+        }
         save_file(weights, directory / "weights.safetensors")
         options, objects = {}, []
         for key, value in self.options.items():
@@ -500,12 +508,16 @@ class MosaicModel:
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(f"{directory} does not hold a whole saved model: {error}") from error
         if version != FORMAT:
-            raise ValueError(f"{directory} was saved in format {version}; this version of pyromosaic reads format {FORMAT}")
+            raise ValueError(
+                f"{directory} was saved in format {version}; this version of pyromosaic reads format {FORMAT}"
+            )
         if name != cls.__name__:
             raise ValueError(f"{directory} holds a model of class {name}, not {cls.__name__}; use {name}.load")
         missing = [key for key in content["objects"] if key not in objects]
         if missing:
-            raise ValueError(f"the saved model was constructed with objects of the user's: give {', '.join(missing)} again")
+            raise ValueError(
+                f"the saved model was constructed with objects of the user's: give {', '.join(missing)} again"
+            )
         try:
             model = cls(Schema.from_json(content["schema"]), **content["options"], **objects)  # type: ignore[call-arg]
             for part in ("model", "guide"):

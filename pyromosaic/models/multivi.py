@@ -4,6 +4,7 @@ Ashuach et al., MultiVI: deep generative model for the integration of multimodal
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyro
 from pyro import distributions as dist
@@ -27,19 +28,22 @@ class MultiVIModel(Program):
     covariates, and its likelihood gives the measurements.
     """
 
-    def __init__(self, prior: nn.Module, decoders: Mapping[str, nn.Module], likelihoods: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, prior: nn.Module, decoders: Mapping[str, nn.Module], likelihoods: Mapping[str, nn.Module]
+    ) -> None:
         super().__init__()
         self.prior = prior
-        self.decoders = nn.ModuleDict(decoders)
-        self.likelihoods = self.container(likelihoods)
+        self.decoders: Any = nn.ModuleDict(decoders)
+        self.likelihoods: Any = self.container(likelihoods)
 
     def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> None:
         """Sites: ``z``, and one of each modality's name (with ``<protein>_background`` beside an NB mixture)."""
         with pyro.plate("cells", minibatch.n_cells, subsample=minibatch.index, dim=-2), poutine.scale(scale=kl_weight):
             z = pyro.sample("z", self.prior(minibatch))
+        decoders, likelihoods = self.decoders, self.likelihoods  # looked up once: Pyro notes every parameter each time
         for name, view in minibatch.decoded.items():
-            predictors = self.decoders[name](z[..., view.rows, 0, :], view)
-            likelihood = self.likelihoods[name]
+            predictors = decoders[name](z[..., view.rows, 0, :], view)
+            likelihood = likelihoods[name]
             with self.plates(name, minibatch, likelihood.schema.n_features):
                 likelihood(name, predictors, view, kl_weight)
 
@@ -61,16 +65,17 @@ class MultiVIGuide(Program):
         left_out: float,
     ) -> None:
         super().__init__()
-        self.encoders = nn.ModuleDict(encoders)
+        self.encoders: Any = nn.ModuleDict(encoders)
         self.fusion = fusion
         self.left_out = left_out
         self.penalties = nn.ModuleList(penalties)
-        self.decoders = nn.ModuleDict(decoders)
-        self.likelihoods = dict(likelihoods)  # the model owns their parameters
+        self.decoders: Any = nn.ModuleDict(decoders)
+        self.likelihoods: dict[str, Any] = dict(likelihoods)  # the model owns their parameters
 
     def posteriors(self, minibatch: Minibatch) -> dict[str, Posterior]:
         """Posterior of z given each modality alone."""
-        return {name: Posterior(view.rows, *self.encoders[name](view)) for name, view in minibatch.observed.items()}
+        encoders = self.encoders
+        return {name: Posterior(view.rows, *encoders[name](view)) for name, view in minibatch.observed.items()}
 
     def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> None:
         """Sites: ``z``, ``penalty/...``, and ``<protein>_background`` beside an NB mixture."""
@@ -174,6 +179,8 @@ class MultiVI(MosaicModel):
     def start(self, mosaic: Mosaic) -> None:
         """Set input scaling, feature-level parameters and the decoders' biases from the data."""
         for name, modality in mosaic.modalities.items():
+            if not modality.present.any():
+                raise ValueError(f"modality {name!r} has no cell to learn from; load a trained model for such data")
             view = measured(mosaic, modality.sample()).observed[name]
             self.guide.encoders[name].scaling.start(view)
             values = self.model.likelihoods[name].start(view)

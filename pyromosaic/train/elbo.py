@@ -65,8 +65,8 @@ class MosaicELBO(TraceMeanField_ELBO):
                 check_fully_reparametrized(guide_site)
                 if not torch.equal(torch.as_tensor(site["scale"]), torch.as_tensor(guide_site["scale"])):
                     raise ValueError(
-                        f"site {name!r} is scaled by {site['scale']} in the model and {guide_site['scale']} in the guide; "
-                        "both must be the same"
+                        f"site {name!r} is scaled by {site['scale']} in the model and by {guide_site['scale']} in the "
+                        "guide; both must be the same"
                     )
             try:
                 divergence = kl_divergence(guide_site["fn"], site["fn"])

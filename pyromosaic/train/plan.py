@@ -73,7 +73,9 @@ class Plan(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW, and the schedule if there is one."""
         o = self.optimisation
-        optimiser = torch.optim.AdamW(self.objective.parameters(), lr=o.learning_rate, weight_decay=o.weight_decay)
+        optimiser = torch.optim.AdamW(
+            self.objective.parameters(), lr=o.learning_rate, weight_decay=o.weight_decay, fused=True
+        )
         return optimiser if o.schedule is None else ([optimiser], [o.schedule(optimiser)])
 
     def kl_weight(self) -> float:
@@ -91,8 +93,8 @@ class Plan(lightning.LightningModule):
             sites = [name for name, term in self.elbo.terms.items() if not torch.isfinite(term)]
             self.objective.load_state_dict(self._last_good)
             raise NonFiniteLossError(
-                f"the loss is not finite in epoch {self.current_epoch}, at {', '.join(map(repr, sites))}; the parameters "
-                "are back at the start of this epoch. A lower learning rate or a smaller gradient_clip helps"
+                f"the loss is not finite in epoch {self.current_epoch}, at {', '.join(map(repr, sites))}; the "
+                "parameters are back at the start of this epoch. A lower learning rate or gradient_clip helps"
             )
         self._add("train", minibatch, loss.detach(), weight)
         return loss
@@ -105,9 +107,10 @@ class Plan(lightning.LightningModule):
     def _add(self, part: str, minibatch: Minibatch, loss: Tensor, kl_weight: float) -> None:
         """Add the parts of the loss to the epoch's sums, on the device."""
         sums = self._sums.setdefault(part, {})
-        # Each part stands for n_cells cells.
-        parts = {k: v / minibatch.n_cells / (kl_weight if k in self.elbo.latent else 1.0) for k, v in self.elbo.terms.items()}
-        parts["elbo"] = -sum(v for k, v in parts.items() if not k.startswith("penalty/"))  # type: ignore[assignment]
+        parts = {}
+        for name, term in self.elbo.terms.items():  # each stands for n_cells cells
+            parts[name] = term / (minibatch.n_cells * (kl_weight if name in self.elbo.latent else 1.0))
+        parts["elbo"] = -torch.stack([v for k, v in parts.items() if not k.startswith("penalty/")]).sum()
         parts["objective"] = loss
         for name, value in parts.items():
             sums[name] = sums.get(name, torch.zeros_like(loss)) + len(minibatch) * value
@@ -214,7 +217,9 @@ def fit(
         If the loss is not finite; the parameters are then those at the start of the epoch.
     """
     if early_stopping is not None and validation is None:
-        raise ValueError("early stopping looks at validation cells: give validation a share above 0, or set early_stopping=None")
+        raise ValueError(
+            "early stopping looks at validation cells: give validation a share above 0, or set early_stopping=None"
+        )
     plan = Plan(model, guide, optimisation, n_epochs)
     callbacks = list(callbacks)
     if early_stopping is not None:
@@ -228,7 +233,7 @@ def fit(
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*number of training batches.*")
         runner = lightning.Trainer(
-            max_epochs=n_epochs,
+            max_epochs=int(n_epochs),
             gradient_clip_val=optimisation.gradient_clip or None,
             callbacks=callbacks,
             logger=logger,
