@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import logging
 import multiprocessing
 import resource
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +47,12 @@ def measured_cost() -> Any:
     yield cost
     cost.seconds = time.perf_counter() - start
     cost.peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def quiet() -> None:
+    """Keep warnings and Lightning's messages out of the tables."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
 def isolated(function: Callable[..., Figures], *args: Any) -> Figures:

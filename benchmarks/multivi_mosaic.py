@@ -8,14 +8,23 @@ compared with what was hidden. ``--unpair SHARE``: that share of the cells is re
     python benchmarks/multivi_mosaic.py --data snare_cortex.h5mu --unpair 0.75 --min-share 0.005 --label-key cell_class
 """
 
-import logging
-import warnings
 from argparse import Namespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from common import Figures, arguments, isolated, measured_cost, report
+from common import Figures, arguments, isolated, measured_cost, quiet, report
+
+
+def open_regions(mdata: Any, min_share: float) -> Any:
+    """The same data with only the regions that are open in more than a share of the cells."""
+    import mudata
+
+    if not min_share:
+        return mdata
+    modalities = dict(mdata.mod.items())
+    opened = np.asarray((modalities["atac"].X > 0).mean(axis=0)).ravel()
+    return mudata.MuData(modalities | {"atac": modalities["atac"][:, opened > min_share].copy()})
 
 
 def load(options: Namespace, seed: int) -> tuple[Any, dict[str, Any]]:
@@ -23,16 +32,9 @@ def load(options: Namespace, seed: int) -> tuple[Any, dict[str, Any]]:
     import mudata
 
     from pyromosaic import hide, pbmc_mosaic, unpair
-    from pyromosaic.data.spec import LIKELIHOOD_BY_NAME
 
     whole = pbmc_mosaic() if options.data is None else mudata.read_h5mu(options.data)
-    if options.min_share:
-        kept = {}
-        for name, adata in whole.mod.items():
-            seen = np.asarray((adata.X > 0).mean(axis=0)).ravel()
-            wanted = seen > options.min_share if LIKELIHOOD_BY_NAME.get(name.lower()) == "bernoulli" else seen > 0
-            kept[name] = adata[:, wanted].copy()
-        whole = mudata.MuData(kept)
+    whole = open_regions(whole, options.min_share)
     if options.unpair is None:
         return hide(whole, dict.fromkeys(whole.mod, options.hide), seed)
     mosaic = unpair(whole, options.unpair, seed)
@@ -98,7 +100,7 @@ def quality(mosaic: Any, truth: dict[str, Any], options: Namespace, latent: pd.D
 
 def ours(options: Namespace, seed: int) -> Figures:
     """Train and judge this package's MultiVI."""
-    _quiet()
+    quiet()
     from pyromosaic import Mosaic, MultiVI
 
     data, truth = load(options, seed)
@@ -123,7 +125,7 @@ def ours(options: Namespace, seed: int) -> Figures:
 
 def peer(options: Namespace, seed: int) -> Figures:
     """Train and judge scvi-tools' MULTIVI."""
-    _quiet()
+    quiet()
     import peers
 
     data, truth = load(options, seed)
@@ -145,12 +147,8 @@ def _cost(seconds: float, epochs: int, peak_mb: float) -> Figures:
     }
 
 
-def _quiet() -> None:
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-
-
 def main() -> None:
+    """Run the benchmark."""
     parser = arguments(__doc__.split("\n")[0])
     parser.add_argument("--hide", type=int, default=200, help="cells that lose each modality")
     parser.add_argument("--unpair", type=float, help="share of cells to unpair instead of hiding")

@@ -72,3 +72,45 @@ class Jeffreys(Penalty):
             terms = (variance_a + difference) / variance_b + (variance_b + difference) / variance_a - 2
             total = total + 0.5 * terms.sum()
         return total / len(minibatch)
+
+
+class MMD(Penalty):
+    """Squared maximum mean discrepancy between the modalities' representations, over pairs of modalities.
+
+    Compares the posterior means of all cells that have one modality with those of all that have the other, so that
+    cells with a single modality take part. It assumes that both see the same mixture of cells: where they do not, a
+    large weight forces strangers together.
+
+    Parameters
+    ----------
+    weight
+        What it is multiplied by.
+
+    References
+    ----------
+    Gretton et al., A kernel two-sample test, JMLR 2012.
+    """
+
+    name = "mmd"
+
+    def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
+        """The penalty, a scalar; 0 with a single modality."""
+        total = next(iter(posteriors.values())).loc.new_zeros(())
+        for a, b in combinations(posteriors.values(), 2):
+            total = total + discrepancy(a.loc, b.loc)
+        return total
+
+
+def discrepancy(x: Tensor, y: Tensor) -> Tensor:
+    """Squared maximum mean discrepancy of two samples, (n, d) and (m, d), by Gaussian kernels of several widths.
+
+    The widths are multiples of the mean squared distance of the pooled sample, through which no gradient flows.
+    """
+    pooled = torch.cat([x, y])
+    squares = pooled.square().sum(-1)
+    distances = (squares.unsqueeze(-1) + squares - 2 * pooled @ pooled.T).clamp_min(0.0)
+    width = distances.detach().mean()
+    kernel = torch.stack([torch.exp(-distances / (factor * width)) for factor in (0.125, 0.25, 0.5, 1.0)]).mean(0)
+    n = len(x)
+    within = kernel[:n, :n].mean() + kernel[n:, n:].mean()
+    return within - 2 * kernel[:n, n:].mean()

@@ -98,7 +98,7 @@ def test_sites_and_shapes_read_like_the_paper(mosaic):
 
 def test_loss_equals_the_formulas(mosaic):
     """Negative log-likelihoods, analytic divergences and the Jeffreys penalty, each written out again."""
-    model = small(mosaic, left_out=0.0, jeffreys=3.0)
+    model = small(mosaic, left_out=0.0, jeffreys=3.0, mmd=7.0)
     minibatch = measured(mosaic, np.arange(0, 240, 5))
     beta, scale = 0.3, mosaic.n_cells / 48
     elbo = MosaicELBO()
@@ -124,6 +124,18 @@ def test_loss_equals_the_formulas(mosaic):
             for q in own[i + 1 :]:
                 jeffreys += (torch.distributions.kl_divergence(p, q) + torch.distributions.kl_divergence(q, p)).sum()
     expected["penalty/jeffreys"] = 3.0 * jeffreys * scale
+    loc = [q[0] for q in posteriors.values()]
+    mmd = 0.0
+    for i, x in enumerate(loc):
+        for y in loc[i + 1 :]:
+            width = torch.cdist(torch.cat([x, y]), torch.cat([x, y])).square().mean()
+
+            def kernel(a, b, width=width):
+                squared = torch.cdist(a, b).square()
+                return sum((-squared / (c * width)).exp().mean() for c in (0.125, 0.25, 0.5, 1.0)) / 4
+
+            mmd += kernel(x, x) + kernel(y, y) - 2 * kernel(x, y)
+    expected["penalty/mmd"] = 7.0 * mmd * mosaic.n_cells
     expected["z"] = beta * scale * 0.5 * (means**2 + variances - 1 - variances.log()).sum()
 
     def decode(side, name):
@@ -207,7 +219,7 @@ def test_a_modality_without_a_cell_in_the_minibatch_is_skipped(mosaic):
     model = small(mosaic)
     elbo = MosaicELBO()
     assert np.isfinite(elbo.loss(model.model, model.guide, minibatch))
-    assert set(elbo.terms) == {"z", "rna", "penalty/jeffreys"}
+    assert set(elbo.terms) == {"z", "rna", "penalty/jeffreys", "penalty/mmd"}
     assert elbo.terms["penalty/jeffreys"] == 0
 
 
@@ -253,10 +265,10 @@ def test_plain_svi_reaches_the_same_held_out_elbo(mosaic):
             losses = [MosaicELBO().loss(model.model, model.guide, held_out) for _ in range(20)]
         return -np.mean(losses) / held_out.n_cells
 
-    ours = small(mosaic, jeffreys=0.0)
+    ours = small(mosaic, jeffreys=0.0, mmd=0.0)
     before = evaluate(ours)
     ours.train(60, batch_size=64, validation=0.2, learning_rate=5e-3, weight_decay=0.0, kl_warmup_epochs=0, **QUIET)
-    plain = small(mosaic, jeffreys=0.0)
+    plain = small(mosaic, jeffreys=0.0, mmd=0.0)
     plain.model.train(), plain.guide.train()
     svi = SVI(plain.model, plain.guide, pyro.optim.Adam({"lr": 5e-3}), TraceMeanField_ELBO())
     torch.manual_seed(3)
@@ -333,6 +345,7 @@ def test_history_has_every_term(trained):
         elbo = -history[[f"{part}_{site}" for site in sites]].sum(axis=1)
         np.testing.assert_allclose(history[f"{part}_elbo"], elbo, rtol=1e-4)
         objective = -history["validation_elbo"] + history["validation_penalty/jeffreys"]
+        objective = objective + history["validation_penalty/mmd"]
     np.testing.assert_allclose(history["validation_objective"], objective, rtol=1e-4)
     assert history["kl_weight"].iloc[0] < 1 and history["kl_weight"].iloc[-1] == 1
     assert history["train_objective"].iloc[-1] < history["train_objective"].iloc[5]

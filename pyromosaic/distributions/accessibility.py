@@ -1,14 +1,12 @@
 """Chromatin accessibility: whether a region is open in a cell."""
 
-from collections.abc import Callable
-
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.types import _size
 
-from pyromosaic.distributions.counts import _CountDistribution
+from pyromosaic.distributions.counts import Lookup, _CountDistribution, _everywhere
 
 
 class AccessibilityBernoulli(_CountDistribution):
@@ -76,16 +74,16 @@ class AccessibilityBernoulli(_CountDistribution):
         with torch.no_grad():
             return torch.bernoulli(self.mean.expand(self._extended_shape(sample_shape)))
 
-    def _log_open(self) -> Tensor:
-        return logsigmoid(self.logits) + (logsigmoid(self.region_logits) + logsigmoid(self.cell_logits))
+    def _log_open(self, at: Lookup = _everywhere) -> Tensor:
+        return logsigmoid(at(self.logits)) + (logsigmoid(at(self.region_logits)) + logsigmoid(at(self.cell_logits)))
 
-    def _log_prob_zero(self) -> Tensor:
-        log_open = self._log_open()
+    def _log_prob_zero(self, at: Lookup) -> Tensor:
+        log_open = self._log_open(at)
         probability = torch.exp(log_open)
         closed = torch.log1p(-probability.clamp(max=0.9))
         sure = probability > 0.9  # few; there 1 - p loses its digits
         rest = -torch.expm1(log_open.masked_select(sure).clamp(max=-torch.finfo(log_open.dtype).tiny))
         return closed.masked_scatter(sure, torch.log(rest))
 
-    def _log_prob_positive(self, count: Tensor, at: Callable[..., Tensor]) -> Tensor:
-        return logsigmoid(at(self.logits)) + logsigmoid(at(self.region_logits)) + logsigmoid(at(self.cell_logits))
+    def _log_prob_positive(self, count: Tensor, at: Lookup) -> Tensor:
+        return self._log_open(at)

@@ -13,6 +13,9 @@ from torch.types import _size
 LARGEST_RATE = 1e9  # Poisson samplers overflow 32-bit integers above about 4e9
 SMALLEST_MEAN = 1e-30  # keeps count / mean finite in float32 when a mean has underflowed to zero
 
+#: From a parameter, and a transform of it, to its transformed values at the entries concerned.
+Lookup = Callable[..., Tensor]
+
 
 class _CountDistribution(TorchDistribution):
     """Counts, most of which are zero.
@@ -28,14 +31,14 @@ class _CountDistribution(TorchDistribution):
         shape = broadcast_shape(*(parameter.shape for parameter in parameters.values()))
         super().__init__(torch.Size(shape), validate_args=validate_args)
 
-    def _log_prob_zero(self) -> Tensor:
-        """Log-probability of a zero at every entry, in a shape that broadcasts to ``batch_shape``."""
+    def _log_prob_zero(self, at: Lookup) -> Tensor:
+        """Log-probability of a zero; ``at(parameter)`` is a parameter at the entries."""
         raise NotImplementedError
 
-    def _log_prob_positive(self, count: Tensor, at: Callable[..., Tensor]) -> Tensor:
-        """Log-probability of the positive counts; ``at(parameter)`` is a parameter at their entries.
+    def _log_prob_positive(self, count: Tensor, at: Lookup) -> Tensor:
+        """Log-probability of positive counts, which are given in float64.
 
-        In float64: ``lgamma(count + theta) - lgamma(theta)`` cancels in float32.
+        In float32 ``lgamma(count + theta) - lgamma(theta)`` cancels: ``at(parameter, Tensor.double)`` is in float64.
         """
         raise NotImplementedError
 
@@ -63,30 +66,21 @@ class _CountDistribution(TorchDistribution):
             self._validate_sample(value)
         shape = torch.Size(broadcast_shape(self.batch_shape, value.shape))
         if value.layout == torch.strided:
-            positive = self._log_prob_positive(
-                value.double().clamp_min(1), lambda x, transform=Tensor.double: transform(x)
-            )
-            zero = self._log_prob_zero()
-            return torch.where(value == 0, zero, positive.to(zero.dtype)).expand(shape)
-        if value.shape != shape:
+            value = value.expand(shape)
+            log_prob = self._log_prob_positive(value.double().clamp_min(1), _everywhere)
+            index = (value == 0).nonzero().T
+            rest = self._log_prob_zero(_lookup(index, shape))
+        elif value.shape == shape:
+            value = value.to_sparse().coalesce()
+            index, count = value.indices(), value.values()
+            if not count.all():  # a sparse tensor may store zeros
+                index, count = index[:, count != 0], count[count != 0]
+            log_prob = self._log_prob_zero(_everywhere)
+            rest = self._log_prob_positive(count.double(), _lookup(index, shape))
+        else:
             raise ValueError(f"A sparse value must have the shape {tuple(shape)}, not {tuple(value.shape)}.")
-        value = value.to_sparse().coalesce()
-        index, count = value.indices(), value.values()
-        if not count.all():  # a sparse tensor may store zeros
-            index, count = index[:, count != 0], count[count != 0]
-        entry = _flat_position(index, shape)
-
-        def at(parameter: Tensor, transform: Callable[[Tensor], Tensor] = Tensor.double) -> Tensor:
-            """Look up the transformed parameter at the entries; the transform runs on the smaller of the two."""
-            position = entry if parameter.shape == shape else _flat_position(index, parameter.shape)
-            if parameter.numel() < len(position):
-                return transform(parameter).reshape(-1).index_select(0, position)
-            return transform(parameter.reshape(-1).index_select(0, position))
-
-        positive = self._log_prob_positive(count.double(), at)
-        log_prob = self._log_prob_zero().expand(shape).reshape(-1)
-        log_prob = log_prob.index_put((entry,), positive.to(log_prob.dtype))
-        return log_prob.reshape(shape)
+        position = _flat_position(index, shape)
+        return log_prob.expand(shape).reshape(-1).index_put((position,), rest).reshape(shape)
 
     def expand(self, batch_shape: _size, _instance: TorchDistribution | None = None) -> "_CountDistribution":
         """Return the same distribution with a larger ``batch_shape``; parameters are shared, not copied."""
@@ -161,10 +155,10 @@ class NegativeBinomial(_CountDistribution):
         with torch.no_grad():
             return _gamma_poisson(self.mu.expand(shape), self.theta.expand(shape))
 
-    def _log_prob_zero(self) -> Tensor:
-        return _log_zero(self.mu, self.theta)
+    def _log_prob_zero(self, at: Lookup) -> Tensor:
+        return _log_zero(at(self.mu), at(self.theta))
 
-    def _log_prob_positive(self, count: Tensor, at: Callable[..., Tensor]) -> Tensor:
+    def _log_prob_positive(self, count: Tensor, at: Lookup) -> Tensor:
         return _log_positive(count, [self.mu], self.theta, at)[0]
 
 
@@ -232,11 +226,11 @@ class ZeroInflatedNegativeBinomial(_CountDistribution):
             counted = torch.bernoulli(torch.sigmoid(-self.gate_logits).expand(shape))
             return counted * _gamma_poisson(self.mu.expand(shape), self.theta.expand(shape))
 
-    def _log_prob_zero(self) -> Tensor:
+    def _log_prob_zero(self, at: Lookup) -> Tensor:
         structural = self.gate_logits.new_zeros(())
-        return _log_mixture(self.gate_logits, structural, _log_zero(self.mu, self.theta))
+        return _log_mixture(at(self.gate_logits), structural, _log_zero(at(self.mu), at(self.theta)))
 
-    def _log_prob_positive(self, count: Tensor, at: Callable[..., Tensor]) -> Tensor:
+    def _log_prob_positive(self, count: Tensor, at: Lookup) -> Tensor:
         return logsigmoid(-at(self.gate_logits)) + _log_positive(count, [self.mu], self.theta, at)[0]
 
 
@@ -332,11 +326,12 @@ class NegativeBinomialMixture(_CountDistribution):
             mu = torch.where(background, self.mu_background, self.mu_foreground)
             return _gamma_poisson(mu, self.theta.expand(shape))
 
-    def _log_prob_zero(self) -> Tensor:
-        background, foreground = (_log_zero(mu, self.theta) for mu in (self.mu_background, self.mu_foreground))
-        return _log_mixture(self.mixture_logits, background, foreground)
+    def _log_prob_zero(self, at: Lookup) -> Tensor:
+        theta = at(self.theta)
+        background, foreground = (_log_zero(at(mu), theta) for mu in (self.mu_background, self.mu_foreground))
+        return _log_mixture(at(self.mixture_logits), background, foreground)
 
-    def _log_prob_positive(self, count: Tensor, at: Callable[..., Tensor]) -> Tensor:
+    def _log_prob_positive(self, count: Tensor, at: Lookup) -> Tensor:
         means = [self.mu_background, self.mu_foreground]
         background, foreground = _log_positive(count, means, self.theta, at)
         logits = at(self.mixture_logits)
@@ -357,13 +352,36 @@ def _log_zero(mu: Tensor, theta: Tensor) -> Tensor:
     return -theta * torch.log1p(mu * theta.reciprocal())
 
 
-def _log_positive(count: Tensor, means: list[Tensor], theta: Tensor, at: Callable[..., Tensor]) -> list[Tensor]:
+def _log_positive(count: Tensor, means: list[Tensor], theta: Tensor, at: Lookup) -> list[Tensor]:
     """Negative binomial log-probability of positive counts under each mean; terms without a mean are computed once."""
     shared = at(theta, lambda theta: torch.xlogy(theta.double(), theta.double()) - torch.lgamma(theta.double()))
-    theta = at(theta)
-    shared = shared + torch.lgamma(count + theta) - torch.lgamma(count + 1)
-    mus = [at(mu) for mu in means]
-    return [shared + count * torch.log(mu + SMALLEST_MEAN) - (count + theta) * torch.log(theta + mu) for mu in mus]
+    theta_at = at(theta, Tensor.double)
+    shared = shared + torch.lgamma(count + theta_at) - torch.lgamma(count + 1)
+    log_probs = []
+    for mu in means:
+        mean = at(mu, Tensor.double)
+        whole = shared + count * torch.log(mean + SMALLEST_MEAN) - (count + theta_at) * torch.log(theta_at + mean)
+        log_probs.append(whole.to(torch.promote_types(mu.dtype, theta.dtype)))
+    return log_probs
+
+
+def _everywhere(parameter: Tensor, transform: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """A transformed parameter at every entry, in a shape that broadcasts."""
+    return parameter if transform is None else transform(parameter)
+
+
+def _lookup(index: Tensor, shape: torch.Size) -> Lookup:
+    """A function from a parameter to the transformed parameter at the given entries."""
+    entry = _flat_position(index, shape)
+
+    def at(parameter: Tensor, transform: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        position = entry if parameter.shape == shape else _flat_position(index, parameter.shape)
+        # The transform runs on the smaller of the two.
+        if parameter.numel() < len(position):
+            return _everywhere(parameter, transform).reshape(-1).index_select(0, position)
+        return _everywhere(parameter.reshape(-1).index_select(0, position), transform)
+
+    return at
 
 
 def _log_mixture(logits: Tensor, log_first: Tensor, log_second: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from pyromosaic.fusion import MeanFusion, Posterior, leave_out, presence
 from pyromosaic.likelihoods import LIKELIHOODS
 from pyromosaic.models.mosaic_model import MosaicModel
 from pyromosaic.nn import Decoder, Encoder
-from pyromosaic.penalties import Jeffreys, Penalty, apply
+from pyromosaic.penalties import MMD, Jeffreys, Penalty, apply
 from pyromosaic.priors import StandardNormal
 from pyromosaic.program import Program
 
@@ -112,6 +112,9 @@ class MultiVI(MosaicModel):
         Whether encoders see batch and covariates.
     jeffreys
         Weight of the symmetric divergence between the posteriors of a cell's modalities.
+    mmd
+        Weight of the discrepancy between the modalities' representations over all cells that have them; 0 as in the
+        paper, and better lowered where modalities were measured in different kinds of cells.
     left_out
         Share of the cells with several modalities in which, at each training step, the posterior sees only one of them
         while the model explains all; 0 as in the paper.
@@ -146,6 +149,7 @@ class MultiVI(MosaicModel):
         dropout: float = 0.1,
         encode_covariates: bool = True,
         jeffreys: float = 1.0,
+        mmd: float = 30.0,
         left_out: float = 0.5,
         prior: nn.Module | None = None,
         penalties: Sequence[Penalty] = (),
@@ -170,7 +174,7 @@ class MultiVI(MosaicModel):
             self.guide = MultiVIGuide(
                 encoders,
                 MeanFusion(),
-                [Jeffreys(jeffreys), *penalties],
+                [Jeffreys(jeffreys), MMD(mmd), *penalties],
                 decoders("posterior_predictors"),
                 likelihoods,
                 left_out,
