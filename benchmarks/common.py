@@ -51,6 +51,8 @@ def measured_cost() -> Any:
 
 def quiet() -> None:
     """Keep warnings and Lightning's messages out of the tables."""
+    import lightning.pytorch  # noqa: F401  it sets the level of its own messages
+
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 

@@ -92,6 +92,10 @@ def quality(mosaic: Any, truth: dict[str, Any], options: Namespace, latent: pd.D
         per_feature = metrics.imputation_spearman(counts, values, per="feature")
         figures[f"{name} Spearman, mean of features"] = float(np.nanmean(per_feature))
         figures[f"{name} Spearman, median of features"] = float(np.nanmedian(per_feature))
+        if name != "rna":
+            profile = values / values.sum(axis=1, keepdims=True) * library
+            per_feature = metrics.imputation_spearman(counts, profile, per="feature")
+            figures[f"{name} Spearman at hidden size, median"] = float(np.nanmedian(per_feature))
         shares = counts.multiply(1 / library).tocsr()
         per_feature = metrics.imputation_spearman(shares, values / (library if name == "rna" else 1), per="feature")
         figures[f"{name} Spearman of shares, median"] = float(np.nanmedian(per_feature))
@@ -157,7 +161,7 @@ def main() -> None:
     )
     parser.add_argument("--batch-key", default="batch")
     parser.add_argument("--label-key", default="celltype")
-    parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--epochs", type=int, default=150)
     parser.add_argument("--peer-epochs", type=int, default=500)
     options = parser.parse_args()
     runs: dict[str, list[Figures]] = {"pyromosaic": []}

@@ -106,7 +106,7 @@ def integrate(
         ),
     ] = 0,
     n_latent: Annotated[int, typer.Option(min=1, help="Dimensions of the latent space.")] = 15,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data in training.")] = 200,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data in training.")] = 150,
     batch_size: Annotated[int, typer.Option(min=1, help="Largest number of cells in a minibatch.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Seed of all that is random.")] = 0,
     impute: Annotated[
@@ -178,7 +178,7 @@ def integrate(
 def demo(
     out: Annotated[Path, typer.Option(metavar="RESULT.h5mu", help="Where to write the integrated data.")] = DEMO_OUT,
     figure: Annotated[Path, typer.Option(metavar="FIGURE.png", help="Where to draw the results.")] = DEMO_FIGURE,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data in training.")] = 200,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data in training.")] = 150,
     seed: Annotated[int, typer.Option(min=0, help="Seed of all that is random.")] = 0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace outputs that exist; the default ones are replaced anyway.")

@@ -104,13 +104,16 @@ class MMD(Penalty):
 def discrepancy(x: Tensor, y: Tensor) -> Tensor:
     """Squared maximum mean discrepancy of two samples, (n, d) and (m, d), by Gaussian kernels of several widths.
 
-    The widths are multiples of the mean squared distance of the pooled sample, through which no gradient flows.
+    The squared widths are 1, 1/2, 1/4 and 1/8 of the mean squared distance in the pooled sample, through which no
+    gradient flows.
     """
     pooled = torch.cat([x, y])
     squares = pooled.square().sum(-1)
     distances = (squares.unsqueeze(-1) + squares - 2 * pooled @ pooled.T).clamp_min(0.0)
-    width = distances.detach().mean()
-    kernel = torch.stack([torch.exp(-distances / (factor * width)) for factor in (0.125, 0.25, 0.5, 1.0)]).mean(0)
+    kernels = [torch.exp(-distances / distances.detach().mean())]
+    for _ in range(3):
+        kernels.append(kernels[-1].square())  # the kernel of half the width
+    kernel = torch.stack(kernels).mean(0)
     n = len(x)
     within = kernel[:n, :n].mean() + kernel[n:, n:].mean()
     return within - 2 * kernel[:n, n:].mean()

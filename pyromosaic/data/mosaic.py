@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
 
-ENTRIES_FOR_START = 20_000_000  # entries, of at most 10,000 cells, from which start values are computed
+ENTRIES_FOR_START = 5_000_000  # entries, of at most 10,000 cells, from which start values are computed
 
 
 @dataclass

@@ -19,7 +19,7 @@ from torch import Tensor
 from pyromosaic.data import Minibatch, Mosaic, Schema, Split, loader, split, to_predict
 from pyromosaic.program import Program
 from pyromosaic.tasks import Estimate, draws, estimate, inference_mode
-from pyromosaic.train import Optimisation, fit
+from pyromosaic.train import Optimisation, Schedule, fit
 
 FORMAT = 1  # version of the saved form
 CHUNK_ENTRIES = 20_000_000  # draws × cells × features in memory at once
@@ -78,13 +78,13 @@ class MosaicModel:
 
     def train(
         self,
-        n_epochs: int = 200,
+        n_epochs: int = 150,
         *,
         batch_size: int = 256,
         learning_rate: float = 2e-3,
         weight_decay: float = 1e-3,
         kl_warmup_epochs: int = 50,
-        schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
+        schedule: Schedule = "cosine",
         gradient_clip: float = 10.0,
         validation: float = 0.1,
         test: float = 0.0,

@@ -111,7 +111,7 @@ class MultiVI(MosaicModel):
     encode_covariates
         Whether encoders see batch and covariates.
     jeffreys
-        Weight of the symmetric divergence between the posteriors of a cell's modalities.
+        Weight of the symmetric divergence between the posteriors of a cell's modalities; 1 in the paper.
     mmd
         Weight of the discrepancy between the modalities' representations over all cells that have them; 0 as in the
         paper, and better lowered where modalities were measured in different kinds of cells.
@@ -148,8 +148,8 @@ class MultiVI(MosaicModel):
         n_decoder_layers: int = 1,
         dropout: float = 0.1,
         encode_covariates: bool = True,
-        jeffreys: float = 1.0,
-        mmd: float = 30.0,
+        jeffreys: float = 0.3,
+        mmd: float = 100.0,
         left_out: float = 0.5,
         prior: nn.Module | None = None,
         penalties: Sequence[Penalty] = (),

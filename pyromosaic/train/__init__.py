@@ -1,6 +1,6 @@
 """Training: stochastic variational inference under Lightning."""
 
 from pyromosaic.train.elbo import MosaicELBO
-from pyromosaic.train.plan import NonFiniteLossError, Optimisation, Plan, fit
+from pyromosaic.train.plan import NonFiniteLossError, Optimisation, Plan, Schedule, fit
 
-__all__ = ["MosaicELBO", "NonFiniteLossError", "Optimisation", "Plan", "fit"]
+__all__ = ["MosaicELBO", "NonFiniteLossError", "Optimisation", "Plan", "Schedule", "fit"]

@@ -20,6 +20,9 @@ class NonFiniteLossError(RuntimeError):
     """The loss became infinite or not a number; the parameters are back at the start of the epoch."""
 
 
+Schedule = str | Callable[[torch.optim.Optimizer], Any]
+
+
 @dataclass(frozen=True)
 class Optimisation:
     """How parameters are fitted.
@@ -31,7 +34,8 @@ class Optimisation:
     kl_warmup_epochs
         Epochs over which the weight of latent variables' divergences rises linearly to 1; at most half of the run.
     schedule
-        From an optimiser to a learning-rate scheduler that steps once an epoch; None keeps the rate.
+        ``"cosine"`` lets the learning rate fall to a fiftieth over the run, ``"constant"`` keeps it; or a function from
+        an optimiser to a learning-rate scheduler that steps once an epoch.
     gradient_clip
         Largest norm of the gradient; 0 for no limit.
     """
@@ -39,8 +43,12 @@ class Optimisation:
     learning_rate: float = 2e-3
     weight_decay: float = 1e-3
     kl_warmup_epochs: int = 50
-    schedule: Callable[[torch.optim.Optimizer], Any] | None = None
+    schedule: Schedule = "cosine"
     gradient_clip: float = 10.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.schedule, str) and self.schedule not in ("cosine", "constant"):
+            raise ValueError(f'the schedule is "cosine", "constant" or a function; found {self.schedule!r}')
 
 
 class Plan(lightning.LightningModule):
@@ -65,6 +73,7 @@ class Plan(lightning.LightningModule):
         self.elbo = MosaicELBO()
         self.objective = self.elbo(model, guide)
         self.optimisation = optimisation
+        self.n_epochs = n_epochs
         self.warmup_epochs = min(optimisation.kl_warmup_epochs, n_epochs // 2)
         self.rows: list[dict[str, float]] = []
         self._sums: dict[str, dict[str, Tensor]] = {}
@@ -76,7 +85,13 @@ class Plan(lightning.LightningModule):
         optimiser = torch.optim.AdamW(
             self.objective.parameters(), lr=o.learning_rate, weight_decay=o.weight_decay, fused=True
         )
-        return optimiser if o.schedule is None else ([optimiser], [o.schedule(optimiser)])
+        if o.schedule == "constant":
+            return optimiser
+        if o.schedule == "cosine":
+            cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.n_epochs, o.learning_rate / 50)
+            return [optimiser], [cosine]
+        assert callable(o.schedule)
+        return [optimiser], [o.schedule(optimiser)]
 
     def kl_weight(self) -> float:
         """Weight of latent variables' divergences at this step."""
