@@ -28,6 +28,7 @@ class Penalty(nn.Module):
     """
 
     name: str
+    warms_up = False  # whether it is multiplied by the weight of the divergences, which rises during training
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
@@ -36,11 +37,14 @@ class Penalty(nn.Module):
         self.weight = weight
 
 
-def apply(penalties: Iterable[Any], posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> None:
+def apply(
+    penalties: Iterable[Any], posteriors: Mapping[str, Posterior], minibatch: Minibatch, kl_weight: float
+) -> None:
     """Add each penalty to the guide, scaled from the mean over the minibatch to all cells; outside every plate."""
     for penalty in penalties:
         if penalty.weight:
-            value = penalty.weight * minibatch.n_cells * penalty(posteriors, minibatch)
+            weight = penalty.weight * (kl_weight if penalty.warms_up else 1.0)
+            value = weight * minibatch.n_cells * penalty(posteriors, minibatch)
             # In a guide a factor enters the ELBO with a minus.
             pyro.factor(f"penalty/{penalty.name}", value, has_rsample=True)
 
@@ -92,17 +96,19 @@ class MMD(Penalty):
     """
 
     name = "mmd"
+    warms_up = True  # representations that are made alike before they say anything stay that way
 
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
         """The penalty, a scalar; 0 with a single modality."""
         total = next(iter(posteriors.values())).loc.new_zeros(())
         for a, b in combinations(posteriors.values(), 2):
-            total = total + discrepancy(a.loc, b.loc)
+            if len(a.loc) > 1 and len(b.loc) > 1:
+                total = total + discrepancy(a.loc, b.loc)
         return total
 
 
 def discrepancy(x: Tensor, y: Tensor) -> Tensor:
-    """Squared maximum mean discrepancy of two samples, (n, d) and (m, d), by Gaussian kernels of several widths.
+    """Unbiased squared maximum mean discrepancy of two samples, (n, d) and (m, d), by Gaussian kernels of four widths.
 
     The squared widths are 1, 1/2, 1/4 and 1/8 of the mean squared distance in the pooled sample, through which no
     gradient flows.
@@ -114,6 +120,7 @@ def discrepancy(x: Tensor, y: Tensor) -> Tensor:
     for _ in range(3):
         kernels.append(kernels[-1].square())  # the kernel of half the width
     kernel = torch.stack(kernels).mean(0)
-    n = len(x)
-    within = kernel[:n, :n].mean() + kernel[n:, n:].mean()
-    return within - 2 * kernel[:n, n:].mean()
+    n, m = len(x), len(y)
+    within_x = (kernel[:n, :n].sum() - n) / (n * (n - 1))
+    within_y = (kernel[n:, n:].sum() - m) / (m * (m - 1))
+    return within_x + within_y - 2 * kernel[:n, n:].mean()

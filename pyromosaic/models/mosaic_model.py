@@ -81,7 +81,7 @@ class MosaicModel:
         n_epochs: int = 150,
         *,
         batch_size: int = 256,
-        learning_rate: float = 2e-3,
+        learning_rate: float = 3e-3,
         weight_decay: float = 1e-3,
         kl_warmup_epochs: int = 50,
         schedule: Schedule = "cosine",

@@ -80,7 +80,7 @@ class MultiVIGuide(Program):
     def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> None:
         """Sites: ``z``, ``penalty/...``, and ``<protein>_background`` beside an NB mixture."""
         posteriors = self.posteriors(minibatch)
-        apply(self.penalties, posteriors, minibatch)
+        apply(self.penalties, posteriors, minibatch, kl_weight)
         used = presence(posteriors, len(minibatch))
         if self.training and self.left_out:
             used = leave_out(used, self.left_out)
@@ -148,8 +148,8 @@ class MultiVI(MosaicModel):
         n_decoder_layers: int = 1,
         dropout: float = 0.1,
         encode_covariates: bool = True,
-        jeffreys: float = 0.3,
-        mmd: float = 100.0,
+        jeffreys: float = 0.5,
+        mmd: float = 50.0,
         left_out: float = 0.5,
         prior: nn.Module | None = None,
         penalties: Sequence[Penalty] = (),

@@ -40,7 +40,7 @@ class Optimisation:
         Largest norm of the gradient; 0 for no limit.
     """
 
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     weight_decay: float = 1e-3
     kl_warmup_epochs: int = 50
     schedule: Schedule = "cosine"
