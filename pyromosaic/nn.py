@@ -1,6 +1,7 @@
 """Networks: plain torch, no probability."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -138,3 +139,46 @@ class Decoder(nn.Module):
         hidden = self.hidden(torch.cat([z, design], dim=-1))
         hidden = torch.cat([hidden, design], dim=-1)
         return {name: head(hidden) for name, head in self.heads.items()}
+
+
+class Size(nn.Module):
+    """Size of a cell in which a modality was not measured: log-linear in the latent variable and the covariates.
+
+    Fitted by ridge regression once the model is trained; before, it is the median size.
+
+    Parameters
+    ----------
+    schema
+        The modality.
+    n_latent
+        Width of the latent space.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, schema: ModalitySchema, n_latent: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(n_latent + schema.n_covariates, 1))
+        self.register_buffer("bias", torch.full((1,), schema.library).log())
+
+    @staticmethod
+    def _inputs(z: Tensor, view: View) -> Tensor:
+        return torch.cat([z, view.design().expand(*z.shape[:-1], -1)], dim=-1)
+
+    def fit(self, z: Tensor, view: View) -> None:
+        """Learn from cells in which the modality was measured: z of shape (b, latent) and their view."""
+        x, y = self._inputs(z, view).double(), view.library.clamp_min(1.0).log().double()
+        centred = x - x.mean(0)
+        ridge = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        weight = torch.linalg.solve(centred.T @ centred + ridge, centred.T @ (y - y.mean(0)))
+        self.weight.copy_(weight)
+        self.bias.copy_(y.mean(0) - x.mean(0) @ weight)
+
+    def forward(self, z: Tensor, view: View) -> View:
+        """The view with missing sizes filled in, for z of shape (..., b, latent)."""
+        missing = view.library.isnan()
+        if not missing.any():
+            return view
+        predicted = (self._inputs(z, view) @ self.weight + self.bias).exp()
+        return replace(view, library=torch.where(missing, predicted, view.library))

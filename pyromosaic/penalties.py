@@ -41,6 +41,8 @@ def apply(
     penalties: Iterable[Any], posteriors: Mapping[str, Posterior], minibatch: Minibatch, kl_weight: float
 ) -> None:
     """Add each penalty to the guide, scaled from the mean over the minibatch to all cells; outside every plate."""
+    if all(view.counts is None for view in minibatch.decoded.values()):
+        return  # nothing is explained, so nothing is trained
     for penalty in penalties:
         if penalty.weight:
             weight = penalty.weight * (kl_weight if penalty.warms_up else 1.0)

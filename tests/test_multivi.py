@@ -2,6 +2,7 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import anndata
 import mudata
@@ -16,6 +17,7 @@ from pyro.infer import SVI, TraceMeanField_ELBO
 from pyromosaic import ModalitySpec, Mosaic, MultiVI, hide, metrics, pbmc_mosaic
 from pyromosaic.data import loader, measured, split
 from pyromosaic.distributions import NegativeBinomial, NegativeBinomialMixture
+from pyromosaic.nn import Size
 from pyromosaic.penalties import Jeffreys
 from pyromosaic.train import MosaicELBO, NonFiniteLossError
 
@@ -462,6 +464,32 @@ def test_expected_values_follow_the_data(trained, mosaic, data):
     assert accessibility.shape == (240, 50) and (seen < accessibility).all().all() and (accessibility <= 1).all().all()
     foreground = trained.get_normalized_expression("adt", features=["adt3", "adt1"], cells=["c5", "c2"])
     assert list(foreground.index) == ["c5", "c2"] and list(foreground.columns) == ["adt3", "adt1"]
+
+
+def test_size_of_unmeasured_cells_is_log_linear_in_the_latent_variable(mosaic):
+    rng = torch.Generator().manual_seed(0)
+    view = measured(mosaic, np.flatnonzero(mosaic.presence["adt"])).observed["adt"]
+    z = torch.randn(len(view.rows), 3, generator=rng)
+    slope, shift = torch.tensor([[0.5], [-1.0], [0.0]]), torch.tensor([[0.2], [-0.2]])
+    size = Size(mosaic.schema["adt"], 3)
+    unknown = replace(view, library=torch.full_like(view.library, float("nan")))
+    torch.testing.assert_close(size(z, unknown).library, torch.full_like(view.library, mosaic.schema["adt"].library))
+    truth = (6 + z @ slope + view.one_hot() @ shift).exp()
+    size.fit(z, replace(view, library=truth))
+    torch.testing.assert_close(size(z, unknown).library, truth, rtol=0.05, atol=0.0)
+    assert size(z, view) is view
+
+
+def test_imputed_counts_have_the_size_that_such_cells_have(trained, mosaic, data):
+    """Cells of two types have few antibodies in all, cells of the other two many."""
+    totals = data["adt"].to_df().sum(axis=1)
+    types = mosaic.labels().astype(str)
+    expected = totals.groupby(types[totals.index]).mean()
+    unmeasured = mosaic.obs_names[~mosaic.presence["adt"]]
+    imputed = trained.get_imputed_values("adt", unmeasured, n_samples=None).mean.sum(axis=1)
+    by_type = imputed.groupby(types[unmeasured]).mean()
+    np.testing.assert_allclose(by_type, expected, rtol=0.3)
+    assert expected.max() / expected.min() > 1.3
 
 
 def test_draws_are_independent_and_summarised(trained):

@@ -29,7 +29,7 @@ class View:
     continuous
         Standardised continuous covariates, shape (b, number of columns).
     library
-        Size of each cell in counts, shape (b, 1).
+        Size of each cell in counts, shape (b, 1); NaN where the model is to say what it expects.
     counts
         Measurements, shape (b, features), strided or sparse COO; None where the model is to predict them.
     """
@@ -158,7 +158,7 @@ def to_predict(
         Batch to predict for; by default each cell's own, or an average over batches where the modality was never
         measured in the cell's batch.
     library
-        Size to predict at, one number or one a cell; by default the cell's own, or the median where unmeasured.
+        Size to predict at, one number or one a cell; by default the cell's own, missing (NaN) where unmeasured.
 
     Raises
     ------
@@ -177,7 +177,7 @@ def to_predict(
         if batch is not None:
             codes[:, 0] = _batch_code(name, modality, batch)
         size = modality.library[index] if library is None else np.broadcast_to(library, index.shape)
-        size = np.where(np.isnan(size), modality.schema.library, size).astype(np.float32)
+        size = np.array(size, dtype=np.float32)
         views[name] = View(
             rows=torch.arange(len(index)),
             codes=torch.from_numpy(codes),

@@ -70,6 +70,9 @@ class MosaicModel:
     def start(self, mosaic: Mosaic) -> None:
         """Set input scaling and start values from data."""
 
+    def finish(self, mosaic: Mosaic) -> None:
+        """Whatever is to be learnt once training is over."""
+
     def __repr__(self) -> str:
         trained = f"trained for {len(self.history)} epochs" if len(self.history) else "not trained"
         return f"{type(self).__name__}, {trained}, on {self.mosaic if self.mosaic is not None else 'no data'}"
@@ -145,6 +148,8 @@ class MosaicModel:
             )
         self.model.eval()
         self.guide.eval()
+        with torch.no_grad():
+            self.finish(mosaic)
 
     # Asking
 
@@ -301,7 +306,8 @@ class MosaicModel:
             Predict as if measured in this batch; by default the cell's own, or an average over batches where the
             modality was never measured in the cell's batch.
         library
-            Size of the cells in counts; by default the cell's own, or the median where the modality is missing.
+            Size of the cells in counts; by default the cell's own, or where the modality is missing what the model
+            expects of a cell with such a latent variable.
         n_samples
             Number of independent posterior draws; None evaluates at the mean of the posterior, without uncertainty.
         quantiles

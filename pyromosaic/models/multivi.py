@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyro
+import torch
 from pyro import distributions as dist
 from pyro import poutine
 from torch import nn
@@ -15,7 +16,7 @@ from pyromosaic.data import Minibatch, Mosaic, Schema, measured
 from pyromosaic.fusion import MeanFusion, Posterior, leave_out, presence
 from pyromosaic.likelihoods import LIKELIHOODS
 from pyromosaic.models.mosaic_model import MosaicModel
-from pyromosaic.nn import Decoder, Encoder
+from pyromosaic.nn import Decoder, Encoder, Size
 from pyromosaic.penalties import MMD, Jeffreys, Penalty, apply
 from pyromosaic.priors import StandardNormal
 from pyromosaic.program import Program
@@ -29,10 +30,15 @@ class MultiVIModel(Program):
     """
 
     def __init__(
-        self, prior: nn.Module, decoders: Mapping[str, nn.Module], likelihoods: Mapping[str, nn.Module]
+        self,
+        prior: nn.Module,
+        sizes: Mapping[str, nn.Module],
+        decoders: Mapping[str, nn.Module],
+        likelihoods: Mapping[str, nn.Module],
     ) -> None:
         super().__init__()
         self.prior = prior
+        self.sizes: Any = nn.ModuleDict(sizes)
         self.decoders: Any = nn.ModuleDict(decoders)
         self.likelihoods: Any = self.container(likelihoods)
 
@@ -42,8 +48,9 @@ class MultiVIModel(Program):
             z = pyro.sample("z", self.prior(minibatch))
         decoders, likelihoods = self.decoders, self.likelihoods  # looked up once: Pyro notes every parameter each time
         for name, view in minibatch.decoded.items():
-            predictors = decoders[name](z[..., view.rows, 0, :], view)
-            likelihood = likelihoods[name]
+            own = z[..., view.rows, 0, :]
+            view = self.sizes[name](own, view)
+            predictors, likelihood = decoders[name](own, view), likelihoods[name]
             with self.plates(name, minibatch, likelihood.schema.n_features):
                 likelihood(name, predictors, view, kl_weight)
 
@@ -170,7 +177,8 @@ class MultiVI(MosaicModel):
                     if predictors
                 }
 
-            self.model = MultiVIModel(prior or StandardNormal(n_latent), decoders("predictors"), likelihoods)
+            sizes = {name: Size(m, n_latent) for name, m in schema.modalities.items()}
+            self.model = MultiVIModel(prior or StandardNormal(n_latent), sizes, decoders("predictors"), likelihoods)
             self.guide = MultiVIGuide(
                 encoders,
                 MeanFusion(),
@@ -191,3 +199,10 @@ class MultiVI(MosaicModel):
             for decoders in (self.model.decoders, self.guide.decoders):
                 if name in decoders:
                     decoders[name].start({k: v for k, v in values.items() if k in decoders[name].heads})
+
+    def finish(self, mosaic: Mosaic) -> None:
+        """Learn how the size of a cell depends on its latent variable, for cells in which it was not measured."""
+        for name, modality in mosaic.modalities.items():
+            cells = modality.sample()
+            z = torch.from_numpy(self.get_latent_representation(cells).to_numpy()).to(self._device)
+            self.model.sizes[name].fit(z, measured(mosaic, cells).observed[name].to(self._device))

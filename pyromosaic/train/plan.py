@@ -1,7 +1,9 @@
 """Stochastic variational inference under Lightning."""
 
+import logging
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,6 +184,18 @@ class ReturnToBest(EarlyStopping):
         plan.load_state_dict(self.best)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning's remarks on hardware and products out of the user's output; its warnings are shown."""
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
 def fit(
     model: nn.Module,
     guide: nn.Module,
@@ -243,7 +257,7 @@ def fit(
         callbacks.append(ModelCheckpoint(checkpoint_dir, save_last=True, filename="{epoch}"))
     if progress_bar:
         callbacks.append(TQDMProgressBar(refresh_rate=20))
-    with warnings.catch_warnings():
+    with _quiet(), warnings.catch_warnings():
         # Loading runs in the main process on purpose, and minibatches are few on small data.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*number of training batches.*")
