@@ -3,9 +3,16 @@ from pathlib import Path
 import anndata
 import numpy as np
 import pandas as pd
+import pyro
 import pytest
 from mudata import MuData
 from scipy import sparse
+
+
+@pytest.fixture(autouse=True)
+def own_parameters():
+    """Each test begins without parameters of another in Pyro's global store."""
+    pyro.clear_param_store()
 
 
 @pytest.fixture
