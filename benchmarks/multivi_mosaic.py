@@ -96,9 +96,6 @@ def quality(mosaic: Any, truth: dict[str, Any], options: Namespace, latent: pd.D
             profile = values / values.sum(axis=1, keepdims=True) * library
             per_feature = metrics.imputation_spearman(counts, profile, per="feature")
             figures[f"{name} Spearman at hidden size, median"] = float(np.nanmedian(per_feature))
-        shares = counts.multiply(1 / library).tocsr()
-        per_feature = metrics.imputation_spearman(shares, values / (library if name == "rna" else 1), per="feature")
-        figures[f"{name} Spearman of shares, median"] = float(np.nanmedian(per_feature))
     return figures
 
 
