@@ -260,6 +260,7 @@ def fit(
     with _quiet(), warnings.catch_warnings():
         # Loading runs in the main process on purpose, and minibatches are few on small data.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*number of training batches.*")
         runner = lightning.Trainer(
             max_epochs=int(n_epochs),
