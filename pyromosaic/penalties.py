@@ -118,9 +118,10 @@ def discrepancy(x: Tensor, y: Tensor) -> Tensor:
     pooled = torch.cat([x, y])
     squares = pooled.square().sum(-1)
     distances = (squares.unsqueeze(-1) + squares - 2 * pooled @ pooled.T).clamp_min(0.0)
-    kernels = [torch.exp(-distances / distances.detach().mean())]
+    width = distances.detach().mean().clamp_min(1e-12)  # representations may all be the same
+    kernels = [torch.exp(-distances / width)]
     for _ in range(3):
-        kernels.append(kernels[-1].square())  # the kernel of half the width
+        kernels.append(kernels[-1].square())  # the kernel of half the squared width
     kernel = torch.stack(kernels).mean(0)
     n, m = len(x), len(y)
     within_x = (kernel[:n, :n].sum() - n) / (n * (n - 1))

@@ -18,7 +18,7 @@ from pyromosaic import ModalitySpec, Mosaic, MultiVI, hide, metrics, pbmc_mosaic
 from pyromosaic.data import loader, measured, split
 from pyromosaic.distributions import NegativeBinomial, NegativeBinomialMixture
 from pyromosaic.nn import Size
-from pyromosaic.penalties import Jeffreys
+from pyromosaic.penalties import Jeffreys, discrepancy
 from pyromosaic.train import MosaicELBO, NonFiniteLossError
 
 QUIET = {"progress_bar": False, "accelerator": "cpu"}
@@ -242,6 +242,17 @@ def test_leaving_modalities_out_changes_only_what_the_posterior_sees(mosaic):
     model.guide.eval()
     z = poutine.trace(model.guide).get_trace(minibatch).nodes["z"]["fn"].mean[:, 0]
     torch.testing.assert_close(z, posteriors.mean(0))
+
+
+def test_discrepancy_is_zero_on_average_for_one_distribution_and_finite_when_collapsed():
+    rng = torch.Generator().manual_seed(0)
+    draws = [torch.randn(2, 30, 3, generator=rng) for _ in range(200)]
+    same = torch.stack([discrepancy(x, y) for x, y in draws])
+    assert abs(same.mean()) < 4 * same.std() / len(same) ** 0.5
+    assert torch.stack([discrepancy(x, y + 1) for x, y in draws]).min() > same.mean() + 2 * same.std()
+    point = torch.ones(4, 3, requires_grad=True)
+    discrepancy(point, point.detach()).backward()
+    assert torch.isfinite(point.grad).all()
 
 
 def test_jeffreys_needs_two_modalities_and_is_symmetric(mosaic):
