@@ -931,3 +931,15 @@ def test_single_modalities(shared_data, file, n_cells, likelihood):
     mosaic = Mosaic.from_anndata({"x": adata}, {"x": likelihood}, categorical_covariates=("condition",))
     assert mosaic.n_cells == n_cells
     assert mosaic.modalities["x"].n_categories == (2,)
+
+
+def test_a_column_is_found_for_every_cell_even_when_added_later():
+    rna = anndata.AnnData(np.ones((3, 2), np.float32), obs=pd.DataFrame({"kind": ["a", "b", "a"]}, index=list("xyz")))
+    adt = anndata.AnnData(np.ones((2, 2), np.float32), obs=pd.DataFrame({"kind": ["b", "c"]}, index=list("zw")))
+    mosaic = Mosaic.from_anndata({"rna": rna, "adt": adt}, match_cells=True)
+    assert mosaic.column("kind").tolist() == ["a", "b", "a", "c"]
+    rna.obs["later"] = [1, 2, 3]
+    assert mosaic.column("later").tolist()[:3] == [1, 2, 3]
+    assert mosaic.column("later").isna().tolist() == [False, False, False, True]
+    with pytest.raises(ValueError, match="no obs has a column 'nothing'; there are 'kind', 'later'"):
+        mosaic.column("nothing")

@@ -110,6 +110,8 @@ class Mosaic:
         Names of the N cells: all cells that have at least one modality.
     modalities
         The registered modalities, by name.
+    tables
+        The user's `obs` tables, of the whole and of each modality, each with the names of its cells here.
 
     Examples
     --------
@@ -130,6 +132,7 @@ class Mosaic:
 
     obs_names: pd.Index
     modalities: dict[str, Modality] = field(repr=False)
+    tables: tuple[tuple[pd.Index, pd.DataFrame], ...] = field(default=(), repr=False)
 
     def __repr__(self) -> str:
         lines = [f"Mosaic of {self.n_cells} cells"]
@@ -172,6 +175,28 @@ class Mosaic:
             known = (m.labels >= 0) & pd.isna(labels)
             labels[known] = np.array(m.schema.labels, dtype=object)[m.labels[known]]
         return pd.Series(labels, index=self.obs_names, dtype="category")
+
+    def column(self, key: str) -> pd.Series:
+        """A column of the user's `obs` for every cell, from the first table that knows it; missing where none does.
+
+        Parameters
+        ----------
+        key
+            Name of the column, which may have been added after registration.
+
+        Raises
+        ------
+        ValueError
+            If no table has such a column.
+        """
+        places = [obs[key].astype(object).set_axis(names) for names, obs in self.tables if key in obs]
+        if not places:
+            known = {str(column): None for _, obs in self.tables for column in obs}
+            raise ValueError(f"no obs has a column {key!r}; there are {_words(known)}")
+        column = pd.Series(None, index=self.obs_names, dtype=object)
+        for place in places:
+            column = column.where(column.notna(), place.reindex(self.obs_names))
+        return column.rename(key)
 
     def find(self, cells: Sequence[str] | np.ndarray | pd.Index | None) -> np.ndarray:
         """Numbers of cells, given by names, by numbers or by a mask (None: all).
@@ -364,7 +389,9 @@ class Mosaic:
             cells = obs.index[~lost]  # without cells of modalities that were left out on purpose
         read |= {name: _absent(known[name]) for name in specs if name not in sources}
         tables = _columns(specs, read, cells, obs)
-        return cls(cells, {n: _modality(n, s, read[n], cells, tables[n], known.get(n)) for n, s in specs.items()})
+        registered = {n: _modality(n, s, read[n], cells, tables[n], known.get(n)) for n, s in specs.items()}
+        whole = () if obs is None else ((obs.index, obs),)
+        return cls(cells, registered, (*whole, *((source.cells, source.obs) for source in read.values())))
 
 
 def _words(names: Any) -> str:

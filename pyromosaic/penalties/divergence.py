@@ -1,54 +1,14 @@
-"""Penalties on posteriors; a guide adds each as one named `pyro.factor`.
+"""Divergences between what different modalities say of cells."""
 
-A penalty is a function of what the guide infers, not of how data come about. It therefore stands in the guide: the
-model stays a proper joint density, and prior or posterior predictive samples and held-out likelihoods never contain it.
-"""
-
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import combinations
-from typing import Any
 
-import pyro
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyromosaic.data import Minibatch
 from pyromosaic.fusion import Posterior
-
-
-class Penalty(nn.Module):
-    """A term that is added to the loss.
-
-    Subclasses define `forward(posteriors, minibatch)`, a scalar: the penalty's mean over the cells of the minibatch.
-
-    Parameters
-    ----------
-    weight
-        What it is multiplied by.
-    """
-
-    name: str
-    warms_up = False  # whether it is multiplied by the weight of the divergences, which rises during training
-
-    def __init__(self, weight: float = 1.0) -> None:
-        super().__init__()
-        if weight < 0:
-            raise ValueError(f"a penalty's weight is at least 0; found {weight}")
-        self.weight = weight
-
-
-def apply(
-    penalties: Iterable[Any], posteriors: Mapping[str, Posterior], minibatch: Minibatch, kl_weight: float
-) -> None:
-    """Add each penalty to the guide, scaled from the mean over the minibatch to all cells; outside every plate."""
-    if all(view.counts is None for view in minibatch.decoded.values()):
-        return  # nothing is explained, so nothing is trained
-    for penalty in penalties:
-        if penalty.weight:
-            weight = penalty.weight * (kl_weight if penalty.warms_up else 1.0)
-            value = weight * minibatch.n_cells * penalty(posteriors, minibatch)
-            # In a guide a factor enters the ELBO with a minus.
-            pyro.factor(f"penalty/{penalty.name}", value, has_rsample=True)
+from pyromosaic.penalties.penalty import Penalty
 
 
 class Jeffreys(Penalty):
