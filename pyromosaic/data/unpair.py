@@ -2,10 +2,13 @@
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+
+from pyromosaic.data.mosaic import Mosaic
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -108,3 +111,42 @@ def unpair(mdata: "MuData", share: float, seed: int = 0) -> "MuData":
         copies[name] = copy
     origin = {f"{cell}:{name}": cell for name in copies for cell in chosen}
     return _mudata(copies, mdata.obs, origin)
+
+
+def separate(mosaic: Mosaic) -> Mosaic:
+    """The same measurements with every one a cell of its own: which of them share a cell is forgotten.
+
+    Parameters
+    ----------
+    mosaic
+        The data; left as they are.
+
+    Returns
+    -------
+    Mosaic
+        Modality after modality, cells named ``"modality:cell"``; the mosaic itself if no cell has two modalities.
+    """
+    cells = [np.flatnonzero(m.present) for m in mosaic.modalities.values()]
+    index = np.concatenate(cells)
+    if len(index) == len(np.unique(index)):
+        return mosaic
+    owner = np.repeat(np.arange(len(cells)), [len(own) for own in cells])
+    modalities = {
+        name: replace(
+            m,
+            rows=np.where(owner == i, m.rows[index], -1),
+            codes=m.codes[index],
+            continuous=m.continuous[index],
+            library=np.where(owner == i, m.library[index], np.float32(np.nan)),
+            labels=m.labels[index],
+        )
+        for i, (name, m) in enumerate(mosaic.modalities.items())
+    }
+    prefixes = np.array([f"{name}:" for name in modalities], dtype=object)
+    return replace(
+        mosaic,
+        obs_names=pd.Index(prefixes[owner] + mosaic.obs_names.to_numpy(dtype=object)[index]),
+        modalities=modalities,
+        tables=tuple((prefix + names.astype(str), obs) for names, obs in mosaic.tables for prefix in prefixes),
+        groups=None if mosaic.groups is None else mosaic.groups[index],
+    )
