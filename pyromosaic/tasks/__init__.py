@@ -1,6 +1,17 @@
 """What every trained model can do, written once against its Pyro program."""
 
+from pyromosaic.tasks.differential import compare, compare_groups, contrasts, estimate_delta
 from pyromosaic.tasks.inference import AtMean, inference_mode
 from pyromosaic.tasks.prediction import Estimate, draws, estimate
 
-__all__ = ["AtMean", "Estimate", "draws", "estimate", "inference_mode"]
+__all__ = [
+    "AtMean",
+    "Estimate",
+    "compare",
+    "compare_groups",
+    "contrasts",
+    "draws",
+    "estimate",
+    "estimate_delta",
+    "inference_mode",
+]

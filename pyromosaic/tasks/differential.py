@@ -1,0 +1,413 @@
+"""Differential expression, accessibility and protein: what differs between two groups of cells, and how surely.
+
+Values are compared in pairs of cells, one of each group, each cell with a posterior draw of its own (Lopez et al., Deep
+generative modeling for single-cell transcriptomics, 2018; Boyeau et al., An empirical Bayes method for differential
+expression analysis of single cells with deep generative models, 2023). The differences among the cells of a group
+count as uncertainty: a feature is found if it differs between most cells of the two groups.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+
+from pyromosaic.data import Modality, ModalitySchema, Mosaic
+
+Scale = Literal["log2", "difference"]
+Mode = Literal["change", "vanilla"]
+Delta = float | Literal["default"] | None
+#: Posterior draws, one for each of some cells (repeats are draws of their own), from cell numbers, the batch to decode
+#: for (None: the cell's own) and a seed; shape (cells, features).
+Draw = Callable[[np.ndarray, str | None, int], np.ndarray]
+
+DELTAS = {"log2": 0.25, "difference": 0.05}
+LEAST_DELTAS = {"log2": 0.1, "difference": 0.02}  # where the threshold is estimated
+PREFIXES = {"log2": "lfc", "difference": "difference"}
+PORTION = 1000  # pairs drawn at once
+BLOCK = 5_000_000  # pairs × features summarised at once
+CHUNK = 4096  # cells read at once
+
+
+class Contrast(NamedTuple):
+    """Two groups of cells: their names, and the numbers of their cells."""
+
+    group1: str
+    group2: str
+    cells1: np.ndarray
+    cells2: np.ndarray
+
+
+def compare(
+    first: ArrayLike,
+    second: ArrayLike,
+    *,
+    features: Sequence[str] | None = None,
+    mode: Mode = "change",
+    delta: Delta = "default",
+    pseudocount: float = 1e-6,
+    scale: Scale = "log2",
+    fdr: float = 0.05,
+) -> pd.DataFrame:
+    """Compare two groups of cells by pairs of draws, feature by feature.
+
+    The effect in a pair is ``log2((first + pseudocount) / (second + pseudocount))`` or ``first - second``. A feature
+    has changed if the effect lies beyond delta on the same side of zero in most pairs.
+
+    Parameters
+    ----------
+    first, second
+        Draws from the two groups, each pairs × features; row k of one is paired with row k of the other.
+    features
+        Names of the features; by default their numbers.
+    mode
+        ``"change"``: the probability that the effect is at least delta, or that it is at most -delta, whichever is
+        larger. ``"vanilla"``: the probability that the first is larger than the second, whatever the difference.
+    delta
+        Smallest effect that counts. By default 0.25 as a log2 fold change and 0.05 as a difference. None estimates it
+        (`estimate_delta`).
+    pseudocount
+        Added to both sides of a fold change; effects on values well below it vanish.
+    scale
+        ``"log2"`` (fold change) or ``"difference"``.
+    fdr
+        Share of false discoveries that is accepted among the features called.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row a feature, the surest first (among equals the one with the larger effect). ``probability`` as said under
+        `mode`; ``bayes_factor``, its natural log odds (negative in vanilla mode if the second is larger);
+        ``lfc_mean``, ``lfc_median``, ``lfc_sd``, ``lfc_low`` and ``lfc_high`` (5 % and 95 % quantiles) of the effect
+        over pairs, ``difference_...`` for differences; ``delta``, in change mode; ``is_significant``, the longest list
+        of which on average at most `fdr` are expected to be false (in vanilla mode: in direction).
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, values are not finite (or not positive with the pseudocount, for fold changes), or an
+        argument is out of range.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> first, second = rng.gamma(100, [[0.04, 0.01]], (500, 2)), rng.gamma(100, 0.01, (500, 2))
+    >>> table = compare(first, second, features=["CD19", "CD3D"])
+    >>> table[["probability", "lfc_median", "is_significant"]].round(1)
+             probability  lfc_median  is_significant
+    feature
+    CD19             1.0         2.0            True
+    CD3D             0.1        -0.0           False
+    """
+    check(mode, delta, fdr)
+    first, second = np.asarray(first), np.asarray(second)
+    if first.ndim != 2 or first.shape != second.shape or first.size == 0:
+        raise ValueError(
+            f"draws are paired, pairs × features, at least one of each; found shapes {first.shape} and {second.shape}"
+        )
+    names = np.arange(first.shape[1]) if features is None else list(features)
+    if len(names) != first.shape[1]:
+        raise ValueError(f"there are {len(names)} feature names for {first.shape[1]} features")
+    return decide(effect(first, second, scale, pseudocount), names, mode, delta, scale, fdr)
+
+
+def check(mode: str, delta: Delta, fdr: float) -> None:
+    """Refuse what `compare` does not accept, before anything is drawn."""
+    if mode not in ("change", "vanilla"):
+        raise ValueError(f"mode is 'change' or 'vanilla'; found {mode!r}")
+    if not (delta is None or delta == "default" or (isinstance(delta, int | float) and 0 < delta < np.inf)):
+        raise ValueError(f"delta is a number above 0, 'default', or None to estimate it; found {delta!r}")
+    if not 0 < fdr < 1:
+        raise ValueError(f"fdr lies between 0 and 1; found {fdr}")
+
+
+def effect(first: np.ndarray, second: np.ndarray, scale: Scale, pseudocount: float) -> np.ndarray:
+    """Fold change or difference in each pair, as `compare` defines it."""
+    if scale not in DELTAS:
+        raise ValueError(f"scale is 'log2' or 'difference'; found {scale!r}")
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        raise ValueError("draws to compare are finite numbers; found one that is not")
+    if scale == "difference":
+        return first - second
+    least = min(first.min(), second.min()) + pseudocount
+    if pseudocount < 0 or least <= 0:
+        raise ValueError(
+            f"fold changes need a pseudocount of at least 0 and values above 0 once it is added; found the pseudocount "
+            f"{pseudocount} and the value {least}"
+        )
+    return np.log2((first + pseudocount) / (second + pseudocount))
+
+
+def estimate_delta(effects: ArrayLike, scale: Scale = "log2") -> float:
+    """Smallest effect that counts, from the mean effects of all features.
+
+    Features that decrease, stay and increase are taken for the components of a mixture of three normals; delta is 0.6
+    of the average distance of the outer two means from zero (Boyeau et al. 2023), and at least 0.1 as a log2 fold
+    change, 0.02 as a difference.
+
+    Parameters
+    ----------
+    effects
+        Mean effect of each feature.
+    scale
+        ``"log2"`` or ``"difference"``.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than 3 features.
+    """
+    from sklearn.mixture import GaussianMixture
+
+    effects = np.asarray(effects, dtype=float)[:, None]
+    if len(effects) < 3:
+        raise ValueError(f"delta can be estimated from 3 features or more, not from {len(effects)}; give a number")
+    mixture = GaussianMixture(
+        3,
+        max_iter=1000,
+        weights_init=np.full(3, 1 / 3),
+        means_init=np.quantile(effects, (0.05, 0.5, 0.95), axis=0),
+        precisions_init=np.full((3, 1, 1), 1 / (effects.var() / 4 + 1e-6)),
+    ).fit(effects)
+    outer = np.sort(mixture.means_.ravel())[[0, 2]]
+    return max(LEAST_DELTAS[scale], 0.6 * float(np.abs(outer).mean()))
+
+
+def decide(
+    effects: np.ndarray, features: Sequence[Any] | np.ndarray, mode: Mode, delta: Delta, scale: Scale, fdr: float
+) -> pd.DataFrame:
+    """Table of `compare` from the effects, pairs × features."""
+    least: float = 0.0
+    if mode == "change":
+        if delta is None:
+            least = estimate_delta(effects.mean(0, dtype=np.float64), scale)
+        else:
+            least = DELTAS[scale] if delta == "default" else float(delta)
+    n_blocks = min(effects.shape[1], -(-effects.size // BLOCK))
+    summaries = np.concatenate(
+        [_summary(block, mode, least) for block in np.array_split(effects, n_blocks, axis=1)], axis=1
+    )
+    prefix = PREFIXES[scale]
+    columns = ["probability", *(f"{prefix}_{word}" for word in ("mean", "median", "sd", "low", "high"))]
+    table = pd.DataFrame(summaries.T, pd.Index(features, name="feature"), columns)
+    p = table["probability"].to_numpy()
+    table.insert(1, "bayes_factor", np.log(p + 1e-8) - np.log(1 - p + 1e-8))
+    sure = np.maximum(p, 1 - p) if mode == "vanilla" else p
+    order = np.lexsort((-table[f"{prefix}_mean"].abs().to_numpy(), -sure))
+    table = table.iloc[order]
+    if mode == "change":
+        table["delta"] = least
+    expected_false = np.cumsum(1 - sure[order]) / np.arange(1, len(order) + 1)
+    table["is_significant"] = expected_false <= fdr
+    return table
+
+
+def _summary(effects: np.ndarray, mode: Mode, delta: float) -> np.ndarray:
+    """Probability, mean, median, standard deviation, 5 % and 95 % quantile over pairs, shape (6, features)."""
+    if mode == "vanilla":
+        probability = (effects > 0).mean(0) + 0.5 * (effects == 0).mean(0)
+    else:
+        probability = np.maximum((effects >= delta).mean(0), (effects <= -delta).mean(0))
+    low, median, high = np.quantile(effects, (0.05, 0.5, 0.95), axis=0)
+    mean, sd = effects.mean(0, dtype=np.float64), effects.std(0, dtype=np.float64)
+    return np.stack([probability, mean, median, sd, low, high])
+
+
+def effect_scale(schema: ModalitySchema) -> tuple[Scale, float]:
+    """Scale on which a modality is compared, and the pseudocount there.
+
+    RNA by the fold change of shares, with a pseudocount of one count in a hundred cells of median size; accessibility
+    and unbounded values by their difference; other values (a protein's expected count in a cell of median size) by
+    their fold change with a pseudocount of 1.
+    """
+    if schema.spec.likelihood in ("nb", "zinb"):
+        return "log2", 0.01 / schema.library
+    if schema.spec.likelihood in ("bernoulli", "normal"):
+        return "difference", 0.0
+    return "log2", 1.0
+
+
+def contrasts(
+    mosaic: Mosaic,
+    groupby: str | None = None,
+    group1: object = None,
+    group2: object = None,
+    cells1: Sequence[str] | np.ndarray | pd.Index | None = None,
+    cells2: Sequence[str] | np.ndarray | pd.Index | None = None,
+) -> list[Contrast]:
+    """The groups to compare, by a column of `obs` or by their cells.
+
+    Parameters
+    ----------
+    mosaic
+        The data.
+    groupby
+        Column of `obs`; cells without a value take no part.
+    group1, group2
+        Values in that column, compared as words. Without `group1` every group is compared with the rest in turn;
+        without `group2` the second group is the rest.
+    cells1, cells2
+        Instead of these: names, numbers or masks; without `cells2` the second group is the rest.
+
+    Raises
+    ------
+    ValueError
+        If groups are given in neither or both of these ways, a column or value does not exist, a group has no cell, or
+        the groups overlap.
+    """
+    if (groupby is None) == (cells1 is None) or (cells1 is not None and (group1 is not None or group2 is not None)):
+        raise ValueError("groups are given either by groupby (with group1, group2) or by cells1 (with cells2)")
+    if cells1 is not None:
+        first = np.unique(mosaic.find(cells1))
+        rest = np.setdiff1d(np.arange(mosaic.n_cells), first)
+        second = rest if cells2 is None else np.unique(mosaic.find(cells2))
+        chosen = [Contrast("cells1", "rest" if cells2 is None else "cells2", first, second)]
+    else:
+        if cells2 is not None or (group1 is None and group2 is not None):
+            raise ValueError("a second group needs a first one: group2 goes with group1, cells2 with cells1")
+        column = mosaic.column(str(groupby))
+        known = column.notna().to_numpy()
+        words = column.where(column.isna(), column.astype(str)).to_numpy()
+        values = sorted(set(words[known]))
+        for group in (group1, group2):
+            if group is not None and str(group) not in values:
+                raise ValueError(f"column {groupby!r} has no value {group!r}; it has {', '.join(map(repr, values))}")
+        names = values if group1 is None else [str(group1)]
+        other = "rest" if group2 is None else str(group2)
+        chosen = [
+            Contrast(
+                name,
+                other,
+                np.flatnonzero(words == name),
+                np.flatnonzero(known & (words != name) if group2 is None else words == other),
+            )
+            for name in names
+        ]
+    for contrast in chosen:
+        if len(contrast.cells2) == 0:
+            raise ValueError(f"group {contrast.group2!r} has no cell to compare {contrast.group1!r} with")
+        common = np.intersect1d(contrast.cells1, contrast.cells2)
+        if len(common):
+            raise ValueError(f"the groups overlap: cell {mosaic.obs_names[common[0]]!r} is in both")
+    return chosen
+
+
+def compare_groups(
+    contrast: Contrast,
+    draw1: Draw,
+    draw2: Draw,
+    modality: Modality,
+    columns: np.ndarray | None = None,
+    *,
+    mode: Mode = "change",
+    delta: Delta = "default",
+    fdr: float = 0.05,
+    batch_correction: bool = False,
+    n_samples: int = 5000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Compare two groups of cells in one modality, by pairs of cells drawn with replacement.
+
+    Only the effects are held in memory, 4 bytes a pair and feature.
+
+    Parameters
+    ----------
+    contrast
+        The groups.
+    draw1, draw2
+        Posterior draws of either group's cells, of the features asked for.
+    modality
+        The modality; it need not have been measured in any of the cells.
+    columns
+        Numbers of the features asked for; None for all.
+    mode, delta, fdr
+        As in `compare`, on the scale and with the pseudocount of `effect_scale`.
+    batch_correction
+        Decode both cells of a pair for the same batch, as many pairs for each batch of the modality; otherwise each
+        cell is decoded for its own.
+    n_samples
+        Number of pairs.
+    seed
+        Seed of cells and draws.
+
+    Returns
+    -------
+    pandas.DataFrame
+        As from `compare`, with ``comparison``, ``group1`` and ``group2`` before and what `observed` finds in either
+        group behind.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range, or batches are to be corrected and the modality has none.
+    """
+    check(mode, delta, fdr)
+    if n_samples < 1:
+        raise ValueError(f"n_samples is at least 1; found {n_samples}")
+    schema = modality.schema
+    batches: tuple[str | None, ...] = (None,)
+    if batch_correction:
+        if schema.spec.batch_key is None:
+            raise ValueError(f"modality {modality.name!r} was registered without a batch_key: there is no batch effect")
+        batches = tuple(schema.categories[schema.spec.batch_key])
+    columns = np.arange(schema.n_features) if columns is None else columns
+    if len(columns) == 0:
+        raise ValueError("no feature was asked for; give one at least, or None for all")
+    scale, pseudocount = effect_scale(schema)
+
+    sides = [
+        (draw, cells, np.random.default_rng([seed, side]))
+        for side, (draw, cells) in enumerate([(draw1, contrast.cells1), (draw2, contrast.cells2)])
+    ]
+    n_pairs = -(-n_samples // len(batches))
+    effects = np.empty((n_pairs * len(batches), len(columns)), dtype=np.float32)
+    for i, batch in enumerate(batches):
+        for start in range(0, n_pairs, PORTION):
+            n = min(PORTION, n_pairs - start)
+            one, other = [draw(rng.choice(cells, n), batch, int(rng.integers(2**31))) for draw, cells, rng in sides]
+            at = i * n_pairs + start
+            effects[at : at + n] = effect(one, other, scale, pseudocount)
+
+    features = np.asarray(schema.features, dtype=object)[columns]
+    table = decide(effects, features, mode, delta, scale, fdr)
+    table.insert(0, "comparison", f"{contrast.group1} vs {contrast.group2}")
+    table.insert(1, "group1", contrast.group1)
+    table.insert(2, "group2", contrast.group2)
+    seen = pd.concat(
+        [
+            observed(modality, cells, columns).add_suffix(s)
+            for s, cells in (("1", contrast.cells1), ("2", contrast.cells2))
+        ],
+        axis=1,
+    )
+    return table.join(seen)
+
+
+def observed(modality: Modality, cells: np.ndarray, columns: np.ndarray) -> pd.DataFrame:
+    """What was measured in the cells of a group that have the modality.
+
+    Parameters
+    ----------
+    modality
+        The modality.
+    cells, columns
+        Numbers of cells and features.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Features × ``raw_mean``, ``nonzero_share`` and ``normalized_mean``, the mean after every cell was scaled to the
+        size of the median cell; NaN if none of the cells has the modality.
+    """
+    cells = cells[modality.present[cells]]
+    sums = np.zeros((3, modality.schema.n_features))
+    for start in range(0, len(cells), CHUNK):
+        part = cells[start : start + CHUNK]
+        values, ones = modality.read(part), np.ones(len(part))
+        library = modality.library[part].astype(np.float64)
+        factor = modality.schema.library / np.where(library > 0, library, 1.0)
+        sums += np.stack([ones @ values, ones @ (values != 0), factor @ values])
+    means = sums[:, columns] / len(cells) if len(cells) else np.full((3, len(columns)), np.nan)
+    features = np.asarray(modality.schema.features, dtype=object)[columns]
+    return pd.DataFrame(means.T, pd.Index(features, name="feature"), ["raw_mean", "nonzero_share", "normalized_mean"])
