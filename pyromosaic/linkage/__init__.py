@@ -1,0 +1,51 @@
+"""Linkage of two modalities that were measured in different cells.
+
+=========================  =============================================================================================
+linked features            :func:`links_from_table`, :func:`links_by_name`, :func:`links_by_overlap`, all :class:`Links`
+the whole way              :func:`cca`, a :class:`Linkage` with scores of all cells
+its parts                  :class:`Correspondence`, :func:`canonical_correlation`, :func:`shuffled_covariances`,
+                           :func:`count_components`, :func:`crossfit_correlations`
+ways to match              :func:`transport`, :func:`mutual_nearest`, :func:`assignment`, :func:`gromov_wasserstein`,
+                           :func:`diagonal`
+links from correlations    :meth:`Linkage.feature_links`, :func:`link_recovery`
+=========================  =============================================================================================
+"""
+
+from pyromosaic.linkage.alignment import Linkage, cca, link_recovery
+from pyromosaic.linkage.canonical import (
+    Canonical,
+    canonical_correlation,
+    count_components,
+    crossfit_correlations,
+    shuffled_covariances,
+)
+from pyromosaic.linkage.links import Links, links_by_name, links_by_overlap, links_from_table
+from pyromosaic.linkage.matching import (
+    Correspondence,
+    assignment,
+    diagonal,
+    gromov_wasserstein,
+    mutual_nearest,
+    transport,
+)
+
+__all__ = [
+    "Canonical",
+    "Correspondence",
+    "Linkage",
+    "Links",
+    "assignment",
+    "canonical_correlation",
+    "cca",
+    "count_components",
+    "crossfit_correlations",
+    "diagonal",
+    "gromov_wasserstein",
+    "link_recovery",
+    "links_by_name",
+    "links_by_overlap",
+    "links_from_table",
+    "mutual_nearest",
+    "shuffled_covariances",
+    "transport",
+]

@@ -1,0 +1,504 @@
+"""Linkage of two modalities that share no cells: match, correlate, smooth, match again."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from pyromosaic.data import Mosaic
+from pyromosaic.linkage.canonical import (
+    Canonical,
+    canonical_correlation,
+    count_components,
+    crossfit_correlations,
+    shuffled_covariances,
+)
+from pyromosaic.linkage.links import Links, links_from_table
+from pyromosaic.linkage.matching import (
+    Correspondence,
+    assignment,
+    cosine,
+    diagonal,
+    gromov_wasserstein,
+    mutual_nearest,
+    transport,
+    unit_rows,
+)
+from pyromosaic.linkage.preprocess import (
+    Smoother,
+    Standardised,
+    Standardiser,
+    group_means,
+    metacells,
+    principal_components,
+)
+
+Match = Callable[[np.ndarray, tuple[np.ndarray, np.ndarray]], Any]
+
+#: Ways of matching cells by similarity.
+MATCHES: Mapping[str, Match] = {"transport": transport, "mutual": mutual_nearest, "assignment": assignment}
+
+N_COARSE = 256  # metacells whose geometries are compared
+
+
+@dataclass
+class _Side:
+    """One modality on its way through the linkage."""
+
+    name: str
+    cells: np.ndarray
+    standardiser: Standardiser
+    data: Standardised
+    loadings: np.ndarray
+    components: np.ndarray
+    groups: np.ndarray
+    means: np.ndarray
+    smooth: Smoother
+
+    @classmethod
+    def fit(cls, mosaic: Mosaic, name: str, n_pcs: int, n_neighbors: int, n_metacells: int, seed: int) -> "_Side":
+        modality = mosaic.modalities[name]
+        cells = np.flatnonzero(modality.present)
+        if len(cells) <= n_pcs:
+            raise ValueError(
+                f"modality {name!r} has {len(cells)} cell{'s' * (len(cells) != 1)}; {n_pcs} principal components need "
+                f"at least {n_pcs + 1} (lower n_pcs, or give more cells)"
+            )
+        standardiser, data = Standardiser.fit(modality, cells)
+        n_varying = int(np.isfinite(data.scale).sum())
+        if n_varying < 2:
+            raise ValueError(
+                f"modality {name!r}: {n_varying} of its {len(data.scale)} features vary within a batch; linkage needs 2"
+            )
+        loadings = principal_components(data, min(n_pcs, n_varying), seed)
+        components = data @ loadings
+        groups = metacells(components, n_metacells)
+        means = group_means(groups, components, groups.max() + 1)
+        return cls(
+            name, cells, standardiser, data, loadings, components, groups, means, Smoother.fit(means, n_neighbors)
+        )
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Share of the cells in each metacell."""
+        return np.bincount(self.groups) / len(self.groups)
+
+
+@dataclass
+class _Pair:
+    """Two modalities between which cells are matched.
+
+    Parameters
+    ----------
+    sides
+        The modalities.
+    linked
+        Standardised linked features of the metacells, metacells × links each.
+    match
+        How cells of given similarity are matched.
+    link_share
+        Share of the linked features in similarities after the first.
+    ridge, n_components
+        Of the canonical correlation analysis.
+    """
+
+    sides: tuple[_Side, _Side]
+    linked: tuple[np.ndarray, np.ndarray]
+    match: Match
+    link_share: float
+    ridge: float
+    n_components: int
+
+    def matched(self, similarity: np.ndarray) -> Correspondence:
+        """Match metacells by their similarity."""
+        return self.correspondence(self.match(similarity, (self.sides[0].weights, self.sides[1].weights)))
+
+    def correspondence(self, plan: Any) -> Correspondence:
+        """The correspondence of cells that a plan between metacells means."""
+        return Correspondence(plan, (self.sides[0].groups, self.sides[1].groups))
+
+    def by_links(self, chosen: np.ndarray, start: str) -> np.ndarray | None:
+        """Similarity of metacells by the chosen linked features; None where there is no link."""
+        if not chosen.any():
+            return None
+        x, y = (s.smooth(linked[:, chosen]) for s, linked in zip(self.sides, self.linked, strict=True))
+        return cosine(*diagonal(x, y, self.n_components)) if start == "diagonal" else cosine(x, y)
+
+    def by_geometry(self, similarity: np.ndarray | None) -> Correspondence:
+        """Match coarse metacells by geometry, and by the similarity of metacells if there is one."""
+        coarse = [metacells(s.means, N_COARSE) for s in self.sides]
+        share = []  # of each metacell in its coarse one
+        for groups, side in zip(coarse, self.sides, strict=True):
+            total = np.bincount(groups, side.weights)
+            share.append(sparse.csr_array((side.weights / total[groups], (groups, np.arange(len(groups))))))
+        if similarity is not None:
+            similarity = share[0] @ similarity @ share[1].T
+        means = [a @ s.means for a, s in zip(share, self.sides, strict=True)]
+        weights = [np.bincount(g, s.weights) for g, s in zip(coarse, self.sides, strict=True)]
+        plan = gromov_wasserstein(means[0], means[1], (weights[0], weights[1]), similarity)
+        return self.correspondence(share[0].T @ plan @ share[1])
+
+    def rounds(self, chosen: np.ndarray, start: str) -> Iterator[tuple[Correspondence, Canonical]]:
+        """Match and correlate, round after round, with the chosen links."""
+        by_links = self.by_links(chosen, start)
+        if by_links is None or start == "geometry":
+            pi = self.by_geometry(by_links)
+        else:
+            pi = self.matched(by_links)
+        while True:
+            canonical = self.correlated(pi)
+            yield pi, canonical
+            kept = canonical.keep(self.n_components)
+            similarity = cosine(*(s.smooth(kept.scores(s.means, k)) for k, s in enumerate(self.sides)))
+            if by_links is not None:
+                similarity = (1 - self.link_share) * similarity + self.link_share * by_links
+            pi = self.matched(similarity)
+
+    def correlated(self, pi: Correspondence) -> Canonical:
+        """Canonical variables of a correspondence."""
+        first, second = (s.components for s in self.sides)
+        return canonical_correlation(first, second, pi, self.ridge)
+
+    def agreement(self, pi: Correspondence, chosen: np.ndarray) -> float:
+        """Mean correlation of the two features of the chosen links over matched cells."""
+        first, second = pi.marginals
+        x, y = (linked[:, chosen] for linked in self.linked)
+        x, y = x - first @ x, y - second @ y
+        covariance = np.einsum("gl,gl->l", x, pi.plan @ y)
+        return float(np.mean(covariance / np.sqrt(np.maximum((first @ x**2) * (second @ y**2), 1e-12))))
+
+    def trial(self, start: str, rounds: int, held_out: float, seed: int) -> list[float]:
+        """Agreement of links that were left out, after each round of a trial without them."""
+        n = self.linked[0].shape[1]
+        left_out = np.random.default_rng(seed).permutation(n) < round(held_out * n)
+        return [self.agreement(pi, left_out) for pi, _ in islice(self.rounds(~left_out, start), rounds)]
+
+
+@dataclass
+class Linkage:
+    """Two modalities in one space.
+
+    Parameters
+    ----------
+    scores
+        For each modality cells × components: canonical variables weighted by their correlations, each cell scaled to
+        length one, so that Euclidean distance orders cells as the cosine does.
+    correlations
+        Canonical correlation of each component. Its scale is that of all cells, so it may exceed 1 where those that
+        correspond vary more. Cells that were matched by scores have correlated scores: it is no evidence that the
+        matching is right.
+    crossfit
+        The same in cells that were left out when the component was estimated (but not when cells were matched).
+    correspondence
+        The soft matching of the cells.
+    agreement
+        Mean correlation, over matched cells, of links that were left out of a trial, after each of its rounds and for
+        each start that was tried; empty without a trial. Start and number of rounds were chosen by it, and it is near
+        0 where nothing is shared. Harder ways of matching have larger values without being better.
+    links
+        The linked features that were used, if any.
+    """
+
+    scores: dict[str, pd.DataFrame]
+    correlations: np.ndarray
+    crossfit: np.ndarray
+    correspondence: Correspondence
+    agreement: dict[str, list[float]]
+    links: Links | None
+    _null: np.ndarray = field(repr=False)
+    _canonical: Canonical = field(repr=False)
+    _reduced: "dict[str, tuple[Standardiser, np.ndarray, np.ndarray]]" = field(repr=False)
+
+    def transform(self, mosaic: Mosaic) -> dict[str, pd.DataFrame]:
+        """Scores of cells that were not there before.
+
+        Parameters
+        ----------
+        mosaic
+            Cells with one of the modalities or both, of the same features. A batch that was not seen before is centred
+            by itself.
+
+        Returns
+        -------
+        Scores for each modality that is in the mosaic.
+
+        Raises
+        ------
+        ValueError
+            If neither modality is there, or its features are others.
+        """
+        scores = {}
+        for side, (name, (standardiser, loadings, _)) in enumerate(self._reduced.items()):
+            if name in mosaic.modalities:
+                cells = np.flatnonzero(mosaic.modalities[name].present)
+                values = standardiser.apply(mosaic.modalities[name], cells) @ loadings
+                canonical = self._canonical.keep(len(self.correlations))
+                scores[name] = _table(canonical.scores(values, side), mosaic.obs_names[cells])
+        if not scores:
+            raise ValueError(
+                f"the mosaic has {', '.join(map(repr, mosaic.modalities))}; the linkage is between "
+                f"{' and '.join(map(repr, self._reduced))}"
+            )
+        return scores
+
+    def feature_links(self, level: float = 0.05) -> pd.DataFrame:
+        r"""Features whose correlation across the modalities is beyond chance.
+
+        The correlation of features j and k is that of the canonical model, :math:`l_j^T C_{xx} A \,\mathrm{diag}(\rho)
+        B^T C_{yy} m_k`, with l and m the features' loadings on the principal components. It is beyond chance where
+        it is larger, in absolute value, than the largest of all pairs in all but a share `level` of the shuffled
+        correspondences.
+
+        Parameters
+        ----------
+        level
+            That share, from 0 to 1.
+
+        Returns
+        -------
+        One row a pair, the strongest first: columns named after the modalities, ``correlation``, and ``mutual``:
+        whether each is the strongest partner of the other.
+        """
+        n = len(self.correlations)
+        first, second = (
+            structure @ coefficients
+            for (*_, structure), coefficients in zip(self._reduced.values(), self._canonical.coefficients, strict=True)
+        )
+        correlation = (first[:, :n] * self.correlations) @ second[:, :n].T
+        largest = []
+        for rotated in self._canonical.rotated(self._null):
+            u, s, vt = np.linalg.svd(rotated)
+            largest.append(np.abs((first @ u[:, :n] * s[:n]) @ (second @ vt.T[:, :n]).T).max())
+        size, threshold = np.abs(correlation), np.quantile(largest, 1 - level)
+        rows, columns = np.nonzero(size > threshold)
+        best_column, best_row = size.argmax(axis=1), size.argmax(axis=0)
+        (name_x, (x, *_)), (name_y, (y, *_)) = self._reduced.items()
+        table = pd.DataFrame(
+            {
+                name_x: np.array(x.features)[rows],
+                name_y: np.array(y.features)[columns],
+                "correlation": correlation[rows, columns],
+                "mutual": (best_column[rows] == columns) & (best_row[columns] == rows),
+            }
+        )
+        return table.sort_values("correlation", key=np.abs, ascending=False, ignore_index=True)
+
+
+def link_recovery(found: pd.DataFrame, held_out: Links) -> tuple[float, float]:
+    """Precision and recall of found feature links against known ones.
+
+    Parameters
+    ----------
+    found
+        Pairs of features, as `Linkage.feature_links` returns them (or some of its rows).
+    held_out
+        Known links that the linkage was not given.
+
+    Returns
+    -------
+    precision
+        Share of known links among the found pairs of two features that both have a known link; NaN if there is none.
+    recall
+        Share of the known links that were found.
+    """
+    names = list(held_out.modalities)
+    judged = found[np.all([found[name].isin(held_out.pairs[name]) for name in names], axis=0)]
+    hits = len(judged[names].merge(held_out.pairs[names]))
+    return hits / len(judged) if len(judged) else float("nan"), hits / len(held_out)
+
+
+def cca(
+    mosaic: Mosaic,
+    modalities: tuple[str, str],
+    links: pd.DataFrame | Links | None = None,
+    *,
+    match: Literal["transport", "mutual", "assignment"] | Match = "transport",
+    start: Literal["links", "diagonal", "geometry"] | None = None,
+    rounds: int = 5,
+    held_out: float = 0.25,
+    link_share: float = 0.5,
+    n_components: int | None = None,
+    n_pcs: int = 30,
+    n_neighbors: int = 15,
+    ridge: float = 0.2,
+    n_metacells: int = 4096,
+    correspondence: Correspondence | None = None,
+    seed: int = 0,
+) -> Linkage:
+    """Link two modalities by soft-correspondence canonical correlation analysis, without pairs or labels.
+
+    Cells are matched by their linked features, smoothed over nearest neighbours within each modality. Canonical
+    correlation analysis of all features over the soft matching gives scores, by which (and by the linked features)
+    the cells are matched again. How the matching starts and how often it is repeated is chosen by
+    links that trial runs are not given: as their two features correlate best over matched cells. The cells of the two
+    modalities are separate rows throughout, also where a cell has both; of `obs` nothing is read but the batch.
+
+    Parameters
+    ----------
+    mosaic
+        The data.
+    modalities
+        Names of the two modalities.
+    links
+        Linked features: a table (see `links_from_table`) or `Links`. Without any, cells are matched by geometry.
+    match
+        ``"transport"`` (entropic optimal transport on the cosine: soft), ``"mutual"`` (mutual nearest neighbours),
+        ``"assignment"`` (one to one), or a function from similarities and weights to a plan, such as
+        ``functools.partial(linkage.transport, epsilon=0.05)``, softer.
+    start
+        What the first matching goes by: ``"links"`` (the linked features themselves), ``"diagonal"`` (singular vectors
+        of their product) or ``"geometry"`` (fused Gromov–Wasserstein of 256 metacells; needs POT). By default the
+        better one of the first two in a trial (links without one), and geometry where there are no links.
+    rounds
+        Largest number of rounds.
+    held_out
+        Share of the links that trial runs leave out; 0 for no trial and all rounds, as without links.
+    link_share
+        Share of the linked features in the similarity after the first round.
+    n_components
+        Number of components; by default those, at most 15, that are beyond chance, see `count_components`.
+    n_pcs
+        Principal components that each modality is reduced to.
+    n_neighbors
+        Neighbours in smoothing.
+    ridge
+        Added to the diagonal of covariances, as a share of their mean.
+    n_metacells
+        With more cells than that, cells are matched as metacells of equal size: halved again and again along their
+        longest direction. Covariances within a modality and scores are those of all cells. What grows with the square
+        of a number of cells stops there: 4,096 metacells make matrices of 64 MB.
+    correspondence
+        A correspondence to use as it is, in place of matching. From pairs or labels, the result is an upper bound or
+        supervised.
+    seed
+        Seed of principal components, trial and shuffles.
+
+    Raises
+    ------
+    ValueError
+        In one sentence, if a modality does not exist, an argument is out of range, both modalities hold the same
+        measurements, there are fewer cells than components, or no linked feature is left that varies.
+
+    References
+    ----------
+    Matching and correlating in turn: Chen et al., "Integration of spatial and single-cell data across modalities with
+    weakly linked features", Nature Biotechnology 2024.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, linkage, pbmc_mosaic, protein_gene_links
+    >>> mosaic = Mosaic.from_mudata(pbmc_mosaic(), batch_key="batch")
+    >>> link = linkage.cca(mosaic, ("rna", "adt"), protein_gene_links())
+    >>> link.scores["rna"].shape, link.scores["adt"].shape
+    ((1200, 15), (1200, 15))
+    """
+    _check(mosaic, modalities)
+    if isinstance(match, str) and match not in MATCHES:
+        raise ValueError(f"there is no matching {match!r}; accepted: {', '.join(map(repr, MATCHES))} or a function")
+    if start not in (None, "links", "diagonal", "geometry"):
+        raise ValueError(f"there is no start {start!r}; accepted: 'links', 'diagonal', 'geometry' or None")
+    if rounds < 1 or not 0 <= held_out < 1:
+        raise ValueError(f"rounds is at least 1 and held_out from 0 up to less than 1; found {rounds} and {held_out}")
+    most = 15 if n_components is None else n_components
+    first, second = (_Side.fit(mosaic, name, n_pcs, n_neighbors, n_metacells, seed) for name in modalities)
+    _refuse_same(first, second)
+    smallest = min(first.loadings.shape[1], second.loadings.shape[1])
+    if n_components is not None and not 1 <= n_components <= smallest:
+        raise ValueError(f"n_components lies between 1 and the {smallest} principal components; found {n_components}")
+    if links is not None:
+        links = links if isinstance(links, Links) else links_from_table(mosaic, modalities, links)
+        links = _varying(links, mosaic, first, second)
+    pair = _Pair(
+        (first, second),
+        _linked(links, mosaic, first, second),
+        MATCHES[match] if isinstance(match, str) else match,
+        link_share,
+        ridge,
+        most,
+    )
+    agreement: dict[str, list[float]] = {}
+    if correspondence is not None:
+        pi, canonical = correspondence, pair.correlated(correspondence)
+    else:
+        chosen = np.ones(pair.linked[0].shape[1], dtype=bool)
+        best: str = start or "links"
+        if round(held_out * len(chosen)) > 0:
+            starts = ("links", "diagonal") if start is None else (start,)
+            agreement = {name: pair.trial(name, rounds, held_out, seed) for name in starts}
+            best = max(agreement, key=lambda name: max(agreement[name]))
+            rounds = int(np.argmax(agreement[best])) + 1
+        pi, canonical = next(islice(pair.rounds(chosen, best), rounds - 1, None))
+    x, y = first.components, second.components
+    null = shuffled_covariances(x, y, pi, seed=seed)
+    kept = canonical.keep(n_components or min(most, max(1, count_components(canonical, null))))
+    crossfit = crossfit_correlations(x, y, pi, ridge, seed)
+    return Linkage(
+        {
+            s.name: _table(kept.scores(s.components, k), mosaic.obs_names[s.cells])
+            for k, s in enumerate((first, second))
+        },
+        kept.correlations,
+        crossfit[: len(kept.correlations)],
+        pi,
+        agreement,
+        links,
+        null,
+        canonical,
+        {
+            s.name: (s.standardiser, s.loadings, s.loadings @ np.cov(s.components, rowvar=False, bias=True))
+            for s in (first, second)
+        },
+    )
+
+
+def _table(scores: np.ndarray, cells: pd.Index) -> pd.DataFrame:
+    return pd.DataFrame(unit_rows(scores), cells, [f"cc{i + 1}" for i in range(scores.shape[1])])
+
+
+def _check(mosaic: Mosaic, modalities: tuple[str, str]) -> None:
+    for name in modalities:
+        if name not in mosaic.modalities:
+            raise ValueError(f"there is no modality {name!r}; the mosaic has {', '.join(map(repr, mosaic.modalities))}")
+    if modalities[0] == modalities[1]:
+        raise ValueError(f"linkage is between two modalities; found {modalities[0]!r} twice")
+
+
+def _refuse_same(first: _Side, second: _Side) -> None:
+    """Refuse one matrix under two names, whatever the order of its rows and columns."""
+    x, y = np.sort(first.data.scale), np.sort(second.data.scale)
+    if len(first.cells) == len(second.cells) and x.shape == y.shape and np.allclose(x, y, rtol=1e-3):
+        raise ValueError(
+            f"modalities {first.name!r} and {second.name!r} hold the same measurements; the same matrix on both sides "
+            "is not a linkage"
+        )
+
+
+def _varying(links: Links, mosaic: Mosaic, first: _Side, second: _Side) -> Links:
+    """The links whose features both vary."""
+    columns = links.positions(mosaic)
+    varies = np.isfinite(first.data.scale[columns[0]]) & np.isfinite(second.data.scale[columns[1]])
+    if not varies.any():
+        raise ValueError(f"no linked feature is left: each of the {len(links)} links has a feature that never varies")
+    if not varies.all():
+        pair = links.pairs[list(links.modalities)].iloc[int(np.argmin(varies))]
+        warnings.warn(
+            f"{int((~varies).sum())} of {len(links)} links are left out, since one of their features never varies "
+            f"within a batch (the first: {pair.iloc[0]!r} and {pair.iloc[1]!r})",
+            stacklevel=3,
+        )
+    return links.take(varies)
+
+
+def _linked(links: Links | None, mosaic: Mosaic, first: _Side, second: _Side) -> tuple[np.ndarray, np.ndarray]:
+    """Linked features of the metacells, weighted and of positive sign; no column without links."""
+    if links is None:
+        return np.zeros((len(first.means), 0)), np.zeros((len(second.means), 0))
+    columns = links.positions(mosaic)
+    factor = np.sqrt(links.pairs["weight"].to_numpy(dtype=np.float64))
+    x, y = (s.data.averages(s.groups, len(s.means), c) * factor for s, c in zip((first, second), columns, strict=True))
+    return x, y * links.pairs["sign"].to_numpy(dtype=np.float64)

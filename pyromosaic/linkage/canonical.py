@@ -1,0 +1,171 @@
+"""Canonical correlation analysis with a soft correspondence instead of pairs."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pyromosaic.linkage.matching import Correspondence
+
+
+@dataclass(frozen=True)
+class Canonical:
+    """Canonical variables of two modalities.
+
+    Parameters
+    ----------
+    coefficients
+        From centred variables to canonical variables, one matrix a modality, shape (variables, components).
+    correlations
+        Canonical correlations, falling, shape (components,).
+    """
+
+    coefficients: tuple[np.ndarray, np.ndarray]
+    correlations: np.ndarray
+
+    def keep(self, n_components: int) -> "Canonical":
+        """The first components only."""
+        first, second = self.coefficients
+        return Canonical((first[:, :n_components], second[:, :n_components]), self.correlations[:n_components])
+
+    def rotated(self, covariances: np.ndarray) -> np.ndarray:
+        """Cross-covariances of variables as those of the canonical variables."""
+        first, second = self.coefficients
+        return first.T @ covariances @ second
+
+    def scores(self, values: np.ndarray, side: int, power: float = 1.0) -> np.ndarray:
+        """Canonical variables of the first (0) or second (1) modality, weighted by ``correlations ** power``."""
+        return values @ self.coefficients[side] * self.correlations**power
+
+
+def canonical_correlation(x: np.ndarray, y: np.ndarray, pi: Correspondence, ridge: float = 0.2) -> Canonical:
+    r"""Fit canonical variables of two modalities whose cells correspond softly.
+
+    With :math:`C_{xx}, C_{yy}` the covariances of all cells and :math:`C_{xy} = X^T \Pi Y - (X^T \Pi 1)(1^T \Pi Y)`,
+    the singular value decomposition :math:`C_{xx}^{-1/2} C_{xy} C_{yy}^{-1/2} = U \,\mathrm{diag}(\rho) V^T` gives
+    the coefficients :math:`C_{xx}^{-1/2} U` and :math:`C_{yy}^{-1/2} V`. With true pairs this is ordinary canonical
+    correlation analysis; a correspondence without information, the product of its marginals, gives :math:`\rho = 0`.
+
+    Parameters
+    ----------
+    x, y
+        Variables (principal components, say), cells × variables.
+    pi
+        The correspondence.
+    ridge
+        Added to the diagonal of both covariances, as a share of their mean variance.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from pyromosaic.linkage import Correspondence, canonical_correlation
+    >>> x = np.random.default_rng(0).standard_normal((200, 3))
+    >>> pairs = Correspondence.from_pairs(np.arange(200), np.arange(200), (200, 200))
+    >>> canonical_correlation(x, x[:, ::-1], pairs, ridge=0).correlations.round(3)
+    array([1., 1., 1.])
+    """
+    first, second = _inverse_root(x, ridge), _inverse_root(y, ridge)
+    u, correlations, vt = np.linalg.svd(first @ pi.cross_covariance(x, y) @ second, full_matrices=False)
+    sign = np.sign(u[np.abs(u).argmax(axis=0), np.arange(u.shape[1])])
+    return Canonical((first @ u * sign, second @ vt.T * sign), correlations)
+
+
+def shuffled_covariances(
+    x: np.ndarray, y: np.ndarray, pi: Correspondence, n_shuffles: int = 20, seed: int = 0
+) -> np.ndarray:
+    """Cross-covariances under shuffled correspondences, shape (n_shuffles, columns of x, columns of y).
+
+    Parameters
+    ----------
+    x, y, pi
+        As in `canonical_correlation`.
+    n_shuffles
+        Number of shuffles of the second modality's groups.
+    seed
+        Seed of the shuffles.
+    """
+    x, y = pi.means(x, y)
+    first, second = pi.marginals
+    carried, middle = pi.plan.T @ x, first @ x
+    rng, order = np.random.default_rng(seed), _by_content(y)
+    null = []
+    for _ in range(n_shuffles):
+        shuffled = np.empty_like(y)
+        shuffled[order] = y[order[rng.permutation(len(y))]]
+        null.append(carried.T @ shuffled - np.outer(middle, second @ shuffled))
+    return np.array(null)
+
+
+def count_components(canonical: Canonical, null: np.ndarray, level: float = 0.05) -> int:
+    """Number of leading components whose correlation is beyond chance.
+
+    Component k is judged by the largest correlation that shuffling finds in what components 1 to k - 1 leave over
+    (Winkler et al., "Permutation inference for canonical correlation analysis", NeuroImage 2020).
+
+    Parameters
+    ----------
+    canonical
+        All canonical variables.
+    null
+        Cross-covariances under shuffled correspondences.
+    level
+        Share of the shuffles that may exceed the correlation.
+    """
+    for k, correlation in enumerate(canonical.correlations):
+        left = [np.linalg.norm(rotated[k:, k:], 2) for rotated in canonical.rotated(null)]
+        if correlation <= np.quantile(left, 1 - level):
+            return k
+    return len(canonical.correlations)
+
+
+def crossfit_correlations(
+    x: np.ndarray, y: np.ndarray, pi: Correspondence, ridge: float = 0.2, seed: int = 0
+) -> np.ndarray:
+    """Canonical correlations in cells that the coefficients have not seen.
+
+    Both modalities are split into halves; coefficients from the correspondence within one half are judged by the
+    correspondence within the other, and the other way round.
+
+    Parameters
+    ----------
+    x, y, pi, ridge
+        As in `canonical_correlation`.
+    seed
+        Seed of the split.
+
+    Returns
+    -------
+    Mean over both halves, shape (components,); not sorted, and about 0 for a component that was over-fitted.
+    """
+    rng = np.random.default_rng(seed)
+    halves = []
+    for values in (x, y):
+        half = np.empty(len(values), dtype=bool)
+        half[_by_content(values)] = rng.permutation(len(values)) % 2 == 0
+        halves.append(half)
+
+    def part(side: bool) -> tuple[np.ndarray, np.ndarray, Correspondence]:
+        cells = [half == side for half in halves]
+        (rows, first), (columns, second) = (
+            np.unique(groups[c], return_inverse=True) for groups, c in zip(pi.groups, cells, strict=True)
+        )
+        return x[cells[0]], y[cells[1]], Correspondence(pi.plan[rows][:, columns], (first, second))
+
+    held_out = []
+    for side in (False, True):
+        fit = canonical_correlation(*part(side), ridge)
+        x_other, y_other, pi_other = part(not side)
+        u, v = (fit.scores(values, k, power=0) for k, values in enumerate((x_other, y_other)))
+        held_out.append(np.diag(pi_other.cross_covariance(u, v)) / (u.std(axis=0) * v.std(axis=0)))
+    return np.mean(held_out, axis=0)
+
+
+def _inverse_root(values: np.ndarray, ridge: float) -> np.ndarray:
+    """Inverse square root of the covariance with its ridge."""
+    variance, directions = np.linalg.eigh(np.atleast_2d(np.cov(values, rowvar=False, bias=True)))
+    variance = np.maximum(variance + ridge * variance.mean(), 1e-12 * variance.max())
+    return directions / np.sqrt(variance) @ directions.T
+
+
+def _by_content(values: np.ndarray) -> np.ndarray:
+    """An order that goes with what was measured, so that draws do not depend on the order of the cells."""
+    return np.lexsort(values.T)

@@ -1,0 +1,169 @@
+"""Linked features: which feature of one modality says something about which feature of another."""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from pyromosaic.data import Mosaic
+
+
+@dataclass(frozen=True)
+class Links:
+    """Pairs of linked features of two modalities.
+
+    Parameters
+    ----------
+    pairs
+        One row a link: a column of feature names for each of the two modalities, named after it, ``weight`` from
+        above 0 to 1, and ``sign``, 1 or -1.
+    n_unknown
+        Number of links that were left out because the mosaic lacks one of their features.
+    """
+
+    pairs: pd.DataFrame
+    n_unknown: int = 0
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def modalities(self) -> tuple[str, str]:
+        """Names of the two modalities."""
+        return self.pairs.columns[0], self.pairs.columns[1]
+
+    def positions(self, mosaic: Mosaic) -> tuple[np.ndarray, np.ndarray]:
+        """Column numbers of the linked features in both modalities, shape (links,) each."""
+        first, second = (_features(mosaic, m).get_indexer(pd.Index(self.pairs[m])) for m in self.modalities)
+        return first, second
+
+    def take(self, rows: np.ndarray) -> "Links":
+        """Some of the links, by number or mask."""
+        return Links(self.pairs.iloc[rows].reset_index(drop=True), self.n_unknown)
+
+
+def links_from_table(mosaic: Mosaic, modalities: tuple[str, str], table: pd.DataFrame) -> Links:
+    """Links from a table with a column of feature names for each modality, one row a link.
+
+    Parameters
+    ----------
+    mosaic
+        The data.
+    modalities
+        Names of the two modalities.
+    table
+        Columns named after the modalities, or else two columns that are told apart by the names in them
+        (`pyromosaic.protein_gene_links` has ``protein`` and ``gene``). Columns ``weight`` (above 0, at most 1) and
+        ``sign`` (1 or -1) may stand beside; they are 1 by default.
+
+    Returns
+    -------
+    Links
+        Those whose features are both in the mosaic, each pair once; the others are counted.
+
+    Raises
+    ------
+    ValueError
+        If a modality does not exist, the columns cannot be told, a weight or sign is out of range, or no link is left.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, linkage, pbmc_mosaic, protein_gene_links
+    >>> mosaic = Mosaic.from_mudata(pbmc_mosaic(), batch_key="batch")
+    >>> links = linkage.links_from_table(mosaic, ("rna", "adt"), protein_gene_links())
+    >>> len(links), links.n_unknown
+    (74, 166)
+    """
+    features = [_features(mosaic, m) for m in modalities]
+    columns = [c for c in table.columns if c not in ("weight", "sign")]
+    if set(modalities) <= set(columns):
+        columns = list(modalities)
+    elif len(columns) == 2:
+        known = [[int(f.isin(table[c].astype(str)).sum()) for c in columns] for f in features]
+        if known[0][1] + known[1][0] > known[0][0] + known[1][1]:
+            columns.reverse()
+    else:
+        raise ValueError(
+            f"a table of links has a column of names for each of {modalities[0]!r} and {modalities[1]!r}, and at most "
+            f"'weight' and 'sign' beside; found {', '.join(map(repr, table.columns)) or 'no column'}"
+        )
+    pairs = pd.DataFrame({m: table[c].astype(str).to_numpy() for m, c in zip(modalities, columns, strict=True)})
+    for name in ("weight", "sign"):
+        pairs[name] = table[name].to_numpy(dtype=float) if name in table else 1.0
+    for name, fits, accepted in (
+        ("weight", pairs["weight"].between(0, 1, inclusive="right"), "above 0 and up to 1"),
+        ("sign", pairs["sign"].isin([-1, 1]), "1 or -1"),
+    ):
+        if not fits.all():
+            raise ValueError(f"the {name} of a link is {accepted}; found {pairs[name][~fits].iloc[0]:g}")
+    pairs = pairs.drop_duplicates(list(modalities))
+    complete = pairs[modalities[0]].isin(features[0]) & pairs[modalities[1]].isin(features[1])
+    if not complete.any():
+        raise ValueError(
+            f"no linked feature is left: of {len(pairs)} links, none has both its features among the "
+            f"{len(features[0])} of {modalities[0]!r} and the {len(features[1])} of {modalities[1]!r}"
+        )
+    return Links(pairs[complete].reset_index(drop=True), int((~complete).sum()))
+
+
+def links_by_name(mosaic: Mosaic, modalities: tuple[str, str]) -> Links:
+    """Links between features of the same name, genes and the activities of genes say.
+
+    Raises
+    ------
+    ValueError
+        If a modality does not exist, or no name is in both.
+    """
+    names = _features(mosaic, modalities[0]).intersection(_features(mosaic, modalities[1]), sort=False)
+    return links_from_table(mosaic, modalities, pd.DataFrame(dict.fromkeys(modalities, names)))
+
+
+def links_by_overlap(mosaic: Mosaic, modalities: tuple[str, str], genes: pd.DataFrame, promoter: int = 2000) -> Links:
+    """Links between genes and the regions that overlap their body or promoter.
+
+    Parameters
+    ----------
+    mosaic
+        The data.
+    modalities
+        The modality of genes, then the one of regions. Regions are named by their coordinates, ``"chr1:100-200"``
+        with ``:``, ``-`` or ``_`` between.
+    genes
+        Where each gene lies, indexed by name: columns ``chromosome``, ``start``, ``end`` and ``strand`` (``"+"`` or
+        ``"-"``).
+    promoter
+        Bases upstream of the gene that count as its promoter.
+
+    Raises
+    ------
+    ValueError
+        If a modality or a column does not exist, a region's name is not a coordinate, or nothing overlaps.
+    """
+    wanted = ["chromosome", "start", "end", "strand"]
+    if not set(wanted) <= set(genes.columns):
+        raise ValueError(f"the table of genes needs the columns {', '.join(wanted)}; found {', '.join(genes.columns)}")
+    names = _features(mosaic, modalities[1])
+    places = [re.fullmatch(r"(.+?)[:_-](\d+)[-_](\d+)", name) for name in names]
+    if None in places:
+        raise ValueError(
+            f"modality {modalities[1]!r}: the name {names[places.index(None)]!r} is no region; accepted: 'chr1:100-200'"
+        )
+    regions = pd.DataFrame([p.groups() for p in places if p], index=names, columns=wanted[:3])
+    regions = regions.astype({"start": int, "end": int}).sort_values("start")
+    pairs = []
+    by_chromosome = dict(iter(regions.groupby("chromosome")))
+    known = genes[genes.index.isin(_features(mosaic, modalities[0]))]
+    for gene, chromosome, start, end, strand in known[wanted].itertuples(name=None):
+        if chromosome in by_chromosome:
+            near = by_chromosome[chromosome]
+            start, end = (start - promoter, end) if strand == "+" else (start, end + promoter)
+            near = near.iloc[: np.searchsorted(near["start"], end, side="right")]
+            pairs += [(gene, region) for region in near.index[near["end"] >= start]]
+    return links_from_table(mosaic, modalities, pd.DataFrame(pairs, columns=list(modalities), dtype=str))
+
+
+def _features(mosaic: Mosaic, modality: str) -> pd.Index:
+    if modality not in mosaic.modalities:
+        raise ValueError(f"there is no modality {modality!r}; the mosaic has {', '.join(map(repr, mosaic.modalities))}")
+    return pd.Index(mosaic.modalities[modality].schema.features)

@@ -1,0 +1,219 @@
+"""Soft correspondences between the cells of two modalities, and the ways to match cells that give them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import pdist, squareform
+
+from pyromosaic.linkage.preprocess import group_means
+
+
+@dataclass(frozen=True)
+class Correspondence:
+    r"""How much each cell of one modality corresponds to each cell of another: a matrix :math:`\Pi` that sums to one.
+
+    Cells of a group (a metacell) share their correspondence equally, so a data set of any size needs only the matrix
+    between groups: :math:`\Pi_{ij}` is ``plan[g, h] / (size of g · size of h)`` with i in g and j in h.
+
+    Parameters
+    ----------
+    plan
+        Correspondence of groups, array or sparse, shape (groups of the first, groups of the second).
+    groups
+        Group of each cell, for both modalities.
+    """
+
+    plan: Any
+    groups: tuple[np.ndarray, np.ndarray]
+
+    def __post_init__(self) -> None:
+        total = float(self.plan.sum())
+        if not np.isfinite(total) or total <= 0:
+            raise ValueError("a correspondence needs at least one pair of cells with positive weight; found none")
+        object.__setattr__(self, "plan", self.plan / total)
+
+    @classmethod
+    def from_pairs(cls, first: np.ndarray, second: np.ndarray, shape: tuple[int, int]) -> "Correspondence":
+        """Known pairs of cells, each of the same weight: for upper bounds in evaluations only.
+
+        Parameters
+        ----------
+        first, second
+            Rows of the two cells of each pair.
+        shape
+            Number of cells of each modality.
+        """
+        plan = sparse.csr_array((np.ones(len(first)), (first, second)), shape=shape)
+        return cls(plan, (np.arange(shape[0]), np.arange(shape[1])))
+
+    @classmethod
+    def from_labels(cls, first: Sequence[Any], second: Sequence[Any]) -> "Correspondence":
+        """Cells of the same label correspond, whichever they are: supervised, and to be reported as such.
+
+        Parameters
+        ----------
+        first, second
+            Label of each cell; cells without one, or with one that the other modality lacks, are left out.
+        """
+        labels = pd.Index(pd.Series(first).dropna().unique()).intersection(pd.Index(pd.Series(second).dropna()))
+        groups = tuple(labels.get_indexer(pd.Index(cells)) % (len(labels) + 1) for cells in (first, second))
+        size = [np.bincount(g, minlength=len(labels) + 1)[:-1] for g in groups]
+        plan = np.zeros((len(labels) + 1,) * 2)
+        np.fill_diagonal(plan[:-1, :-1], np.minimum(*(s / s.sum() for s in size)))
+        return cls(plan, groups)
+
+    @property
+    def marginals(self) -> tuple[np.ndarray, np.ndarray]:
+        """Weight of each group in both modalities."""
+        return np.asarray(self.plan.sum(axis=1)).ravel(), np.asarray(self.plan.sum(axis=0)).ravel()
+
+    def means(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean of cells' values over each group, for both modalities."""
+        n, m = self.plan.shape
+        return group_means(self.groups[0], x, n), group_means(self.groups[1], y, m)
+
+    def cross_covariance(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        r""":math:`X^T \Pi Y - (X^T \Pi 1) (1^T \Pi Y)`, shape (columns of x, columns of y)."""
+        x, y = self.means(x, y)
+        first, second = self.marginals
+        return (self.plan.T @ x).T @ y - np.outer(first @ x, second @ y)
+
+
+def cosine(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Cosine similarity of all rows, shape (rows of x, rows of y), in single precision: it may be large."""
+    x, y = unit_rows(x).astype(np.float32), unit_rows(y).astype(np.float32)
+    return x @ y.T
+
+
+def unit_rows(x: np.ndarray) -> np.ndarray:
+    """Rows scaled to length one; a row of zeros stays."""
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+def transport(
+    similarity: np.ndarray,
+    weights: tuple[np.ndarray, np.ndarray],
+    *,
+    epsilon: float = 0.02,
+    reach: float = 2.0,
+    n_iterations: int = 100,
+) -> np.ndarray:
+    """Entropic optimal transport on one minus the similarity: a soft matching of large similarity.
+
+    The entropy is relative to the product of the weights, so that splitting a cell into two changes nothing.
+
+    Parameters
+    ----------
+    similarity
+        Similarity of all cells, at most 1.
+    weights
+        Weight of each cell of both modalities.
+    epsilon
+        Entropy, on the scale of the similarity; the smaller, the harder the matching.
+    reach
+        What it costs (times the divergence) to miss the weights, on the scale of the similarity: cells that resemble
+        none of the other modality take less part. Infinity for balanced transport, in which every cell has its weight.
+    n_iterations
+        Sinkhorn steps.
+    """
+    balanced = np.isinf(reach)
+    # Balanced, the scaling of a row undoes any factor: let its best have kernel 1, so that no row vanishes.
+    best = similarity.max(axis=1, keepdims=True) if balanced else 1.0
+    kernel = np.exp((similarity - best) / epsilon)
+    power = 1.0 if balanced else reach / (reach + epsilon)
+    first, second = (w.astype(kernel.dtype) for w in weights)
+    tiny = np.finfo(kernel.dtype).tiny
+    v = np.ones_like(second)
+    for _ in range(n_iterations):
+        u = np.maximum(kernel @ (second * v), tiny) ** -power
+        v = np.maximum((first * u) @ kernel, tiny) ** -power
+    return (first * u)[:, None] * kernel * (second * v)
+
+
+def mutual_nearest(similarity: np.ndarray, weights: tuple[np.ndarray, np.ndarray], *, k: int = 30) -> sparse.csr_array:
+    """Pairs of cells that are among the k most similar of each other, all of the same weight."""
+    n, m = similarity.shape
+    k = min(k, n, m)
+    best = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+    chosen = sparse.csr_array((np.ones(n * k), (np.repeat(np.arange(n), k), best.ravel())), shape=(n, m))
+    best = np.argpartition(-similarity, k - 1, axis=0)[:k]
+    back = sparse.csr_array((np.ones(m * k), (best.ravel(), np.tile(np.arange(m), k))), shape=(n, m))
+    return chosen.multiply(back).tocsr()
+
+
+def assignment(
+    similarity: np.ndarray, weights: tuple[np.ndarray, np.ndarray], *, keep: float = 0.8
+) -> sparse.csr_array:
+    """One-to-one matching of greatest total similarity, of which the best share is kept."""
+    rows, columns = linear_sum_assignment(similarity, maximize=True)
+    value = similarity[rows, columns]
+    kept = value >= np.quantile(value, 1 - keep)
+    return sparse.csr_array((np.ones(kept.sum()), (rows[kept], columns[kept])), shape=similarity.shape)
+
+
+def diagonal(x: np.ndarray, y: np.ndarray, n_components: int = 15) -> tuple[np.ndarray, np.ndarray]:
+    """Cells of two modalities in the space of the singular vectors of ``x @ y.T``, without forming that product.
+
+    Canonical correlation with both covariances taken as diagonal (Butler et al., Nature Biotechnology 2018).
+
+    Parameters
+    ----------
+    x, y
+        Standardised linked features, cells × links.
+    n_components
+        Number of singular vectors, at most one for each link.
+
+    Returns
+    -------
+    Left and right singular vectors, each row of length one.
+    """
+    n_links = x.shape[1]
+    basis = x @ np.random.default_rng(0).standard_normal((n_links, min(n_components + 10, n_links)))
+    for _ in range(6):
+        basis = x @ (y.T @ (y @ (x.T @ np.linalg.qr(basis)[0])))
+    basis = np.linalg.qr(basis)[0]
+    u, _, vt = np.linalg.svd((basis.T @ x) @ y.T, full_matrices=False)
+    return unit_rows(basis @ u[:, :n_components]), unit_rows(vt.T[:, :n_components])
+
+
+def gromov_wasserstein(
+    x: np.ndarray,
+    y: np.ndarray,
+    weights: tuple[np.ndarray, np.ndarray],
+    similarity: np.ndarray | None = None,
+    *,
+    geometry: float = 0.5,
+) -> np.ndarray:
+    """Match cells whose distances to all others look alike: fused Gromov–Wasserstein transport.
+
+    Without links the geometry of the cells says what corresponds, up to its symmetries: two cell types that are equally
+    far from the others are told apart by nothing.
+
+    Parameters
+    ----------
+    x, y
+        Principal components of a few hundred metacells of each modality.
+    weights
+        Weight of each metacell of both modalities.
+    similarity
+        Similarity of the metacells by their linked features; None where there is no link.
+    geometry
+        Share of the distances in the cost, next to `similarity`.
+    """
+    try:
+        import ot
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "a start from geometry needs POT, which is not installed; pip install 'pyromosaic[linkage]' brings it"
+        ) from error
+    distances = [squareform(pdist(values)) for values in (x, y)]
+    first, second = (d / d.mean() for d in distances)
+    if similarity is None:
+        return ot.gromov.gromov_wasserstein(first, second, *weights)
+    cost = 1 - similarity.astype(np.float64)
+    return ot.gromov.fused_gromov_wasserstein(cost, first, second, *weights, alpha=geometry)

@@ -1,0 +1,248 @@
+"""Measurements made comparable: normalised, standardised within batch, reduced and smoothed; sparse stays sparse."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+from sklearn.neighbors import NearestNeighbors
+
+from pyromosaic.data.mosaic import Modality
+
+#: What is done to the measurements before they are standardised, by the likelihood that describes them.
+TRANSFORM_BY_LIKELIHOOD = {
+    "nb": "log",
+    "zinb": "log",
+    "nb_mixture": "centred_log_ratio",
+    "bernoulli": "open",
+    "normal": "as_is",
+    "log1p_normal": "log1p",
+    "ziln": "log1p",
+    "zig": "log1p",
+}
+
+
+def group_means(groups: np.ndarray, values: Any, n_groups: int) -> Any:
+    """Mean of the rows of each group, shape (n_groups, columns); zero for an empty group, sparse if `values` is."""
+    size = np.bincount(groups, minlength=n_groups)
+    rows = np.arange(len(groups))
+    return sparse.csr_array((1 / size[groups], (groups, rows)), shape=(n_groups, len(groups))) @ values
+
+
+@dataclass
+class Standardised:
+    """The matrix ``(values - mean[batch]) / scale`` without being written out.
+
+    Parameters
+    ----------
+    values
+        Transformed measurements, CSR or array, shape (n, p).
+    batch
+        Batch number of each cell, shape (n,).
+    mean
+        Mean of each feature in each batch, shape (batches, p).
+    scale
+        Standard deviation within batches of each feature, shape (p,); infinite for a constant feature.
+    """
+
+    values: Any
+    batch: np.ndarray
+    mean: np.ndarray
+    scale: np.ndarray
+
+    def __matmul__(self, right: np.ndarray) -> np.ndarray:
+        """Product with a matrix of shape (p, k)."""
+        scaled = right / self.scale[:, None]
+        return self.values @ scaled - (self.mean @ scaled)[self.batch]
+
+    def transposed_times(self, right: np.ndarray) -> np.ndarray:
+        """Product of the transpose with a matrix of shape (n, k)."""
+        size = np.bincount(self.batch, minlength=len(self.mean))
+        total = group_means(self.batch, right, len(self.mean)) * size[:, None]
+        return (self.values.T @ right - self.mean.T @ total) / self.scale[:, None]
+
+    def averages(self, groups: np.ndarray, n_groups: int, columns: np.ndarray) -> np.ndarray:
+        """Mean of some columns over each group of cells, shape (n_groups, len(columns))."""
+        values = group_means(groups, self.values[:, columns], n_groups)
+        batches = group_means(groups, np.eye(len(self.mean))[self.batch], n_groups)
+        return (_dense(values) - batches @ self.mean[:, columns]) / self.scale[columns]
+
+
+@dataclass(frozen=True)
+class Standardiser:
+    """How one modality was normalised and standardised, for cells to come.
+
+    Parameters
+    ----------
+    name, features
+        Name of the modality and of its features.
+    transform
+        One of the values of `TRANSFORM_BY_LIKELIHOOD`.
+    target
+        Counts that each cell is normalised to, if the transform does that.
+    batches
+        Names of the batches; one empty name where there are none.
+    mean, scale
+        As in `Standardised`.
+    """
+
+    name: str
+    features: tuple[str, ...]
+    transform: str
+    target: float
+    batches: tuple[str, ...]
+    mean: np.ndarray
+    scale: np.ndarray
+
+    @classmethod
+    def fit(cls, modality: Modality, cells: np.ndarray) -> "tuple[Standardiser, Standardised]":
+        """Learn means and scales from cells that have the modality, and standardise them."""
+        transform = TRANSFORM_BY_LIKELIHOOD[modality.spec.likelihood]
+        target = float(np.median(modality.library[cells])) if transform == "log" else 1.0
+        values = _transformed(modality, cells, transform, target)
+        batches, batch = _batches(modality, cells)
+        mean = _dense(group_means(batch, values, len(batches)))
+        # E[x²] - E[x]² by batch, summed: a batch's mean does not count as variation.
+        square = (
+            values**2
+            if isinstance(values, np.ndarray)
+            else sparse.csr_array((values.data**2, values.indices, values.indptr), values.shape)
+        )
+        total = np.asarray(square.sum(axis=0, dtype=np.float64)).ravel()
+        within = total - (np.bincount(batch, minlength=len(batches)) @ mean**2)
+        variance = np.maximum(within / len(cells), 0)
+        constant = variance <= 1e-9 * np.maximum(total / len(cells), 1e-12)
+        scale = np.where(constant, np.inf, np.sqrt(variance))
+        self = cls(modality.name, modality.schema.features, transform, target, batches, mean, scale)
+        return self, Standardised(values, batch, mean, scale)
+
+    def apply(self, modality: Modality, cells: np.ndarray) -> Standardised:
+        """Standardise cells to come; a batch that was not seen before gets its own mean.
+
+        Raises
+        ------
+        ValueError
+            If the features are not those that were seen before.
+        """
+        if modality.schema.features != self.features:
+            raise ValueError(
+                f"modality {self.name!r}: its features are not the {len(self.features)} that the linkage was made "
+                "with, in the same order"
+            )
+        values = _transformed(modality, cells, self.transform, self.target)
+        batches, batch = _batches(modality, cells)
+        mean = _dense(group_means(batch, values, len(batches)))
+        for i, name in enumerate(batches):
+            if name in self.batches:
+                mean[i] = self.mean[self.batches.index(name)]
+        return Standardised(values, batch, mean, self.scale)
+
+
+def _batches(modality: Modality, cells: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names of the batches of these cells and the number of each cell's batch."""
+    key = modality.spec.batch_key
+    if key is None:
+        return ("",), np.zeros(len(cells), dtype=np.intp)
+    known = np.array([*modality.schema.categories[key], "unknown"], dtype=object)  # code -1 is the last
+    codes, unique = pd.factorize(modality.codes[cells, 0], sort=True)
+    return tuple(known[unique]), codes
+
+
+def _transformed(modality: Modality, cells: np.ndarray, transform: str, target: float) -> Any:
+    """Measurements on the scale that is standardised: CSR where they are sparse and the transform keeps zeros."""
+    values = modality.read(cells)
+    if transform == "centred_log_ratio":
+        # Proteins are few and counted in nearly every cell, so their zeros are not worth keeping.
+        values = np.log1p(_dense(values))
+        return values - values.mean(axis=1, keepdims=True)
+    if transform == "as_is" and isinstance(values, np.ndarray):
+        return values
+    values = sparse.csr_array(values, dtype=np.float32)  # reading has copied already
+    if transform == "as_is":
+        return values
+    if transform == "open":
+        values.data = (values.data > 0).astype(np.float32)
+    if transform in ("log", "open"):
+        total = modality.library[cells] if transform == "log" else np.asarray(values.sum(axis=1)).ravel()
+        factor = target / np.maximum(total, 1e-12)
+        values.data *= np.repeat(factor, np.diff(values.indptr)).astype(np.float32)
+    values.data = np.log1p(values.data)
+    return values
+
+
+def _dense(values: Any) -> np.ndarray:
+    return np.asarray(values if isinstance(values, np.ndarray) else values.toarray(), dtype=np.float64)
+
+
+def principal_components(data: Standardised, n_components: int, seed: int) -> np.ndarray:
+    """Loadings of the leading principal components by randomised subspace iteration, shape (p, n_components).
+
+    The random start lies in the space of features, so the order of the cells does not matter.
+    """
+    n_features = data.values.shape[1]
+    basis = np.random.default_rng(seed).standard_normal((n_features, min(n_components + 10, n_features)))
+    for _ in range(6):
+        basis = np.linalg.qr(data.transposed_times(data @ basis))[0]
+    scores = data @ basis
+    loadings = basis @ np.linalg.eigh(scores.T @ scores)[1][:, ::-1][:, :n_components]
+    return loadings * np.sign(loadings[np.abs(loadings).argmax(axis=0), np.arange(loadings.shape[1])])
+
+
+def metacells(x: np.ndarray, at_most: int) -> np.ndarray:
+    """Group cells into metacells of equal size, by halving groups along their longest direction.
+
+    Parameters
+    ----------
+    x
+        Principal components, cells × components.
+    at_most
+        Largest number of groups; fewer cells than that stay on their own.
+
+    Returns
+    -------
+    Group of each cell; it depends on what was measured, not on the order of the cells.
+    """
+    if len(x) <= at_most:
+        return np.arange(len(x))
+    parts = [np.arange(len(x))]
+    while 2 * len(parts) <= at_most:
+        halves = []
+        for part in parts:
+            centred = x[part] - x[part].mean(axis=0)
+            direction = np.linalg.eigh(centred.T @ centred)[1][:, -1]
+            halves += np.array_split(part[np.argsort(centred @ direction, kind="stable")], 2)
+        parts = halves
+    groups = np.empty(len(x), dtype=np.intp)
+    for number, part in enumerate(parts):
+        groups[part] = number
+    return groups
+
+
+@dataclass(frozen=True)
+class Smoother:
+    """Mean over nearest neighbours within a modality, mixed with a cell's own value.
+
+    Parameters
+    ----------
+    weights
+        Row-normalised neighbour matrix, without the diagonal.
+    own
+        Share of the own value.
+    """
+
+    weights: sparse.csr_array
+    own: float = 0.3
+
+    @classmethod
+    def fit(cls, x: np.ndarray, n_neighbors: int) -> "Smoother":
+        """Find the nearest neighbours by Euclidean distance of `x`, cells × components."""
+        k = min(n_neighbors, len(x) - 1)
+        neighbors = NearestNeighbors(n_neighbors=k).fit(x).kneighbors(return_distance=False)
+        pointers = np.arange(len(x) + 1) * k
+        weights = sparse.csr_array((np.full(neighbors.size, 1 / k), neighbors.ravel(), pointers), shape=(len(x),) * 2)
+        return cls(weights)
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        """Smooth the rows of `values`."""
+        return self.own * values + (1 - self.own) * (self.weights @ values)
