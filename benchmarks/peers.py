@@ -5,6 +5,7 @@ The peers are not dependencies: scvi-tools (1.5 or later) is imported where it i
 """
 
 import contextlib
+import io
 import logging
 import resource
 import time
@@ -49,6 +50,8 @@ class PeerResult:
         likelihood per cell, summed over the features of what was measured. None without validation, which takes
         ``train_size=1.0, check_val_every_n_epoch=None``.
         The best epoch is ``history["reconstruction_loss_validation"].min()``.
+    ranking
+        Features by their difference between the cohorts, the surest first, where that was asked for.
     """
 
     latent: np.ndarray
@@ -60,6 +63,7 @@ class PeerResult:
     peak_memory_mb: float
     history: pd.DataFrame
     heldout_reconstruction: float | None
+    ranking: pd.Index | None = None
 
 
 def multivi(
@@ -185,6 +189,125 @@ def scvi_rna(
         cost = _train(model, n_epochs, train_kwargs)
         imputed = {"rna": model.get_normalized_expression(return_numpy=True)}
         return PeerResult(latent=model.get_latent_representation(), latents={}, imputed=imputed, **cost)
+
+
+def contrastivevi(
+    adata: anndata.AnnData,
+    background: np.ndarray,
+    batch_key: str | None,
+    n_epochs: int,
+    seed: int,
+    *,
+    differential: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
+    **train_kwargs: Any,
+) -> PeerResult:
+    """Train scvi-tools' ContrastiveVI on the counts in ``X``.
+
+    Parameters
+    ----------
+    adata
+        Raw counts, cells x features. Not modified.
+    background
+        Which cells are background, boolean; the others are target.
+    batch_key
+        Column of ``obs`` with the batch; None for a single batch.
+    differential
+        Rank features by its differential expression of target against background cells, target cells decoded with
+        their salient variables and background cells without.
+    n_epochs, seed, model_kwargs, **train_kwargs
+        As in :func:`multivi`, for ``scvi.external.ContrastiveVI``.
+
+    Returns
+    -------
+    PeerResult
+        With the latents ``"background"`` and ``"salient"`` of all cells.
+
+    References
+    ----------
+    Weinberger, Lin and Lee, Isolating salient variations of interest in single-cell data with contrastiveVI, Nature
+    Methods 2023.
+    """
+    from scvi import settings
+    from scvi.external import ContrastiveVI
+
+    with _quiet():
+        settings.seed = seed
+        adata = adata.copy()
+        ContrastiveVI.setup_anndata(adata, batch_key=batch_key)
+        model = ContrastiveVI(adata, **(model_kwargs or {}))
+        cohorts = {
+            "background_indices": np.flatnonzero(background).tolist(),
+            "target_indices": np.flatnonzero(~background).tolist(),
+        }
+        cost = _train(model, n_epochs, cohorts | train_kwargs)
+        latents = {
+            kind: model.get_latent_representation(representation_kind=kind) for kind in ("background", "salient")
+        }
+        ranking = None
+        if differential:
+            target = np.flatnonzero(~background)
+            ranking = model.differential_expression(idx1=~background, idx2=background, target_idx=target).index
+        return PeerResult(latent=latents["background"], latents=latents, imputed={}, ranking=ranking, **cost)
+
+
+def diagvi(
+    adatas: Mapping[str, anndata.AnnData],
+    links: pd.DataFrame,
+    likelihoods: Mapping[str, str],
+    batch_key: str | None,
+    n_epochs: int,
+    seed: int,
+    *,
+    model_kwargs: Mapping[str, Any] | None = None,
+    **train_kwargs: Any,
+) -> PeerResult:
+    """Train scvi-tools' DIAGVI on two modalities measured in different cells.
+
+    Parameters
+    ----------
+    adatas
+        Measurements of the two modalities, in ``X``. Not modified.
+    links
+        One column of feature names a modality, one row a link; rows with a feature that is not there are left out.
+    likelihoods
+        DIAGVI's name of the likelihood of each modality.
+    batch_key, n_epochs, seed, model_kwargs, **train_kwargs
+        As in :func:`multivi`, for ``scvi.external.DIAGVI``.
+
+    Returns
+    -------
+    PeerResult
+        ``latents`` keyed by modality, each in the order of its own cells; nothing is imputed.
+    """
+    from scvi import settings
+    from scvi.external import DIAGVI
+
+    with _quiet():
+        settings.seed = seed
+        copies = {name: adata.copy() for name, adata in adatas.items()}
+        for name, adata in copies.items():
+            DIAGVI.setup_anndata(adata, batch_key=batch_key, likelihood=likelihoods[name])
+        known = np.all([links[name].isin(adata.var_names) for name, adata in copies.items()], axis=0)
+        table = links.loc[known, list(copies)].reset_index(drop=True)
+        model = DIAGVI(copies, mapping_df=table, **(model_kwargs or {}))
+        start = time.perf_counter()
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):  # its progress bar
+            model.train(max_epochs=n_epochs, **({"early_stopping": False} | train_kwargs))
+        seconds = time.perf_counter() - start
+        epochs = model.trainer.current_epoch
+        latents = model.get_latent_representation()
+        return PeerResult(
+            latent=np.concatenate(list(latents.values())),
+            latents=latents,
+            imputed={},
+            seconds=seconds,
+            epochs=epochs,
+            seconds_per_epoch=seconds / epochs,
+            peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            history=pd.DataFrame(),
+            heldout_reconstruction=None,
+        )
 
 
 @contextlib.contextmanager

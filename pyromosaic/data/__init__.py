@@ -1,12 +1,15 @@
 """The mosaic: what is measured in which cell, its checks, splits and minibatches, and packaged real data."""
 
+from pyromosaic.data.cohorts import Cohorts
 from pyromosaic.data.datasets import pbmc_mosaic, protein_gene_links
-from pyromosaic.data.minibatch import Minibatch, Split, View, loader, measured, split, to_predict
+from pyromosaic.data.minibatch import Minibatch, Split, View, contrastive_loader, loader, measured, split, to_predict
 from pyromosaic.data.mosaic import Modality, Mosaic
+from pyromosaic.data.simulate import Truth, simulate
 from pyromosaic.data.spec import ModalitySchema, ModalitySpec, Schema
-from pyromosaic.data.unpair import hide, unpair
+from pyromosaic.data.unpair import hide, separate, unpair
 
 __all__ = [
+    "Cohorts",
     "Minibatch",
     "Modality",
     "ModalitySchema",
@@ -14,13 +17,17 @@ __all__ = [
     "Mosaic",
     "Schema",
     "Split",
+    "Truth",
     "View",
+    "contrastive_loader",
     "hide",
     "loader",
     "measured",
     "pbmc_mosaic",
     "to_predict",
     "protein_gene_links",
+    "simulate",
+    "separate",
     "split",
     "unpair",
 ]

@@ -32,6 +32,8 @@ class View:
         Size of each cell in counts, shape (b, 1); NaN where the model is to say what it expects.
     counts
         Measurements, shape (b, features), strided or sparse COO; None where the model is to predict them.
+    labels
+        Label numbers of the modality, shape (b,); -1 where unknown.
     """
 
     rows: Tensor
@@ -40,6 +42,7 @@ class View:
     continuous: Tensor
     library: Tensor
     counts: Tensor | None
+    labels: Tensor | None = None
 
     def dense_counts(self) -> Tensor:
         """Measurements as a strided tensor, shape (b, features)."""
@@ -49,10 +52,16 @@ class View:
 
     def one_hot(self, column: int = 0) -> Tensor:
         """Categories of one column as indicators, shape (b, categories); an unknown category is their average."""
-        n = self.n_categories[column]
-        code = self.codes[:, column]
-        indicators = one_hot(code.clamp_min(0), n).to(self.library.dtype)
-        return torch.where((code < 0).unsqueeze(-1), torch.full_like(indicators, 1 / n), indicators)
+        return self._indicators(self.codes[:, column], self.n_categories[column])
+
+    def one_hot_label(self, n_labels: int) -> Tensor:
+        """Labels as indicators, shape (b, labels); an unknown label is their average."""
+        assert self.labels is not None
+        return self._indicators(self.labels, n_labels)
+
+    def _indicators(self, codes: Tensor, n: int) -> Tensor:
+        indicators = one_hot(codes.clamp_min(0), n).to(self.library.dtype)
+        return torch.where((codes < 0).unsqueeze(-1), torch.full_like(indicators, 1 / n), indicators)
 
     def design(self) -> Tensor:
         """All covariates side by side: indicators of each categorical column, then the continuous ones."""
@@ -81,12 +90,15 @@ class Minibatch:
         What the guide may look at: the modalities measured in at least one of the cells.
     decoded
         What the model explains (views with counts: training) or predicts (views without).
+    groups
+        Cohort of each cell, shape (B,): 0 background, 1, 2, … target groups, -1 neither; None without cohorts.
     """
 
     index: Tensor
     n_cells: int
     observed: dict[str, View]
     decoded: dict[str, View]
+    groups: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -103,7 +115,8 @@ class Minibatch:
         decoded = {
             k: observed[k] if v is self.observed.get(k) else v.to(device, non_blocking) for k, v in self.decoded.items()
         }
-        return Minibatch(self.index.to(device, non_blocking=non_blocking), self.n_cells, observed, decoded)
+        groups = None if self.groups is None else self.groups.to(device, non_blocking=non_blocking)
+        return Minibatch(self.index.to(device, non_blocking=non_blocking), self.n_cells, observed, decoded, groups)
 
 
 def measured(mosaic: Mosaic, index: np.ndarray, n_cells: int | None = None) -> Minibatch:
@@ -130,8 +143,10 @@ def measured(mosaic: Mosaic, index: np.ndarray, n_cells: int | None = None) -> M
                 continuous=torch.from_numpy(modality.continuous[cells]),
                 library=torch.from_numpy(modality.library[cells, None]),
                 counts=modality.tensor(cells),
+                labels=torch.from_numpy(modality.labels[cells]),
             )
-    return Minibatch(torch.from_numpy(index), mosaic.n_cells if n_cells is None else n_cells, views, views)
+    groups = None if mosaic.groups is None else torch.from_numpy(mosaic.groups[index])
+    return Minibatch(torch.from_numpy(index), mosaic.n_cells if n_cells is None else n_cells, views, views, groups)
 
 
 def to_predict(
@@ -185,8 +200,9 @@ def to_predict(
             continuous=torch.from_numpy(modality.continuous[index]),
             library=torch.from_numpy(size[:, None]),
             counts=None,
+            labels=torch.from_numpy(modality.labels[index]),
         )
-    return Minibatch(seen.index, len(index), observed, views)
+    return Minibatch(seen.index, len(index), observed, views, seen.groups)
 
 
 def _batch_code(name: str, modality: Modality, batch: str) -> int:
@@ -255,6 +271,100 @@ def loader(
     )
 
 
+class _Pairs(Sampler[np.ndarray]):
+    """Minibatches of as many background as target cells; an epoch goes through the larger cohort once."""
+
+    def __init__(
+        self, cohorts: tuple[np.ndarray, np.ndarray], size: int, generator: np.random.Generator | None, replay: bool
+    ) -> None:
+        self.cohorts, self.size, self.generator, self.replay = cohorts, size, generator, replay
+        self.n_pairs = -(-max(len(cells) for cells in cohorts) // size)
+
+    def __len__(self) -> int:
+        return self.n_pairs
+
+    def _order(self, cells: np.ndarray) -> np.ndarray:
+        return cells if self.generator is None else self.generator.permutation(cells)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        yield from self._replayed() if self.replay else self._resampled()
+
+    def _resampled(self) -> Iterator[np.ndarray]:
+        """The smaller cohort begins anew, in a new order, whenever it is used up."""
+        n = max(len(cells) for cells in self.cohorts)
+        longs = []
+        for cells in self.cohorts:
+            passes = [self._order(cells) for _ in range(-(-n // len(cells)))]
+            longs.append(np.concatenate(passes)[:n])
+        for background, target in zip(*(np.array_split(long, self.n_pairs) for long in longs), strict=True):
+            yield np.concatenate([background, target])
+
+    def _replayed(self) -> Iterator[np.ndarray]:
+        """The smaller cohort's minibatches come again in the same order; the longer of two is cut to the shorter."""
+        parts = []
+        for cells in self.cohorts:
+            order = self._order(cells)
+            parts.append([order[i : i + self.size] for i in range(0, len(order), self.size)])
+        for step in range(self.n_pairs):
+            background, target = (part[step % len(part)] for part in parts)
+            m = min(len(background), len(target))
+            yield np.concatenate([background[:m], target[:m]])
+
+
+def contrastive_loader(
+    mosaic: Mosaic,
+    cells: np.ndarray,
+    batch_size: int,
+    seed: int | None = None,
+    n_workers: int = 0,
+    *,
+    replay: bool = False,
+) -> DataLoader[Minibatch]:
+    """Minibatches of as many background cells as target cells, background first.
+
+    Both cohorts so have the same weight in the objective, whatever their sizes. An epoch goes through the larger cohort
+    once.
+
+    Parameters
+    ----------
+    mosaic
+        The data, with cohorts.
+    cells
+        Numbers of the cells to go through; those of neither cohort are passed over.
+    batch_size
+        Largest number of cells of each cohort in a minibatch.
+    seed
+        Seed of the shuffling; None leaves the order as it is.
+    n_workers
+        Processes that read ahead; 0 reads in the process itself.
+    replay
+        Within an epoch repeat the smaller cohort's minibatches in the same order and cut the longer of two minibatches
+        to the shorter, as the reference implementation does, instead of drawing the smaller cohort anew.
+
+    Raises
+    ------
+    ValueError
+        If a cohort has no cell, or `batch_size` is below 1.
+    """
+    if mosaic.groups is None:
+        raise ValueError("the mosaic has no cohorts; mosaic.with_cohorts says which cells are background and target")
+    if batch_size < 1:
+        raise ValueError(f"a minibatch has at least one cell of each cohort; found size {batch_size}")
+    cohorts = cells[mosaic.groups[cells] == 0], cells[mosaic.groups[cells] > 0]
+    if min(map(len, cohorts)) == 0:
+        raise ValueError(
+            "both cohorts need cells, to train on and (unless validation=0) to validate with; found "
+            f"{len(cohorts[0])} background and {len(cohorts[1])} target cells"
+        )
+    generator = None if seed is None else np.random.default_rng(seed)
+    return DataLoader(
+        _Minibatches(mosaic, 2 * max(map(len, cohorts))),
+        sampler=_Pairs(cohorts, batch_size, generator, replay),
+        batch_size=None,
+        num_workers=n_workers,
+    )
+
+
 @dataclass(frozen=True)
 class Split:
     """Numbers of the cells for training, validation and test."""
@@ -265,7 +375,9 @@ class Split:
 
 
 def split(mosaic: Mosaic, validation: float = 0.1, test: float = 0.0, seed: int = 0) -> Split:
-    """Random split within each presence pattern; a pattern with too few cells stays in the training part.
+    """Random split within each presence pattern and cohort; too few cells of a kind stay in the training part.
+
+    Cells of neither cohort, where there are cohorts, are in no part.
 
     Parameters
     ----------
@@ -287,9 +399,10 @@ def split(mosaic: Mosaic, validation: float = 0.1, test: float = 0.0, seed: int 
         )
     generator = np.random.default_rng(seed)
     parts: tuple[list[np.ndarray], ...] = ([], [], [])
-    patterns = mosaic.presence.to_numpy() @ (1 << np.arange(len(mosaic.modalities)))
-    for pattern in np.unique(patterns):
-        cells = generator.permutation(np.flatnonzero(patterns == pattern))
+    groups = np.zeros(mosaic.n_cells, dtype=np.int64) if mosaic.groups is None else mosaic.groups
+    kinds = (mosaic.presence.to_numpy() @ (1 << np.arange(len(mosaic.modalities)))) + (groups << len(mosaic.modalities))
+    for kind in np.unique(kinds[groups >= 0]):
+        cells = generator.permutation(np.flatnonzero(kinds == kind))
         n_validation, n_test = int(validation * len(cells)), int(test * len(cells))
         for part, chosen in zip(
             parts, np.split(cells, [len(cells) - n_validation - n_test, len(cells) - n_test]), strict=True

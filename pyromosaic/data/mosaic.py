@@ -1,13 +1,14 @@
 """The mosaic: cells × modalities with holes, registered once and checked before anything is trained."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
 
+from pyromosaic.data.cohorts import Cohorts, from_cells, from_column
 from pyromosaic.data.matrix import DENSE_ABOVE, Matrix, check_values
 from pyromosaic.data.spec import DATA_KINDS, LIKELIHOOD_BY_NAME, ModalitySchema, ModalitySpec, Schema
 
@@ -112,6 +113,10 @@ class Mosaic:
         The registered modalities, by name.
     tables
         The user's `obs` tables, of the whole and of each modality, each with the names of its cells here.
+    cohorts
+        Background and target groups, see `with_cohorts`; None if there are none.
+    groups
+        Group number of each cell, shape (N,): 0 background, 1, 2, … target groups, -1 neither; None without cohorts.
 
     Examples
     --------
@@ -133,6 +138,8 @@ class Mosaic:
     obs_names: pd.Index
     modalities: dict[str, Modality] = field(repr=False)
     tables: tuple[tuple[pd.Index, pd.DataFrame], ...] = field(default=(), repr=False)
+    cohorts: Cohorts | None = field(default=None, repr=False)
+    groups: np.ndarray | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         lines = [f"Mosaic of {self.n_cells} cells"]
@@ -141,6 +148,9 @@ class Mosaic:
             if m.spec.batch_key:
                 line += f", batch {m.spec.batch_key!r} ({m.n_categories[0]})"
             lines.append(line)
+        if self.cohorts is not None and self.groups is not None:
+            sizes = (f"{name!r} ({np.sum(self.groups == i)} cells)" for i, name in enumerate(self.cohorts.names))
+            lines.append(f"  background {' against '.join(sizes)}")
         return "\n".join(lines)
 
     @property
@@ -166,7 +176,7 @@ class Mosaic:
     @property
     def schema(self) -> Schema:
         """What a model remembers of this mosaic."""
-        return Schema({name: m.schema for name, m in self.modalities.items()})
+        return Schema({name: m.schema for name, m in self.modalities.items()}, self.cohorts)
 
     def labels(self) -> pd.Series:
         """The label of each cell, from the first modality that knows it; missing where none does."""
@@ -197,6 +207,41 @@ class Mosaic:
         for place in places:
             column = column.where(column.notna(), place.reindex(self.obs_names))
         return column.rename(key)
+
+    def with_cohorts(self, key: str | None = None, *, background: Any, target: Any = None) -> "Mosaic":
+        """The same mosaic with its cells divided into a background cohort and one or several target groups.
+
+        Parameters
+        ----------
+        key
+            Column of `obs` that tells conditions apart; None if cells are given one by one.
+        background
+            Value or values of the column; without `key`, cells by names, numbers or a mask.
+        target
+            Value or values of the column, each a group; by default all others. Without `key`, cells, or a dictionary
+            from a group's name to its cells. Cells of neither cohort take no part in training.
+
+        Raises
+        ------
+        ValueError
+            If a cohort is empty or not there, or cohorts overlap.
+
+        Examples
+        --------
+        >>> import anndata, numpy as np, pandas as pd
+        >>> from pyromosaic import Mosaic
+        >>> obs = pd.DataFrame({"condition": ["ctrl", "ctrl", "stim"]}, index=["a", "b", "c"])
+        >>> mosaic = Mosaic.from_anndata({"rna": anndata.AnnData(np.ones((3, 4), np.float32), obs=obs)})
+        >>> mosaic.with_cohorts("condition", background="ctrl")
+        Mosaic of 3 cells
+          rna: 3 cells × 4 features, nb
+          background 'ctrl' (2 cells) against 'stim' (1 cells)
+        """
+        if key is not None:
+            cohorts, groups = from_column(self, key, background, target)
+        else:
+            cohorts, groups = from_cells(self, background, target)
+        return replace(self, cohorts=cohorts, groups=groups)
 
     def find(self, cells: Sequence[str] | np.ndarray | pd.Index | None) -> np.ndarray:
         """Numbers of cells, given by names, by numbers or by a mask (None: all).
@@ -391,7 +436,10 @@ class Mosaic:
         tables = _columns(specs, read, cells, obs)
         registered = {n: _modality(n, s, read[n], cells, tables[n], known.get(n)) for n, s in specs.items()}
         whole = () if obs is None else ((obs.index, obs),)
-        return cls(cells, registered, (*whole, *((source.cells, source.obs) for source in read.values())))
+        mosaic = cls(cells, registered, (*whole, *((source.cells, source.obs) for source in read.values())))
+        if schema is not None and schema.cohorts is not None:
+            return replace(mosaic, cohorts=schema.cohorts, groups=schema.cohorts.codes(mosaic))
+        return mosaic
 
 
 def _words(names: Any) -> str:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from pyromosaic.data.cohorts import Cohorts
+
 #: The kind of number that each likelihood describes; registration checks the data against it.
 DATA_KINDS: Mapping[str, str] = {
     "nb": "count",
@@ -47,6 +49,9 @@ class ModalitySpec:
         Column of `obs` with each cell's size in counts; by default the cell's total count.
     allow_non_integer
         Accept values that are not whole under a count likelihood (corrected counts, say).
+    dispersion
+        The inverse dispersion of a negative binomial likelihood is one number per feature, ``"gene"``, or one per
+        feature and batch, ``"gene-batch"``, or per feature and label, ``"gene-label"``.
     """
 
     likelihood: str
@@ -58,6 +63,7 @@ class ModalitySpec:
     unlabelled: str = "unknown"
     size_factor_key: str | None = None
     allow_non_integer: bool = False
+    dispersion: str = "gene"
 
     def __post_init__(self) -> None:
         if self.likelihood not in DATA_KINDS:
@@ -71,6 +77,15 @@ class ModalitySpec:
         for column in covariates:
             if covariates.count(column) > 1:
                 raise ValueError(f"the column {column!r} is given more than once among batch and covariates")
+
+        if self.dispersion not in ("gene", "gene-batch", "gene-label"):
+            raise ValueError(f'dispersion is "gene", "gene-batch" or "gene-label"; found {self.dispersion!r}')
+        if self.dispersion != "gene" and not self.needs_library:
+            raise ValueError(f"likelihood {self.likelihood!r} has no inverse dispersion to be {self.dispersion!r}")
+        if self.dispersion == "gene-batch" and self.batch_key is None:
+            raise ValueError("dispersion 'gene-batch' takes a batch_key; found none")
+        if self.dispersion == "gene-label" and self.label_key is None:
+            raise ValueError("dispersion 'gene-label' takes a label_key; found none")
 
     @property
     def data_kind(self) -> str:
@@ -127,12 +142,21 @@ class ModalitySchema:
         """Width of the covariates' design: one-hot categories and continuous columns."""
         return sum(len(c) for c in self.categories.values()) + len(self.continuous)
 
+    @property
+    def dispersion_shape(self) -> tuple[int, ...]:
+        """Shape of the inverse dispersion: (features,), (batches, features) or (labels, features)."""
+        if self.spec.dispersion == "gene":
+            return (self.n_features,)
+        groups = self.labels if self.spec.dispersion == "gene-label" else self.categories[self.spec.categorical[0]]
+        return len(groups), self.n_features
+
 
 @dataclass(frozen=True)
 class Schema:
-    """The modalities of a model, by name, in the model's order."""
+    """The modalities of a model, by name, in the model's order; and its cohorts, if it contrasts any."""
 
     modalities: Mapping[str, ModalitySchema]
+    cohorts: Cohorts | None = None
 
     def __getitem__(self, name: str) -> ModalitySchema:
         if name not in self.modalities:
@@ -141,13 +165,14 @@ class Schema:
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists, numbers and strings."""
-        return {name: asdict(modality) for name, modality in self.modalities.items()}
+        modalities = {name: asdict(modality) for name, modality in self.modalities.items()}
+        return {"modalities": modalities, "cohorts": None if self.cohorts is None else asdict(self.cohorts)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Schema":
         """The inverse of `to_json`."""
         modalities = {}
-        for name, entry in data.items():
+        for name, entry in data["modalities"].items():
             known = {f.name for f in fields(ModalitySpec)}
             spec = ModalitySpec(**{k: v for k, v in entry["spec"].items() if k in known})
             modalities[name] = ModalitySchema(
@@ -158,4 +183,7 @@ class Schema:
                 labels=tuple(entry["labels"]),
                 library=float(entry["library"]),
             )
-        return cls(modalities)
+        cohorts = data["cohorts"]
+        if cohorts is None:
+            return cls(modalities)
+        return cls(modalities, Cohorts(cohorts["key"], tuple(cohorts["names"]), tuple(map(tuple, cohorts["values"]))))

@@ -1,0 +1,85 @@
+"""Cohorts: which cells are background and which are target, for models that contrast the two."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from pyromosaic.data.mosaic import Mosaic
+
+BACKGROUND, NEITHER = 0, -1
+
+
+@dataclass(frozen=True)
+class Cohorts:
+    """One background cohort and one or several target groups.
+
+    Parameters
+    ----------
+    key
+        The column of `obs` that tells them apart; None if cells were named one by one.
+    names
+        Names of the groups, the background first.
+    values
+        For each group its values in the column.
+    """
+
+    key: str | None
+    names: tuple[str, ...]
+    values: tuple[tuple[str, ...], ...]
+
+    def codes(self, mosaic: "Mosaic") -> np.ndarray:
+        """Group number of every cell, shape (N,): 0 background, 1, 2, … target groups, -1 neither."""
+        codes = np.full(mosaic.n_cells, NEITHER, dtype=np.int64)
+        if self.key is not None and any(self.key in obs for _, obs in mosaic.tables):
+            words = mosaic.column(self.key).astype(str)
+            for code, values in enumerate(self.values):
+                codes[words.isin(values).to_numpy()] = code
+        return codes
+
+
+def from_column(
+    mosaic: "Mosaic", key: str, background: str | Sequence[str], target: str | Sequence[str] | None
+) -> tuple[Cohorts, np.ndarray]:
+    """Cohorts by the values of a column of `obs`, and the group number of every cell."""
+    column = mosaic.column(key)
+    there = tuple(sorted(column.dropna().astype(str).unique()))
+    controls = _words(background)
+    targets = tuple(v for v in there if v not in controls) if target is None else _words(target)
+    for value in (*controls, *targets):
+        if value not in there:
+            raise ValueError(f"column {key!r} has no value {value!r}; it has {', '.join(map(repr, there))}")
+    both = [value for value in targets if value in controls]
+    if both:
+        raise ValueError(f"{both[0]!r} is both background and target; cohorts must not overlap")
+    if not targets:
+        raise ValueError(f"column {key!r} has no value beside the background's {', '.join(map(repr, controls))}")
+    cohorts = Cohorts(key, ("+".join(controls), *targets), (controls, *((value,) for value in targets)))
+    return cohorts, cohorts.codes(mosaic)
+
+
+def from_cells(mosaic: "Mosaic", background: Any, target: Any) -> tuple[Cohorts, np.ndarray]:
+    """Cohorts by names, numbers or masks of cells, and the group number of every cell."""
+    if target is None:
+        raise ValueError("say which cells are target: their names, numbers or a mask, or a dictionary of such")
+    groups = {"background": background, **(target if isinstance(target, Mapping) else {"target": target})}
+    codes = np.full(mosaic.n_cells, NEITHER, dtype=np.int64)
+    for code, (name, cells) in enumerate(groups.items()):
+        try:
+            numbers = mosaic.find(cells)
+        except ValueError as error:
+            raise ValueError(f"cohort {name!r}: {error}") from error
+        taken = numbers[codes[numbers] != NEITHER]
+        if len(taken):
+            other = list(groups)[codes[taken[0]]]
+            raise ValueError(
+                f"cell {mosaic.obs_names[taken[0]]!r} is in cohort {other!r} and in {name!r}; cohorts must not overlap"
+            )
+        codes[numbers] = code
+    return Cohorts(None, tuple(groups), tuple(() for _ in groups)), codes
+
+
+def _words(values: str | Sequence[str]) -> tuple[str, ...]:
+    return (values,) if isinstance(values, str) else tuple(map(str, values))

@@ -1,0 +1,811 @@
+"""ContrastiveVI: what treated cells have that controls do not, in RNA, chromatin, surface protein or any mix of them.
+
+Weinberger, Lin and Lee, Isolating salient variations of interest in single-cell data with contrastiveVI, Nature
+Methods 2023; extended to mosaics of modalities and to several target groups.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyro
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from pyromosaic.data import Cohorts, Minibatch, ModalitySchema, Mosaic, Schema, View, contrastive_loader, measured
+from pyromosaic.fusion import MeanFusion, Posterior, leave_out, presence
+from pyromosaic.likelihoods import LIKELIHOODS
+from pyromosaic.models.mosaic_model import Cells, MosaicModel, Preset
+from pyromosaic.nn import Decoder, Encoder, Size, unit_columns
+from pyromosaic.penalties import MMD, CohortMMD, Dependence, Jeffreys, Penalty, Wasserstein, apply
+from pyromosaic.priors import ARD, StandardNormal
+from pyromosaic.program import Program
+from pyromosaic.tasks import inference_mode
+from pyromosaic.tasks.differential import DELTAS, PORTION, Delta, Mode, check, decide, effect, effect_scale
+
+REFERENCE = Preset(
+    options={
+        "n_encoder_layers": 1,
+        "cohort_mmd": 0.0,
+        "dependence": 0.0,
+        "wasserstein": 0.0,
+    },
+    training={
+        "n_epochs": 400,
+        "batch_size": 256,
+        "learning_rate": 1e-3,
+        "weight_decay": 1e-6,
+        "kl_warmup_epochs": 400,
+        "schedule": "constant",
+        "gradient_clip": 0.0,
+        "replay": True,
+    },
+)
+
+Parts = tuple[tuple[str, tuple[int, ...]], ...]  # salient sites, each with the numbers of the groups that have it
+
+
+def _cohorts(schema: Schema) -> Cohorts:
+    if schema.cohorts is None:
+        raise ValueError("the data have no cohorts; mosaic.with_cohorts says which cells are background and target")
+    return schema.cohorts
+
+
+def belongs(minibatch: Minibatch, groups: Sequence[int]) -> Tensor:
+    """Which cells are in one of the groups, shape (B, 1), boolean."""
+    assert minibatch.groups is not None
+    return torch.stack([minibatch.groups == group for group in groups]).any(0).unsqueeze(-1)
+
+
+class ContrastiveModel(Program):
+    """The generative story.
+
+    Every cell has a background variable z. A target cell also has a salient variable s, which is 0 in background cells.
+    One decoder a modality, shared by both cohorts, turns [z, s] into what the likelihood needs.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        prior: nn.Module,
+        salient_prior: nn.Module,
+        sizes: Mapping[str, nn.Module],
+        decoders: Mapping[str, nn.Module],
+        likelihoods: Mapping[str, nn.Module],
+    ) -> None:
+        super().__init__()
+        self.parts = parts
+        self.prior = prior
+        self.salient_prior = salient_prior
+        self.sizes: Any = nn.ModuleDict(sizes)
+        self.decoders: Any = nn.ModuleDict(decoders)
+        self.likelihoods: Any = self.container(likelihoods)
+
+    def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> None:
+        """Sites: ``z``, ``s`` (or one a target group), one of each modality's name, and its latent size if it has."""
+        with pyro.plate("cells", minibatch.n_cells, subsample=minibatch.index, dim=-2), poutine.scale(scale=kl_weight):
+            latent = [pyro.sample("z", self.prior(minibatch))]
+            for site, groups in self.parts:
+                has = belongs(minibatch, groups)
+                with poutine.mask(mask=has):
+                    s = pyro.sample(site, self.salient_prior(minibatch))
+                latent.append(s * has.unsqueeze(-1))
+        decoders, likelihoods = self.decoders, self.likelihoods  # looked up once: Pyro notes every parameter each time
+        for name, view in minibatch.decoded.items():
+            own = torch.cat(latent, dim=-1)[..., view.rows, 0, :]
+            with self.cells(name, minibatch):
+                view = self.sizes[name](own, view)
+                predictors, likelihood = decoders[name](own, view), likelihoods[name]
+                with pyro.plate(f"{name}_features", likelihood.schema.n_features, dim=-1):
+                    likelihood(name, predictors, view, kl_weight)
+
+
+class ContrastiveGuide(Program):
+    """The inference story.
+
+    Each modality has one encoder for z and one for s; the normal posteriors of a cell's modalities are fused to one.
+    Penalties compare what is inferred from different modalities, in different cohorts, and of z and s.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        encoders: Mapping[str, Mapping[str, nn.Module]],
+        fusion: nn.Module,
+        penalties: Mapping[str, Sequence[nn.Module]],
+        size_encoders: Mapping[str, nn.Module],
+        decoders: Mapping[str, nn.Module],
+        likelihoods: Mapping[str, nn.Module],
+        left_out: float,
+    ) -> None:
+        super().__init__()
+        self.parts = parts
+        self.encoders: Any = nn.ModuleDict({variable: nn.ModuleDict(e) for variable, e in encoders.items()})
+        self.fusion = fusion
+        self.penalties: Any = nn.ModuleDict({compared: nn.ModuleList(p) for compared, p in penalties.items()})
+        self.size_encoders: Any = nn.ModuleDict(size_encoders)
+        self.decoders: Any = nn.ModuleDict(decoders)
+        self.likelihoods: dict[str, Any] = dict(likelihoods)  # the model owns their parameters
+        self.left_out = left_out
+
+    def posteriors(self, variable: str, minibatch: Minibatch) -> dict[str, Posterior]:
+        """Posterior of ``"z"`` or ``"s"`` given each modality alone."""
+        encoders = self.encoders[variable]
+        return {name: Posterior(view.rows, *encoders[name](view)) for name, view in minibatch.observed.items()}
+
+    def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> None:
+        """Sites: ``z``, ``s`` (or one a target group), ``penalty/...``, and those of likelihoods and latent sizes."""
+        by_modality = self.posteriors("z", minibatch)
+        used = presence(by_modality, len(minibatch))
+        if self.training and self.left_out:
+            used = leave_out(used, self.left_out)
+        z = self.fusion(by_modality, used)
+        s = self.fusion(self.posteriors("s", minibatch), used)
+        for compared, penalties in self.penalties.items():
+            if any(penalty.weight for penalty in penalties):
+                apply(penalties, self.compare(compared, by_modality, z, s, minibatch), minibatch, kl_weight)
+        with pyro.plate("cells", minibatch.n_cells, subsample=minibatch.index, dim=-2), poutine.scale(scale=kl_weight):
+            latent = [pyro.sample("z", normal(*z))]
+            each = zip(*(moment.chunk(len(self.parts), dim=-1) for moment in s), strict=True)
+            for (site, groups), moments in zip(self.parts, each, strict=True):
+                has = belongs(minibatch, groups)
+                with poutine.mask(mask=has):
+                    latent.append(pyro.sample(site, normal(*moments)) * has.unsqueeze(-1))
+        for name, view in minibatch.decoded.items():
+            with self.cells(name, minibatch):
+                if name in self.size_encoders and view.counts is not None:
+                    pyro.sample(f"{name}_library", dist.Normal(*self.size_encoders[name](view)))
+                if name in self.decoders:
+                    predictors = self.decoders[name](torch.cat(latent, dim=-1)[..., view.rows, 0, :], view)
+                    with pyro.plate(f"{name}_features", self.likelihoods[name].schema.n_features, dim=-1):
+                        self.likelihoods[name].posterior(name, predictors, kl_weight)
+
+    def compare(self, what: str, by_modality: Any, z: Any, s: Any, minibatch: Minibatch) -> dict[str, Posterior]:
+        """The posteriors that a set of penalties compares; z and s are the moments of every cell."""
+        assert minibatch.groups is not None
+
+        def within(cells: Tensor, moments: Any) -> Posterior:
+            rows = torch.nonzero(cells).squeeze(-1)
+            return Posterior(rows, *(m[rows] for m in moments))
+
+        if what == "modalities":
+            return dict(by_modality)
+        if what == "cohorts":
+            groups = [0, *(g for _, part in self.parts for g in part)]
+            return {str(g): within(minibatch.groups == g, z) for g in groups}
+        if what == "background":
+            return {"s": within(minibatch.groups == 0, s)}
+        return {"z": within(minibatch.groups > 0, z), "s": within(minibatch.groups > 0, s)}
+
+
+def normal(loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
+    """Independent normals, one a cell, batch shape (B, 1)."""
+    return dist.Normal(loc.unsqueeze(-2), scale.unsqueeze(-2)).to_event(1)
+
+
+class LatentSize(Size):
+    """Size of a cell as a latent variable: ``log l ~ Normal(m_b, s_b)``, with moments of the data's batch b.
+
+    Where the model is to predict, a size that is given is used, and a missing one expected as in `Size`.
+
+    Parameters
+    ----------
+    schema
+        The modality.
+    n_latent
+        Width of the latent space.
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, name: str, schema: ModalitySchema, n_latent: int) -> None:
+        super().__init__(schema, n_latent)
+        self.name = name
+        n_batches = len(next(iter(schema.categories.values()))) if schema.spec.batch_key else 1
+        self.register_buffer("loc", torch.zeros(n_batches, 1))
+        self.register_buffer("scale", torch.ones(n_batches, 1))
+
+    @staticmethod
+    def batches(view: View, n: int) -> Tensor:
+        """Indicators of the batch, shape (b, batches)."""
+        return view.one_hot() if view.n_categories and n > 1 else view.library.new_ones(len(view.library), 1)
+
+    def start(self, view: View) -> None:
+        """Moments of the log size in each batch."""
+        batches = self.batches(view, len(self.loc))
+        logs, n = view.library.log(), batches.sum(0).clamp_min(1.0).unsqueeze(-1)
+        self.loc.copy_(batches.T @ logs / n)
+        self.scale.copy_((batches.T @ (logs - batches @ self.loc).square() / n).sqrt().clamp_min(1e-2))
+
+    def forward(self, z: Tensor, view: View) -> View:
+        """The view with drawn sizes, where there is something to explain."""
+        if view.counts is None:
+            return super().forward(z, view)
+        batches = self.batches(view, len(self.loc))
+        log_size = pyro.sample(f"{self.name}_library", dist.Normal(batches @ self.loc, batches @ self.scale))
+        return replace(view, library=log_size.exp())
+
+
+class ContrastiveVI(MosaicModel):
+    """Tell what a target cohort (treated, diseased) has beyond a background cohort (controls).
+
+    Parameters
+    ----------
+    data
+        The registered data with their cohorts, see `Mosaic.with_cohorts`, or the `Schema` of such data.
+    n_latent
+        Width of the background variable z, which all cells have.
+    n_salient
+        Width of the salient variable s, which only target cells have.
+    salient
+        ``"shared"``: all target groups have the same salient variable s; ``"own"``: each group has one of its own,
+        ``s_<group>``.
+    n_hidden, n_encoder_layers, n_decoder_layers
+        Shape of the networks.
+    dropout
+        Dropout of the encoders.
+    encode_covariates
+        Whether encoders see batch and covariates.
+    library
+        ``"observed"``: the size of a cell is what was counted; ``"latent"``: it is inferred, with a normal prior on its
+        logarithm from the cell's batch.
+    cohort_mmd
+        Weight of the discrepancy between the cohorts' background variables; 0 in the paper, and better lowered where
+        treatment removes or adds cell types.
+    dependence
+        Weight of the dependence between what is inferred of z and of s in target cells; 0 in the paper.
+    wasserstein
+        Weight that keeps what is inferred of s in background cells, where the model does not use it, near 0; 0 in the
+        paper by default.
+    jeffreys, mmd, left_out
+        Between modalities, as in `MultiVI`; without effect on a single modality.
+    prior, salient_prior
+        Callable modules from a minibatch to the prior of z and of s (of one group, if each has its own); by default
+        standard normals. ``salient_prior="ard"`` learns the scale of each salient dimension (`pyromosaic.priors.ARD`).
+    penalties
+        Further penalties, on the posteriors of z by cohort; see `pyromosaic.penalties`.
+    seed
+        Seed of the networks' start values.
+
+    Attributes
+    ----------
+    presets
+        Named choices, of which ``"reference"`` has the paper's objective, minibatches and training, on networks with
+        LayerNorm: ``ContrastiveVI(mosaic, **preset.options)``, then ``model.train(**preset.training)``. The paper's
+        likelihood is given with the data, ``{"rna": "zinb"}``.
+
+    Examples
+    --------
+    >>> from pyromosaic import ContrastiveVI, Mosaic, simulate
+    >>> mdata, truth = simulate(400, {"rna": 100}, treated=0.5)
+    >>> mosaic = Mosaic.from_mudata(mdata).with_cohorts("condition", background="control")
+    >>> model = ContrastiveVI(mosaic, n_salient=5)
+    >>> model.train(n_epochs=1, progress_bar=False)
+    >>> model.get_latent_representation().shape
+    (400, 5)
+    """
+
+    presets: ClassVar[Mapping[str, Preset]] = MappingProxyType({"reference": REFERENCE})
+    model: ContrastiveModel
+    guide: ContrastiveGuide
+    _replay = False
+
+    def __init__(
+        self,
+        data: Mosaic | Schema,
+        *,
+        n_latent: int = 10,
+        n_salient: int = 10,
+        salient: str = "shared",
+        n_hidden: int = 128,
+        n_encoder_layers: int = 2,
+        n_decoder_layers: int = 1,
+        dropout: float = 0.1,
+        encode_covariates: bool = True,
+        library: str = "observed",
+        cohort_mmd: float = 100.0,
+        dependence: float = 20.0,
+        wasserstein: float = 1.0,
+        jeffreys: float = 0.5,
+        mmd: float = 50.0,
+        left_out: float = 0.5,
+        prior: nn.Module | None = None,
+        salient_prior: nn.Module | str | None = None,
+        penalties: Sequence[Penalty] = (),
+        seed: int = 0,
+    ) -> None:
+        if salient not in ("shared", "own"):
+            raise ValueError(f'salient is "shared" or "own"; found {salient!r}')
+        if isinstance(salient_prior, str) and salient_prior != "ard":
+            raise ValueError(f'salient_prior is "ard" or a module; found {salient_prior!r}')
+        if library not in ("observed", "latent"):
+            raise ValueError(f'library is "observed" or "latent"; found {library!r}')
+        with self._construction(data, locals(), seed) as schema:
+            targets = tuple(range(1, len(_cohorts(schema).names)))
+            own = tuple((f"s_{_cohorts(schema).names[code]}", (code,)) for code in targets)
+            parts: Parts = (("s", targets),) if salient == "shared" else own
+            modalities = schema.modalities.items()
+            likelihoods = {name: LIKELIHOODS[m.spec.likelihood](m) for name, m in modalities}
+            width = n_latent + n_salient * len(parts)
+
+            def encoders(n: int) -> dict[str, nn.Module]:
+                shape = (n_hidden, n_encoder_layers, dropout, encode_covariates)
+                return {name: Encoder(m, n, *shape) for name, m in modalities}
+
+            def decoders(heads: str) -> dict[str, Decoder]:
+                wanted = {name: getattr(likelihood, heads) for name, likelihood in likelihoods.items()}
+                return {
+                    name: Decoder(schema[name], predictors, width, n_hidden, n_decoder_layers)
+                    for name, predictors in wanted.items()
+                    if predictors
+                }
+
+            explaining = decoders("predictors")
+            of_s = ARD(n_salient) if isinstance(salient_prior, str) else salient_prior or StandardNormal(n_salient)
+            if isinstance(of_s, ARD):
+                for decoder in explaining.values():
+                    unit_columns(decoder.hidden[0], n_latent, width)
+            latent_sizes = [name for name, m in modalities if library == "latent" and m.spec.needs_library]
+            self.model = ContrastiveModel(
+                parts,
+                prior or StandardNormal(n_latent),
+                of_s,
+                {
+                    name: (LatentSize(name, m, width) if name in latent_sizes else Size(m, width))
+                    for name, m in modalities
+                },
+                explaining,
+                likelihoods,
+            )
+            self.guide = ContrastiveGuide(
+                parts,
+                {"z": encoders(n_latent), "s": encoders(n_salient * len(parts))},
+                MeanFusion(),
+                {
+                    "modalities": [Jeffreys(jeffreys), MMD(mmd)] if len(modalities) > 1 else [],
+                    "cohorts": [CohortMMD(cohort_mmd), *penalties],
+                    "background": [Wasserstein(wasserstein)],
+                    "target": [Dependence(dependence)],
+                },
+                {name: Encoder(schema[name], 1, n_hidden, 1, dropout, encode_covariates) for name in latent_sizes},
+                decoders("posterior_predictors"),
+                likelihoods,
+                left_out,
+            )
+
+    def start(self, mosaic: Mosaic) -> None:
+        """Set input scaling, feature-level parameters and the decoders' biases from the data."""
+        for name, modality in mosaic.modalities.items():
+            self._check_batches(name, mosaic)
+            view = measured(mosaic, modality.sample()).observed[name]
+            for encoders in (*self.guide.encoders.values(), self.guide.size_encoders):
+                if name in encoders:
+                    encoders[name].scaling.start(view)
+            if name in self.guide.size_encoders:
+                self.model.sizes[name].start(view)
+            values = self.model.likelihoods[name].start(view)
+            for decoders in (self.model.decoders, self.guide.decoders):
+                if name in decoders:
+                    decoders[name].start({k: v for k, v in values.items() if k in decoders[name].heads})
+
+    def _check_batches(self, name: str, mosaic: Mosaic) -> None:
+        """Refuse cohorts that cannot be told from batches."""
+        modality = mosaic.modalities[name]
+        assert mosaic.groups is not None
+        groups = np.where(modality.present, mosaic.groups, -1)
+        cohorts = _cohorts(self.schema)
+        if not (groups == 0).any() or not (groups > 0).any():
+            raise ValueError(f"modality {name!r} is not measured in both cohorts; leave it out")
+        if not modality.spec.batch_key:
+            return
+        controls = np.unique(modality.codes[groups == 0, 0])
+        for code, group in enumerate(cohorts.names):
+            batches = np.unique(modality.codes[groups == code, 0])
+            if len(batches) and not np.isin(batches, controls).any():
+                key = modality.spec.batch_key
+                raise ValueError(
+                    f"modality {name!r}: no background cell is in a batch of group {group!r} "
+                    f"({key} {', '.join(modality.schema.categories[key][b] for b in batches)}), so what is salient "
+                    "cannot be told from the batch; leave batch_key out, or add background cells of these batches"
+                )
+
+    def finish(self, mosaic: Mosaic) -> None:
+        """Learn how the size of a cell depends on its latent variables, for cells in which it was not measured."""
+        for name, modality in mosaic.modalities.items():
+            cells = modality.sample()
+            assert mosaic.groups is not None
+            cells = cells[mosaic.groups[cells] >= 0]
+            latent = np.concatenate([self._latent(mosaic, cells, site) for site in self._variables], axis=1)
+            z = torch.from_numpy(latent).to(self._device)
+            self.model.sizes[name].fit(z, measured(mosaic, cells).observed[name].to(self._device))
+
+    def train(self, n_epochs: int = 150, *, replay: bool = False, **options: Any) -> None:
+        """Fit the parameters by stochastic variational inference.
+
+        Every minibatch holds as many background as target cells, so that both cohorts have the same weight.
+
+        Parameters
+        ----------
+        n_epochs
+            Passes over the larger cohort.
+        replay
+            Within an epoch repeat the smaller cohort's minibatches instead of drawing it anew, as the reference
+            implementation does; see `pyromosaic.data.contrastive_loader`.
+        **options
+            As in `MosaicModel.train`; `batch_size` counts both cohorts.
+        """
+        self._replay = replay
+        super().train(n_epochs, **options)
+
+    def loader(
+        self, mosaic: Mosaic, cells: np.ndarray, batch_size: int, seed: int | None = None, n_workers: int = 0
+    ) -> DataLoader[Minibatch]:
+        """Minibatches of as many background as target cells, `batch_size` in all."""
+        return contrastive_loader(mosaic, cells, -(-batch_size // 2), seed, n_workers, replay=self._replay)
+
+    # Asking
+
+    @property
+    def _variables(self) -> list[str]:
+        return ["z", *(site for site, _ in self.model.parts)]
+
+    def _seen(self, mosaic: Mosaic, index: np.ndarray, salient: bool | None) -> Mosaic:
+        """The mosaic with cells taken as they are (None), all as background (False), or background as target (True)."""
+        assert mosaic.groups is not None
+        if salient is None:
+            unknown = index[mosaic.groups[index] < 0]
+            if len(unknown):
+                raise ValueError(
+                    f"cell {mosaic.obs_names[unknown[0]]!r} belongs to no cohort, so the model does not say whether it "
+                    "has salient variables; leave it out, or say how to take it"
+                )
+            return mosaic
+        if not salient:
+            return replace(mosaic, groups=np.zeros(mosaic.n_cells, dtype=np.int64))
+        if len(self.model.parts) > 1 and (mosaic.groups[index] <= 0).any():
+            raise ValueError("each target group has salient variables of its own; a background cell has none of them")
+        return replace(mosaic, groups=np.where(mosaic.groups > 0, mosaic.groups, 1))
+
+    def _latent(
+        self,
+        mosaic: Mosaic,
+        index: np.ndarray,
+        site: str,
+        modality: str | None = None,
+        sample: bool = False,
+        seed: int = 0,
+    ) -> np.ndarray:
+        """A latent variable; salient variables are 0 in cells of groups that do not have them."""
+        values = super()._latent(mosaic, index, site, modality, sample, seed)
+        groups = dict(self.model.parts).get(site)
+        if groups is not None:
+            assert mosaic.groups is not None
+            values = values * np.isin(mosaic.groups[index], groups)[:, None]
+        return values
+
+    def get_latent_representation(
+        self,
+        cells: Cells = None,
+        *,
+        representation: str = "salient",
+        as_target: bool = False,
+        modality: str | None = None,
+        sample: bool = False,
+        data: Mosaic | None = None,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Salient or background variables of each cell.
+
+        Parameters
+        ----------
+        cells
+            Names, numbers or a mask; None for all.
+        representation
+            ``"salient"`` or ``"background"``.
+        as_target
+            Infer salient variables of background cells as if they were target cells: an extrapolation, as nothing but
+            the Wasserstein penalty trains it. Under the model, and by default, they are 0.
+        modality
+            Look at this modality alone, in the cells that have it; None for all that a cell has.
+        sample
+            Draw from the posterior instead of giving its mean.
+        data
+            Other cells than the training data.
+        seed
+            Seed of the draw.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Cells × latent dimensions ``z_0``, ``z_1``, … or ``s_0``, ``s_1``, …
+
+        Raises
+        ------
+        ValueError
+            If the representation or a cell is not there.
+        """
+        if representation not in ("salient", "background"):
+            raise ValueError(f'the representation is "salient" or "background"; found {representation!r}')
+        mosaic = self._data(data)
+        index = self._having(mosaic, mosaic.find(cells), modality)
+        if representation == "background":
+            values = {"z": self._latent(mosaic, index, "z", modality, sample, seed)}
+        else:
+            mosaic = self._seen(mosaic, index, True if as_target else None)
+            values = {site: self._latent(mosaic, index, site, modality, sample, seed) for site in self._variables[1:]}
+        columns = [f"{site}_{i}" for site, v in values.items() for i in range(v.shape[1])]
+        return pd.DataFrame(np.concatenate(list(values.values()), axis=1), mosaic.obs_names[index], columns)
+
+    def salient_information(self, cells: Cells = None, *, data: Mosaic | None = None) -> pd.Series:
+        """How much each salient dimension says of a target cell: mean divergence from prior to posterior, in nats.
+
+        A dimension that the data do not need has a value near 0.
+
+        Parameters
+        ----------
+        cells
+            Names, numbers or a mask; None for all. Cells of other groups are passed over.
+        data
+            Other cells than the training data.
+
+        Returns
+        -------
+        pandas.Series
+            By dimension ``s_0``, ``s_1``, …
+        """
+        mosaic = self._data(data)
+        index = mosaic.find(cells)
+        found: dict[str, float] = {}
+        assert mosaic.groups is not None
+        for site, groups in self.model.parts:
+            chosen = index[np.isin(mosaic.groups[index], groups)]
+            if len(chosen) == 0:
+                raise ValueError(f"none of the cells asked for is in the target groups of {site!r}")
+            sums = []
+            with inference_mode(self.model, self.guide):
+                for minibatch in self._minibatches(mosaic, chosen, ()):
+                    q = poutine.trace(self.guide).get_trace(minibatch).nodes[site]["fn"].base_dist
+                    p = self.model.salient_prior(minibatch).base_dist
+                    sums.append(torch.distributions.kl_divergence(q, p)[..., 0, :].sum(0))
+            information = (torch.stack(sums).sum(0) / len(chosen)).cpu().numpy()
+            found |= {f"{site}_{i}": value for i, value in enumerate(information)}
+        return pd.Series(found, name="information")
+
+    def get_normalized_expression(
+        self,
+        modality: str | None = None,
+        cells: Cells = None,
+        *,
+        salient: bool | None = None,
+        data: Mosaic | None = None,
+        **options: Any,
+    ) -> pd.DataFrame:
+        """Denoised expression, with or without what is salient.
+
+        Parameters
+        ----------
+        modality, cells, data, **options
+            As in `MosaicModel.get_normalized_expression`.
+        salient
+            None decodes each cell as the model has it, target cells with their salient variables and background cells
+            without. False decodes all without: what target cells would express, were they background. True decodes
+            background cells too with what is inferred as if they were target cells.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Cells × features.
+        """
+        mosaic = self._data(data)
+        mosaic = self._seen(mosaic, mosaic.find(cells), salient)
+        return super().get_normalized_expression(modality, cells, data=mosaic, **options)
+
+    def salient_effect(
+        self,
+        cells: Cells = None,
+        *,
+        modality: str | None = None,
+        mode: Mode = "change",
+        delta: Delta = "default",
+        fdr: float = 0.05,
+        n_samples: int = 5000,
+        features: Sequence[str] | None = None,
+        data: Mosaic | None = None,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Which features the salient variables change: the same cells decoded with and without them.
+
+        Unlike a comparison of treated with control cells (`differential`), this compares each cell with itself, so
+        that a different mixture of cell types in the two cohorts does not count.
+
+        Parameters
+        ----------
+        cells
+            Names, numbers or a mask of target cells; None for all of them.
+        modality, mode, delta, fdr, features, data, seed
+            As in `differential`.
+        n_samples
+            Number of cells drawn, with replacement, from each target group.
+
+        Returns
+        -------
+        pandas.DataFrame
+            A block for each target ``group`` with a row a feature, the surest first; the columns of
+            `pyromosaic.tasks.compare`.
+
+        Raises
+        ------
+        ValueError
+            If there are no target cells among those asked for, or an argument is out of range.
+        """
+        check(mode, delta, fdr)
+        if n_samples < 1:
+            raise ValueError(f"n_samples is at least 1; found {n_samples}")
+        mosaic = self._data(data)
+        name = next(iter(self.schema.modalities)) if modality is None else modality
+        scale, pseudocount = effect_scale(self.schema[name])
+        names = np.asarray(self.schema[name].features, dtype=object)[self._features(name, features)]
+        tables = []
+        for group, chosen in self._targets(mosaic, cells).items():
+            rng, effects = np.random.default_rng(seed), []
+            for start in range(0, n_samples, PORTION):
+                drawn = rng.choice(chosen, min(PORTION, n_samples - start))
+                one, other = self._with_and_without(name, mosaic, drawn, features, int(rng.integers(2**31)))
+                effects.append(effect(one, other, scale, pseudocount).astype(np.float32))
+            table = decide(np.concatenate(effects), names, mode, delta, scale, fdr)
+            table.insert(0, "group", group)
+            tables.append(table)
+        return pd.concat(tables)
+
+    def salient_effect_per_cell(
+        self,
+        cells: Cells = None,
+        *,
+        modality: str | None = None,
+        delta: float | Literal["default"] = "default",
+        fdr: float = 0.05,
+        n_samples: int = 50,
+        features: Sequence[str] | None = None,
+        data: Mosaic | None = None,
+        seed: int = 0,
+    ) -> "CellEffects":
+        """What the salient variables change in each target cell, and how surely.
+
+        Parameters
+        ----------
+        cells, modality, features, data, seed
+            As in `salient_effect`.
+        delta
+            Smallest effect that counts; by default a log2 fold change of 0.25 or a difference of 0.05.
+        fdr
+            Share of false discoveries accepted among the pairs of cell and feature called.
+        n_samples
+            Number of posterior draws of each cell.
+
+        Returns
+        -------
+        CellEffects
+            Tables of cells × features.
+        """
+        check("change", delta, fdr)
+        mosaic = self._data(data)
+        name = next(iter(self.schema.modalities)) if modality is None else modality
+        scale, pseudocount = effect_scale(self.schema[name])
+        least = DELTAS[scale] if delta == "default" else float(delta)
+        chosen = np.concatenate(list(self._targets(mosaic, cells).values()))
+        rng = np.random.default_rng(seed)
+        up = down = mean = square = np.zeros(())
+        for _ in range(n_samples):
+            one, other = self._with_and_without(name, mosaic, chosen, features, int(rng.integers(2**31)))
+            e = effect(one, other, scale, pseudocount)
+            up, down, mean, square = up + (e >= least), down + (e <= -least), mean + e, square + e**2
+        mean = mean / n_samples
+        probability = np.maximum(up, down) / n_samples
+        doubts, n = np.unique(1 - probability, return_counts=True)  # equal doubts are called together or not at all
+        accepted = doubts[np.cumsum(doubts * n) / np.cumsum(n) <= fdr]
+        tables = {
+            "mean": mean,
+            "sd": np.sqrt(np.maximum(square / n_samples - mean**2, 0)),
+            "probability": probability,
+            "bayes_factor": np.log(probability + 1e-8) - np.log(1 - probability + 1e-8),
+            "is_significant": 1 - probability <= accepted.max(initial=-1.0),
+        }
+        columns = np.asarray(self.schema[name].features, dtype=object)[self._features(name, features)]
+        frames = {k: pd.DataFrame(v, mosaic.obs_names[chosen], columns) for k, v in tables.items()}
+        return CellEffects(**frames)
+
+    def contrast_scores(
+        self, cells: Cells = None, *, n_samples: int = 10, data: Mosaic | None = None, seed: int = 0
+    ) -> pd.DataFrame:
+        """How much each cell needs salient variables.
+
+        Parameters
+        ----------
+        cells
+            Names, numbers or a mask; None for all. Background cells are scored as if they were target cells.
+        n_samples
+            Number of posterior draws.
+        data
+            Other cells than the training data.
+        seed
+            Seed of the draws.
+
+        Returns
+        -------
+        pandas.DataFrame
+            ``evidence``, by how many nats the measurements are likelier with the inferred salient variables than
+            without, averaged over draws; ``magnitude``, the norm of their posterior mean.
+        """
+        mosaic = self._data(data)
+        index = mosaic.find(cells)
+        treated, untreated = self._seen(mosaic, index, True), self._seen(mosaic, index, False)
+        evidence = []
+        with inference_mode(self.model, self.guide, seed=seed):
+            for start in range(0, len(index), 1024):
+                part = index[start : start + 1024]
+                one = measured(treated, part).to(self._device)
+                other = measured(untreated, part).to(self._device)
+                gain = torch.zeros(len(part), device=self._device)
+                for _ in range(n_samples):
+                    guide_trace = poutine.trace(self.guide).get_trace(one)
+                    for minibatch, sign in ((one, 1.0), (other, -1.0)):
+                        trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(minibatch)
+                        for name, view in minibatch.decoded.items():
+                            site = trace.nodes[name]
+                            log_prob = site["fn"].log_prob(site["value"]).sum(-1)
+                            gain = gain.index_add(0, view.rows, sign * log_prob / n_samples)
+                evidence.append(gain.cpu().numpy())
+        s = np.concatenate([self._latent(treated, index, site) for site in self._variables[1:]], axis=1)
+        scores = {"evidence": np.concatenate(evidence), "magnitude": np.linalg.norm(s, axis=1)}
+        return pd.DataFrame(scores, mosaic.obs_names[index])
+
+    def _targets(self, mosaic: Mosaic, cells: Cells) -> dict[str, np.ndarray]:
+        """Numbers of the target cells among those asked for, by group."""
+        assert mosaic.groups is not None
+        index = mosaic.find(cells)
+        names = _cohorts(self.schema).names
+        found = {names[c]: index[mosaic.groups[index] == c] for c in range(1, len(names))}
+        found = {name: chosen for name, chosen in found.items() if len(chosen)}
+        if not found:
+            raise ValueError(f"none of the cells asked for is a target cell; targets are {', '.join(names[1:])}")
+        return found
+
+    def _with_and_without(
+        self, modality: str, mosaic: Mosaic, cells: np.ndarray, features: Sequence[str] | None, seed: int
+    ) -> list[np.ndarray]:
+        """One posterior draw of each cell, decoded with and without its salient variables: the same z in both."""
+        size, value = self._unit_size(modality), self._compared(modality)
+        values = []
+        for taken in (mosaic, self._seen(mosaic, cells, False)):
+            chunks = self._draws(modality, cells, features, None, size, 1, taken, None, seed, value)
+            values.append(np.concatenate([chunk[0].cpu().numpy() for chunk in chunks]))
+        return values
+
+
+class CellEffects(NamedTuple):
+    """What salient variables change in each cell, all tables cells × features.
+
+    Parameters
+    ----------
+    mean, sd
+        Posterior mean and standard deviation of the effect: a log2 fold change, or a difference for accessibility.
+    probability
+        That the effect is at least delta on the side it more often is.
+    bayes_factor
+        Natural log odds of the probability.
+    is_significant
+        Called, at the share of false discoveries that is accepted over the whole table.
+    """
+
+    mean: pd.DataFrame
+    sd: pd.DataFrame
+    probability: pd.DataFrame
+    bayes_factor: pd.DataFrame
+    is_significant: pd.DataFrame

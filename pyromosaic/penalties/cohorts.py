@@ -1,0 +1,80 @@
+"""Penalties for models that contrast a background with a target cohort."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pyromosaic.data import Minibatch
+from pyromosaic.fusion import Posterior
+from pyromosaic.penalties.divergence import MMD
+from pyromosaic.penalties.penalty import Penalty
+
+
+class CohortMMD(MMD):
+    """Squared maximum mean discrepancy between the cohorts' posterior means, over pairs of groups; see `MMD`.
+
+    It assumes that the cohorts hold the same mixture of cells: where treatment removes or adds a cell type, a large
+    weight forces strangers together.
+    """
+
+    name = "cohort_mmd"
+
+
+class Wasserstein(Penalty):
+    """Squared 2-Wasserstein distance of posteriors to a point mass at the origin.
+
+    ``||mu||^2 + sum(sigma^2)``, summed over the cells that are given and divided by the cells of the minibatch. Keeps
+    the salient variables of background cells, which the model never uses, near their true value 0 (contrastiveVI).
+
+    Parameters
+    ----------
+    weight
+        What it is multiplied by.
+    """
+
+    name = "wasserstein"
+    warms_up = True
+
+    def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
+        """The penalty, a scalar."""
+        terms = [q.loc.square().sum() + q.scale.square().sum() for q in posteriors.values()]
+        return torch.stack(terms).sum() / len(minibatch)
+
+
+class Dependence(Penalty):
+    """Dependence between two representations of the same cells: centred kernel alignment of their posterior means.
+
+    0 for independent representations, 1 for representations with the same geometry. Gaussian kernels; the squared
+    width is the mean squared distance, through which no gradient flows. The model's prior says that background and
+    salient variables are independent; this asks the same of what is inferred.
+
+    Parameters
+    ----------
+    weight
+        What it is multiplied by.
+
+    References
+    ----------
+    Gretton et al., Measuring statistical dependence with Hilbert-Schmidt norms, 2005; Cortes et al., Algorithms for
+    learning kernels based on centered alignment, JMLR 2012.
+    """
+
+    name = "dependence"
+    warms_up = True
+
+    def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
+        """The penalty, a scalar; 0 with fewer than three cells."""
+        first, second = (q.loc for q in posteriors.values())
+        if len(first) < 3:
+            return first.new_zeros(())
+        a, b = _centred_kernel(first), _centred_kernel(second)
+        return (a * b).sum() / (a.square().sum() * b.square().sum()).clamp_min(1e-24).sqrt()  # they may have collapsed
+
+
+def _centred_kernel(x: Tensor) -> Tensor:
+    """Gaussian kernel between all rows, without self-similarity's offset: rows and columns sum to zero."""
+    squares = x.square().sum(-1)
+    distances = (squares.unsqueeze(-1) + squares - 2 * x @ x.T).clamp_min(0.0)
+    kernel = torch.exp(-distances / distances.detach().mean().clamp_min(1e-12))
+    return kernel - kernel.mean(0) - kernel.mean(1, keepdim=True) + kernel.mean()
