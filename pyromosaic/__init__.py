@@ -6,24 +6,30 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from pyromosaic.data import ModalitySpec, Mosaic, hide, pbmc_mosaic, protein_gene_links, unpair
-    from pyromosaic.models import MultiVI
+    from pyromosaic.data import ModalitySpec, Mosaic, hide, pbmc_mosaic, protein_gene_links, simulate, unpair
+    from pyromosaic.models import ContrastiveVI, DiagVI, MultiVI
 
 # Imported when first used, so that `import pyromosaic` is quick.
 _HOME = {
+    "ContrastiveVI": "models",
+    "DiagVI": "models",
     "ModalitySpec": "data",
     "Mosaic": "data",
     "MultiVI": "models",
     "hide": "data",
     "pbmc_mosaic": "data",
     "protein_gene_links": "data",
+    "simulate": "data",
     "unpair": "data",
 }
 _ROOMS = (
     "data",
     "distributions",
     "fusion",
+    "guidance",
+    "labels",
     "likelihoods",
+    "linkage",
     "metrics",
     "models",
     "nn",
@@ -34,7 +40,18 @@ _ROOMS = (
     "train",
 )
 
-__all__ = ["ModalitySpec", "Mosaic", "MultiVI", "hide", "pbmc_mosaic", "protein_gene_links", "unpair"]
+__all__ = [
+    "ContrastiveVI",
+    "DiagVI",
+    "ModalitySpec",
+    "Mosaic",
+    "MultiVI",
+    "hide",
+    "pbmc_mosaic",
+    "protein_gene_links",
+    "simulate",
+    "unpair",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
 """Networks: plain torch, no probability."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -141,6 +142,21 @@ class Decoder(nn.Module):
         return {name: head(hidden) for name, head in self.heads.items()}
 
 
+class _UnitColumns(nn.Module):
+    def __init__(self, start: int, stop: int) -> None:
+        super().__init__()
+        self.columns = slice(start, stop)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        before, own, behind = weight.tensor_split((self.columns.start, self.columns.stop), dim=1)
+        return torch.cat([before, nn.functional.normalize(own, dim=0), behind], dim=1)
+
+
+def unit_columns(layer: nn.Module, start: int, stop: int) -> None:
+    """Keep the weights of inputs `start` to `stop` of a linear layer at norm 1 for each input."""
+    nn.utils.parametrize.register_parametrization(layer, "weight", _UnitColumns(start, stop))
+
+
 class Size(nn.Module):
     """Size of a cell in which a modality was not measured: log-linear in the latent variable and the covariates.
 
@@ -182,3 +198,126 @@ class Size(nn.Module):
             return view
         predicted = (self._inputs(z, view) @ self.weight + self.bias).exp()
         return replace(view, library=torch.where(missing, predicted, view.library))
+
+
+class GraphEncoder(nn.Module):
+    """From a guidance graph to a diagonal normal posterior of each feature's embedding.
+
+    Each feature has a row in a table. Its representation is the mean of its neighbours' rows (itself among them) over
+    the edges' weights, each with the sign of its edge; two linear heads make location and scale of it. Features that
+    are linked alike so begin alike.
+
+    Parameters
+    ----------
+    n_features
+        Number of nodes.
+    edges
+        From node, to node, shape (2, E): both directions, and a self loop at every node.
+    strength
+        Sign times weight of each edge, shape (E,).
+    n_latent
+        Width of an embedding.
+
+    References
+    ----------
+    After the graph encoder of GLUE (Cao and Gao, Nature Biotechnology 2022), which leaves weights and signs out.
+    """
+
+    edges: Tensor
+    strength: Tensor
+
+    def __init__(self, n_features: int, edges: Tensor, strength: Tensor, n_latent: int) -> None:
+        super().__init__()
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # it compiles as it is imported
+            from torch_geometric.nn import SimpleConv  # slow to import
+
+        degree = torch.zeros(n_features).index_add(0, edges[1], strength.abs())
+        self.register_buffer("edges", edges, persistent=False)
+        self.register_buffer("strength", strength / degree[edges[1]], persistent=False)
+        self.table = nn.Parameter(0.1 * torch.randn(n_features, n_latent))
+        self.propagate = SimpleConv(aggr="sum")
+        self.loc = nn.Linear(n_latent, n_latent)
+        self.scale = nn.Linear(n_latent, n_latent)
+        with torch.no_grad():  # begin with the neighbours' mean itself, and little noise
+            self.loc.weight.copy_(torch.eye(n_latent))
+            self.loc.bias.zero_()
+            self.scale.weight.zero_()
+            self.scale.bias.fill_(-2.0)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Location and scale of every feature's embedding, each of shape (features, latent)."""
+        neighbours = self.propagate(self.table, self.edges, self.strength)
+        return self.loc(neighbours), nn.functional.softplus(self.scale(neighbours)) + 1e-8
+
+
+#: Which way a likelihood's predictor goes as the feature's signal rises: up, down (antibodies are then less likely
+#: background), or not at all; up if it is not named here.
+DIRECTION: Mapping[str, float] = {"mixing": -1.0, "gate": 0.0}
+
+
+class InnerProductDecoder(nn.Module):
+    """From cell and feature embeddings to what a likelihood asks for: ``eta = softplus(a) * signal + b``.
+
+    The signal of a feature in a cell is the inner product ``<z, v>``, plus that of the cell's private latent variable
+    with loadings of the modality's own. Scale a and bias b are per batch and feature, for each predictor; further
+    covariates shift eta linearly (DiagVI).
+
+    Parameters
+    ----------
+    schema
+        The modality.
+    predictors
+        Names of the predictors, each as wide as the modality has features.
+    n_private
+        Width of the private latent variable.
+    """
+
+    def __init__(self, schema: ModalitySchema, predictors: tuple[str, ...], n_private: int = 0) -> None:
+        super().__init__()
+        self.n_batches = len(schema.categories[schema.spec.batch_key]) if schema.spec.batch_key else 0
+        n_effects = schema.n_covariates - self.n_batches
+        shape = (max(1, self.n_batches), schema.n_features)
+        self.scale: Any = nn.ParameterDict({name: torch.zeros(shape) for name in predictors if _direction(name)})
+        self.bias: Any = nn.ParameterDict({name: torch.zeros(shape) for name in predictors})
+        self.effects: Any = nn.ParameterDict({name: torch.zeros(n_effects, shape[1]) for name in predictors})
+        self.loadings = nn.Parameter(0.1 * torch.randn(schema.n_features, n_private))
+
+    def start(self, biases: Mapping[str, Tensor]) -> None:
+        """Begin training at these biases, the data's mean profile say."""
+        with torch.no_grad():
+            for name, bias in biases.items():
+                self.bias[name].copy_(bias.expand_as(self.bias[name]))
+
+    def forward(self, z: Tensor, v: Tensor, private: Tensor | None, view: View) -> dict[str, Tensor]:
+        """Predictors by name, each of shape (..., b, features).
+
+        Parameters
+        ----------
+        z
+            Shared latent variable, shape (..., b, latent).
+        v
+            Embeddings of the modality's features, shape (features, latent).
+        private
+            Private latent variable, shape (..., b, n_private), if there is one.
+        view
+            The cells.
+        """
+        signal = z @ v.T if private is None else z @ v.T + private @ self.loadings.T
+        design = view.design()
+        batch = design[:, : self.n_batches] if self.n_batches else torch.ones_like(view.library)
+        effects = design[:, self.n_batches :]
+        predictors = {}
+        for name, bias in self.bias.items():
+            shift = batch @ bias
+            if effects.shape[1]:
+                shift = shift + effects @ self.effects[name]
+            direction = _direction(name)
+            if direction:
+                predictors[name] = (batch @ (direction * nn.functional.softplus(self.scale[name]))) * signal + shift
+            else:
+                predictors[name] = shift.expand_as(signal)
+        return predictors
+
+
+def _direction(predictor: str) -> float:
+    return DIRECTION.get(predictor, 1.0)

@@ -44,12 +44,15 @@ class Program(PyroModule):
 
     @staticmethod
     @contextmanager
+    def cells(name: str, minibatch: Minibatch) -> Iterator[None]:
+        """Plate of the cells that have a modality (dim -2), scaled to all cells."""
+        n_cells = len(minibatch.decoded[name].rows)
+        with poutine.scale(scale=minibatch.scale), pyro.plate(f"{name}_cells", n_cells, dim=-2):
+            yield
+
+    @staticmethod
+    @contextmanager
     def plates(name: str, minibatch: Minibatch, n_features: int) -> Iterator[None]:
         """Plates of the cells that have a modality (dim -2) and of its features (dim -1), scaled to all cells."""
-        n_cells = len(minibatch.decoded[name].rows)
-        with (
-            poutine.scale(scale=minibatch.scale),
-            pyro.plate(f"{name}_cells", n_cells, dim=-2),
-            pyro.plate(f"{name}_features", n_features, dim=-1),
-        ):
+        with Program.cells(name, minibatch), pyro.plate(f"{name}_features", n_features, dim=-1):
             yield

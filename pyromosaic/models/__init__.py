@@ -1,6 +1,8 @@
 """The models; each is one file with a generative story, an inference story and what is special to it."""
 
+from pyromosaic.models.contrastivevi import ContrastiveVI
+from pyromosaic.models.diagvi import DiagVI
 from pyromosaic.models.mosaic_model import MosaicModel
 from pyromosaic.models.multivi import MultiVI
 
-__all__ = ["MosaicModel", "MultiVI"]
+__all__ = ["ContrastiveVI", "DiagVI", "MosaicModel", "MultiVI"]

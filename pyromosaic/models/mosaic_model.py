@@ -3,8 +3,9 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -15,16 +16,25 @@ from pyro.distributions import TorchDistribution
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from pyromosaic.data import Minibatch, Mosaic, Schema, Split, loader, split, to_predict
+from pyromosaic.data import Minibatch, Mosaic, Schema, Split, loader, measured, split, to_predict
 from pyromosaic.program import Program
-from pyromosaic.tasks import Estimate, draws, estimate, inference_mode
+from pyromosaic.tasks import AtMean, Estimate, compare_groups, contrasts, draws, estimate, inference_mode
+from pyromosaic.tasks.differential import Delta, Mode
 from pyromosaic.train import Optimisation, Schedule, fit
 
 FORMAT = 1  # version of the saved form
 CHUNK_ENTRIES = 20_000_000  # draws × cells × features in memory at once
 
 Cells = Sequence[str] | np.ndarray | pd.Index | None
+
+
+class Preset(NamedTuple):
+    """Named choices: options of a model's constructor, and of its `train`."""
+
+    options: Mapping[str, Any]
+    training: Mapping[str, Any]
 
 
 class MosaicModel:
@@ -70,6 +80,12 @@ class MosaicModel:
     def start(self, mosaic: Mosaic) -> None:
         """Set input scaling and start values from data."""
 
+    def loader(
+        self, mosaic: Mosaic, cells: np.ndarray, batch_size: int, seed: int | None = None, n_workers: int = 0
+    ) -> DataLoader[Minibatch]:
+        """Minibatches to train on and to validate with."""
+        return loader(mosaic, cells, batch_size, seed, n_workers)
+
     def finish(self, mosaic: Mosaic) -> None:
         """Whatever is to be learnt once training is over."""
 
@@ -109,13 +125,14 @@ class MosaicModel:
         validation, test
             Shares of the cells kept out of training, drawn within each pattern of modalities.
         early_stopping
-            Stop after this many epochs without a better validation ELBO, and return to the best.
+            Stop after this many epochs without a better validation ELBO (or, with ``monitor="reconstruction"``, a
+            better likelihood), and return to the best.
         seed
             Seed of split, order of minibatches and noise.
         n_workers
             Processes that read minibatches ahead; 0 reads in the process itself.
         **trainer
-            ``progress_bar``, ``logger``, ``callbacks``, ``checkpoint_dir``, ``resume_from``, and anything that
+            ``monitor``, ``progress_bar``, ``logger``, ``callbacks``, ``checkpoint_dir``, ``resume_from``, and what
             `lightning.pytorch.Trainer` takes (``accelerator``, ``devices``, ``strategy``, …).
 
         Raises
@@ -129,8 +146,8 @@ class MosaicModel:
         if n_epochs < 1 or batch_size < 1:
             raise ValueError(f"n_epochs and batch_size are at least 1; found {n_epochs} and {batch_size}")
         self.split = split(mosaic, validation, test, seed)
-        train = loader(mosaic, self.split.train, batch_size, seed, n_workers)
-        held_out = loader(mosaic, self.split.validation, batch_size) if len(self.split.validation) else None
+        train = self.loader(mosaic, self.split.train, batch_size, seed, n_workers)
+        held_out = self.loader(mosaic, self.split.validation, batch_size) if len(self.split.validation) else None
         optimisation = Optimisation(learning_rate, weight_decay, kl_warmup_epochs, schedule, gradient_clip)
         self.model.train()
         self.guide.train()
@@ -183,19 +200,36 @@ class MosaicModel:
             Cells × latent dimensions ``z_0``, ``z_1``, …
         """
         mosaic = self._data(data)
-        index = mosaic.find(cells)
-        if modality is not None:
-            self.schema[modality]
-            index = index[mosaic.modalities[modality].present[index]]
-            if len(index) == 0:
-                raise ValueError(f"none of the cells asked for has modality {modality!r}")
+        index = self._having(mosaic, mosaic.find(cells), modality)
+        z = self._latent(mosaic, index, "z", modality, sample, seed)
+        return pd.DataFrame(z, mosaic.obs_names[index], [f"z_{i}" for i in range(z.shape[1])])
+
+    def _having(self, mosaic: Mosaic, index: np.ndarray, modality: str | None) -> np.ndarray:
+        """The cells that have a modality; all if None."""
+        if modality is None:
+            return index
+        self.schema[modality]
+        having = index[mosaic.modalities[modality].present[index]]
+        if len(having) == 0:
+            raise ValueError(f"none of the cells asked for has modality {modality!r}")
+        return having
+
+    def _latent(
+        self,
+        mosaic: Mosaic,
+        index: np.ndarray,
+        site: str,
+        modality: str | None = None,
+        sample: bool = False,
+        seed: int = 0,
+    ) -> np.ndarray:
+        """Posterior mean of a latent variable of cells, or a draw, shape (cells, width)."""
         values = []
         with inference_mode(self.model, self.guide, seed=seed):
             for minibatch in self._minibatches(mosaic, index, (), None if modality is None else (modality,)):
-                site = poutine.trace(self.guide).get_trace(minibatch).nodes["z"]
-                values.append((site["value"] if sample else site["fn"].mean)[..., 0, :].cpu().numpy())
-        z = np.concatenate(values)
-        return pd.DataFrame(z, mosaic.obs_names[index], [f"z_{i}" for i in range(z.shape[1])])
+                found = poutine.trace(self.guide).get_trace(minibatch).nodes[site]
+                values.append((found["value"] if sample else found["fn"].mean)[..., 0, :].cpu().numpy())
+        return np.concatenate(values)
 
     def get_normalized_expression(
         self,
@@ -203,7 +237,7 @@ class MosaicModel:
         cells: Cells = None,
         *,
         features: Sequence[str] | None = None,
-        batch: str | None = None,
+        batch: str | Sequence[str] | None = None,
         library: float = 1.0,
         n_samples: int | None = None,
         data: Mosaic | None = None,
@@ -218,7 +252,8 @@ class MosaicModel:
         cells, features
             Names (cells also by number or mask); None for all.
         batch
-            Predict as if cells had been measured in this batch; by default each cell's own.
+            Predict as if cells had been measured in this batch, or on average over these; by default in each cell's
+            own.
         library
             Size of the cells to predict at; 1 gives shares of RNA.
         n_samples
@@ -234,13 +269,46 @@ class MosaicModel:
             Cells × features.
         """
         if modality is None:
-            candidates = [n for n, m in self.schema.modalities.items() if m.spec.likelihood != "bernoulli"]
-            if not candidates:
-                raise ValueError("the model has no expression modality; accessibility is get_accessibility_estimates")
-            modality = candidates[0]
-        value = self._likelihood(modality).normalized
+            modality = self._first({m.spec.likelihood for m in self.schema.modalities.values()} - {"bernoulli"})
         size = library if self.schema[modality].spec.likelihood in ("nb", "zinb") else self.schema[modality].library
-        return self._estimate(modality, cells, features, batch, size, n_samples, (), data, None, seed, value).mean
+        value = self._likelihood(modality).normalized
+        return self._expected(modality, cells, features, batch, size, n_samples, data, seed, value)
+
+    def get_protein_foreground_probability(
+        self,
+        modality: str | None = None,
+        cells: Cells = None,
+        *,
+        features: Sequence[str] | None = None,
+        batch: str | Sequence[str] | None = None,
+        n_samples: int | None = None,
+        data: Mosaic | None = None,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Probability that a cell has a protein, rather than only its background, measured or not.
+
+        Parameters
+        ----------
+        modality
+            The modality; by default the first one with a likelihood ``"nb_mixture"``.
+        cells, features, batch, n_samples, data, seed
+            As in `get_normalized_expression`.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Cells × proteins, between 0 and 1.
+        """
+        modality = self._first({"nb_mixture"}) if modality is None else modality
+        if self.schema[modality].spec.likelihood != "nb_mixture":
+            raise ValueError(f"modality {modality!r} has no foreground; that is of the likelihood 'nb_mixture'")
+        size = self.schema[modality].library
+
+        def foreground(distribution: TorchDistribution) -> Tensor:
+            probability: Tensor = 1 - distribution.mixing_probability
+            return probability
+
+        return self._expected(modality, cells, features, batch, size, n_samples, data, seed, foreground)
 
     def get_accessibility_estimates(
         self,
@@ -248,7 +316,7 @@ class MosaicModel:
         cells: Cells = None,
         *,
         features: Sequence[str] | None = None,
-        batch: str | None = None,
+        batch: str | Sequence[str] | None = None,
         factors: bool = False,
         n_samples: int | None = None,
         data: Mosaic | None = None,
@@ -270,13 +338,56 @@ class MosaicModel:
         pandas.DataFrame
             Cells × regions, between 0 and 1.
         """
-        if modality is None:
-            candidates = [n for n, m in self.schema.modalities.items() if m.spec.likelihood == "bernoulli"]
-            if not candidates:
-                raise ValueError("the model has no accessibility modality (likelihood 'bernoulli')")
-            modality = candidates[0]
+        modality = self._first({"bernoulli"}) if modality is None else modality
         value = (lambda d: d.mean) if factors else self._likelihood(modality).normalized
-        return self._estimate(modality, cells, features, batch, None, n_samples, (), data, None, seed, value).mean
+        return self._expected(modality, cells, features, batch, None, n_samples, data, seed, value)
+
+    def get_cell_factors(self, cells: Cells = None, *, data: Mosaic | None = None) -> pd.DataFrame:
+        """What the signal of each cell is multiplied by.
+
+        For RNA its size in counts, for protein its size over the median cell's, for accessibility the probability that
+        an open region is seen.
+
+        Parameters
+        ----------
+        cells
+            Names, numbers or a mask; None for all.
+        data
+            Other cells than the training data.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Cells × modalities, NaN where a modality was not measured.
+        """
+        mosaic = self._data(data)
+        index = mosaic.find(cells)
+        factors = {name: np.full(len(index), np.nan) for name in self.schema.modalities}
+        with inference_mode(self.model, self.guide):
+            for start in range(0, len(index), 1024):
+                minibatch = measured(mosaic, index[start : start + 1024]).to(self._device)
+                with AtMean():
+                    latent = poutine.trace(self.guide).get_trace(minibatch).nodes
+                for name, view in minibatch.observed.items():
+                    if f"{name}_library" in latent:
+                        view = replace(view, library=latent[f"{name}_library"]["value"].exp())
+                    factor = self._likelihood(name).cell_factor(view)[:, 0]
+                    factors[name][start + view.rows.cpu().numpy()] = factor.cpu().numpy()
+        return pd.DataFrame(factors, mosaic.obs_names[index])
+
+    def get_region_factors(self, modality: str | None = None) -> pd.Series:
+        """Factor of each region, between 0 and 1: its width and its bias, whatever the cell.
+
+        Parameters
+        ----------
+        modality
+            The modality; by default the first one with a Bernoulli likelihood.
+        """
+        modality = self._first({"bernoulli"}) if modality is None else modality
+        if self.schema[modality].spec.likelihood != "bernoulli":
+            raise ValueError(f"modality {modality!r} has no region factors; they are of the likelihood 'bernoulli'")
+        factors = self._likelihood(modality).region_factor().detach().cpu().numpy()
+        return pd.Series(factors, pd.Index(self.schema[modality].features))
 
     def get_imputed_values(
         self,
@@ -353,6 +464,169 @@ class MosaicModel:
             modality, cells, features, batch, library, n_samples, data, encode, seed, lambda d: d.sample()
         )
         return np.concatenate([chunk.cpu().numpy() for chunk in chunks], axis=1)
+
+    def differential(
+        self,
+        groupby: str | None = None,
+        group1: object = None,
+        group2: object = None,
+        *,
+        cells1: Cells = None,
+        cells2: Cells = None,
+        modality: str | None = None,
+        mode: Mode = "change",
+        delta: Delta = "default",
+        fdr: float = 0.05,
+        batch_correction: bool = False,
+        protein_foreground: bool = False,
+        n_samples: int = 5000,
+        features: Sequence[str] | None = None,
+        data: Mosaic | None = None,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Differential expression, accessibility or protein between groups of cells, measured or not.
+
+        Pairs of cells, one of each group, are compared by posterior draws of their denoised values; see
+        `pyromosaic.tasks.compare`. The effect is the log2 fold change of shares (RNA) or of expected counts
+        (protein), or the difference of probabilities (accessibility).
+
+        Parameters
+        ----------
+        groupby
+            Column of `obs` with the groups; cells without a value take no part.
+        group1, group2
+            Values in that column. Without `group1` every group is compared with the rest in turn; without `group2` the
+            second group is the rest.
+        cells1, cells2
+            Groups given by names, numbers or masks instead; without `cells2` the second group is the rest.
+        modality
+            The modality; by default the model's first.
+        mode
+            ``"change"``: is the effect at least `delta` in size? ``"vanilla"``: which of the two is larger?
+        delta
+            Smallest effect that counts: by default a log2 fold change of 0.25 or a difference of 0.05; None estimates
+            it for each pair of groups.
+        fdr
+            Share of false discoveries accepted among the features called.
+        batch_correction
+            Compare within batches, and average over them: both cells of a pair are decoded for the same batch. By
+            default each is decoded for its own.
+        protein_foreground
+            Compare a protein's expected foreground instead of its whole expected count. Less steady: where background
+            and foreground are hard to tell apart, the model may call the same count either, and the foreground changes
+            alone.
+        n_samples
+            Number of pairs.
+        features
+            Names of the features to compare; None for all.
+        data
+            Other cells than the training data.
+        seed
+            Seed of pairs and draws; the same for every pair of groups.
+
+        Returns
+        -------
+        pandas.DataFrame
+            A block for each pair of groups (``comparison``, ``group1``, ``group2``) with a row a feature, the surest
+            first: the columns of `pyromosaic.tasks.compare`, then ``raw_mean``, ``nonzero_share`` and
+            ``normalized_mean`` (cells scaled to the size of the median cell) of either group's cells in which the
+            modality was measured, NaN if there are none.
+
+        Raises
+        ------
+        ValueError
+            If groups are empty, overlap or do not exist, or another argument is out of range.
+        KeyError
+            If the model has no such modality.
+
+        Notes
+        -----
+        The probabilities are about cells like these, and take the trained networks for known: small effects between
+        groups of few cells may be chance, against which a larger `delta` (or None) helps. Cells of one donor are no
+        replicates: what holds for donors needs several of them in either group.
+
+        Examples
+        --------
+        >>> from pyromosaic import Mosaic, MultiVI, pbmc_mosaic
+        >>> mosaic = Mosaic.from_mudata(pbmc_mosaic(), batch_key="batch")
+        >>> model = MultiVI(mosaic, n_latent=10)
+        >>> model.train(n_epochs=1, progress_bar=False)
+        >>> table = model.differential("celltype", "B", modality="adt", features=["cd19", "cd3.1"], n_samples=100)
+        >>> sorted(table.index)
+        ['cd19', 'cd3.1']
+        """
+        mosaic = self._data(data)
+        name = next(iter(self.schema.modalities)) if modality is None else modality
+        value = self._compared(name, protein_foreground)
+        wanted = None if features is None else list(dict.fromkeys(features))
+        size = self._unit_size(name)
+
+        def draw(cells: np.ndarray, batch: str | None, seed: int) -> np.ndarray:
+            chunks = self._draws(name, cells, wanted, batch, size, 1, mosaic, None, seed, value)
+            return np.concatenate([chunk[0].cpu().numpy() for chunk in chunks])
+
+        tables = [
+            compare_groups(
+                contrast,
+                draw,
+                draw,
+                mosaic.modalities[name],
+                self._features(name, wanted),
+                mode=mode,
+                delta=delta,
+                fdr=fdr,
+                batch_correction=batch_correction,
+                n_samples=n_samples,
+                seed=seed,
+            )
+            for contrast in contrasts(mosaic, groupby, group1, group2, cells1, cells2)
+        ]
+        return pd.concat(tables)
+
+    def _compared(self, modality: str, protein_foreground: bool = False) -> Callable[[TorchDistribution], Tensor]:
+        """The quantity in which cells are compared."""
+        if self.schema[modality].spec.likelihood == "nb_mixture" and not protein_foreground:
+            return lambda distribution: distribution.mean
+        return self._likelihood(modality).normalized
+
+    def _unit_size(self, modality: str) -> float:
+        """Size of a cell whose expected measurements are the denoised values: shares of RNA, else a median cell's."""
+        schema = self.schema[modality]
+        return 1.0 if schema.spec.likelihood in ("nb", "zinb") else schema.library
+
+    def _first(self, likelihoods: set[str]) -> str:
+        """The first modality with one of these likelihoods."""
+        for name, modality in self.schema.modalities.items():
+            if modality.spec.likelihood in likelihoods:
+                return name
+        raise ValueError(
+            "the model has no modality to answer that from: none has a likelihood "
+            f"{' or '.join(map(repr, sorted(likelihoods))) or 'of expression'}"
+        )
+
+    def _expected(
+        self,
+        modality: str,
+        cells: Cells,
+        features: Sequence[str] | None,
+        batch: str | Sequence[str] | None,
+        library: float | None,
+        n_samples: int | None,
+        data: Mosaic | None,
+        seed: int,
+        value: Callable[[TorchDistribution], Tensor],
+    ) -> pd.DataFrame:
+        """Mean of a quantity over posterior draws and over batches, each batch with the same draws."""
+        batches = [batch] if batch is None or isinstance(batch, str) else list(batch)
+        if not batches:
+            raise ValueError(
+                "the list of batches to average over is empty; give at least one, or None for a cell's own"
+            )
+        means = [
+            self._estimate(modality, cells, features, b, library, n_samples, (), data, None, seed, value).mean
+            for b in batches
+        ]
+        return sum(means[1:], means[0]) / len(means)
 
     def _estimate(
         self,

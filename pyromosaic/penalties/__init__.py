@@ -1,6 +1,29 @@
 """Penalties on posteriors: terms that a guide adds to the loss, each as one named `pyro.factor`."""
 
-from pyromosaic.penalties.divergence import MMD, Jeffreys, discrepancy
+from pyromosaic.penalties.adversary import Adversary
+from pyromosaic.penalties.anchors import Anchors, Pull, Scores, mutual_neighbors
+from pyromosaic.penalties.classifier import Classifier
+from pyromosaic.penalties.cohorts import CohortMMD, Dependence, Wasserstein
+from pyromosaic.penalties.divergence import MMD, Jeffreys, MeanDistance, discrepancy
 from pyromosaic.penalties.penalty import Penalty, apply
+from pyromosaic.penalties.transport import Sinkhorn, sinkhorn_divergence
 
-__all__ = ["MMD", "Jeffreys", "Penalty", "apply", "discrepancy"]
+__all__ = [
+    "MMD",
+    "Adversary",
+    "Anchors",
+    "Classifier",
+    "CohortMMD",
+    "Dependence",
+    "Jeffreys",
+    "MeanDistance",
+    "Penalty",
+    "Pull",
+    "Scores",
+    "Sinkhorn",
+    "Wasserstein",
+    "apply",
+    "discrepancy",
+    "mutual_neighbors",
+    "sinkhorn_divergence",
+]

@@ -1,0 +1,152 @@
+"""DiagVI on modalities whose pairing is hidden, beside scvi-tools' DIAGVI on the same data and links.
+
+Every measurement is a cell of its own, in random order, without its labels; which of them are the same cell, and their
+labels, judge the result alone. Beside the model stand the scores of the linkage from which it starts, and with
+``--control`` the same with every feature's values shuffled over cells, which must come out at chance.
+
+    python benchmarks/diagvi_unpaired.py --peer
+    python benchmarks/diagvi_unpaired.py --data snare_cortex.h5mu --min-share 0.005 --label-key cell_class --drop Mis
+"""
+
+from argparse import Namespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from common import Figures, arguments, isolated, measured_cost, quiet, report
+from multivi_mosaic import open_regions
+
+
+def load(options: Namespace, seed: int) -> tuple[dict[str, Any], dict[str, pd.Series], pd.DataFrame]:
+    """Modalities with shuffled cells and without labels; the labels by cell; and the links between features."""
+    import mudata
+
+    from pyromosaic import pbmc_mosaic, protein_gene_links
+
+    mdata = pbmc_mosaic() if options.data is None else mudata.read_h5mu(options.data)
+    adatas = {
+        name: adata[~adata.obs[options.label_key].isin(options.drop)].copy()
+        for name, adata in open_regions(mdata, options.min_share).mod.items()
+    }
+    first, second = adatas
+    if options.data is None or options.links is not None:
+        table = protein_gene_links() if options.links is None else pd.read_csv(options.links)
+        table = table.rename(columns={"gene": first, "protein": second})
+    else:
+        linked = pd.DataFrame.sparse.from_spmatrix(
+            adatas[second].varm["gene_links"], adatas[second].var_names, adatas[second].uns["gene_links_columns"]
+        )
+        rows, columns = linked.sparse.to_coo().coords
+        table = pd.DataFrame({first: linked.columns[columns], second: linked.index[rows]})
+    rng = np.random.default_rng(seed)
+    labels, hidden = {}, {}
+    for name, adata in adatas.items():
+        labels[name] = adata.obs[options.label_key].astype(str)
+        adata = adata[rng.permutation(adata.n_obs)].copy()
+        adata.obs = adata.obs[[options.batch_key]].copy()
+        if options.control:
+            shuffled = adata.X.toarray()
+            rng.permuted(shuffled, axis=0, out=shuffled)
+            adata.X = shuffled
+            adata = adata[shuffled.sum(axis=1) > 0].copy()
+        hidden[name] = adata
+    return hidden, labels, table
+
+
+def quality(latent: dict[str, pd.DataFrame], labels: dict[str, pd.Series], prefix: str = "") -> Figures:
+    """Alignment of the two modalities; latents are indexed by the cells' true names."""
+    from pyromosaic import metrics
+
+    first, second = latent
+    pairs = latent[first].index.intersection(latent[second].index)
+    kinds = {name: labels[name][z.index] for name, z in latent.items()}
+    transfer = metrics.label_transfer_both_ways(latent[first], kinds[first], latent[second], kinds[second])
+    names = np.repeat([first, second], [len(latent[first]), len(latent[second])])
+    return {
+        f"{prefix}FOSCTTM": metrics.foscttm(latent[first].loc[pairs], latent[second].loc[pairs]),
+        f"{prefix}transfer {first} -> {second}": transfer.x_to_y,
+        f"{prefix}transfer {second} -> {first}": transfer.y_to_x,
+        f"{prefix}modality enrichment (1 = mixed)": metrics.modality_enrichment(pd.concat(latent.values()), names),
+    }
+
+
+def ours(options: Namespace, seed: int) -> Figures:
+    """Train and judge this package's DiagVI."""
+    quiet()
+    import torch
+
+    from pyromosaic import DiagVI, Mosaic
+    from pyromosaic.guidance import GuidanceGraph
+    from pyromosaic.models.diagvi import REFERENCE
+
+    torch.set_num_threads(options.threads)
+    adatas, labels, table = load(options, seed)
+    mosaic = Mosaic.from_anndata(adatas, batch_key=options.batch_key)
+    graph = GuidanceGraph.from_table(mosaic, table, drop_absent=True)
+    model = DiagVI(mosaic, graph, seed=seed, **(REFERENCE if options.reference else {}))
+    with measured_cost() as cost:
+        model.train(options.epochs, seed=seed, progress_bar=False)
+
+    def by_cell(table: pd.DataFrame, name: str) -> pd.DataFrame:
+        own = table[mosaic.modalities[name].present]
+        return own.set_axis(own.index.str.removeprefix(f"{name}:"))
+
+    latent = {name: by_cell(model.get_latent_representation(), name) for name in adatas}
+    figures = quality(latent, labels)
+    if model.scores:
+        scores = pd.DataFrame(model.scores.values.numpy(), mosaic.obs_names)
+        figures |= quality({name: by_cell(scores, name) for name in adatas}, labels, "linkage alone: ")
+    return {**figures, **_cost(cost.seconds, len(model.history), cost.peak_mb)}
+
+
+def peer(options: Namespace, seed: int) -> Figures:
+    """Train and judge scvi-tools' DIAGVI."""
+    quiet()
+    import peers
+    import torch
+
+    torch.set_num_threads(options.threads)
+    adatas, labels, table = load(options, seed)
+    likelihoods = {name: "nbmixture" if name == "adt" else "nb" for name in adatas}
+    result = peers.diagvi(adatas, table, likelihoods, options.batch_key, options.peer_epochs, seed)
+    latent = {name: pd.DataFrame(result.latents[name], index=adata.obs_names) for name, adata in adatas.items()}
+    return {**quality(latent, labels), **_cost(result.seconds, result.epochs, result.peak_memory_mb)}
+
+
+def _cost(seconds: float, epochs: int, peak_mb: float) -> Figures:
+    return {
+        "epochs": epochs,
+        "seconds per epoch": seconds / epochs,
+        "seconds in all": seconds,
+        "peak memory, MB": peak_mb,
+    }
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = arguments(__doc__.split("\n")[0])
+    parser.add_argument("--batch-key", default="batch")
+    parser.add_argument("--label-key", default="celltype")
+    parser.add_argument("--drop", nargs="*", default=[], help="labels whose cells are left out")
+    parser.add_argument(
+        "--min-share", type=float, default=0.0, help="use regions seen in more than this share of cells"
+    )
+    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--peer-epochs", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--reference", action="store_true", help="the seed's loss and weights instead of ours")
+    parser.add_argument("--control", action="store_true", help="shuffle every feature over cells: chance level")
+    options = parser.parse_args()
+    runs: dict[str, list[Figures]] = {"pyromosaic": []}
+    if options.peer:
+        runs["scvi-tools"] = []
+    for seed in range(options.seeds):
+        runs["pyromosaic"].append(isolated(ours, options, seed))
+        if options.peer:
+            runs["scvi-tools"].append(isolated(peer, options, seed))
+    title = "DiagVI on " + ("the PBMC mosaic" if options.data is None else options.data.stem) + ", pairing hidden"
+    report(title, runs, vars(options), options.json)
+
+
+if __name__ == "__main__":
+    main()

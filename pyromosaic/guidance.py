@@ -1,0 +1,523 @@
+"""Guidance graphs: which features of different modalities go together, in which direction and how surely.
+
+Nodes are the features of all modalities; an edge joins two features, with a weight in (0, 1], the confidence of the
+link, and a sign, 1 where both rise together and -1 where one falls as the other rises (DiagVI; Cao and Gao, GLUE,
+Nature Biotechnology 2022).
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from pyromosaic.data import Mosaic, Schema
+from pyromosaic.linkage import Linkage, cca, links_by_overlap
+
+FEW = 20  # linked features of a modality below which its graph is thin
+
+
+@dataclass(frozen=True, eq=False)
+class GuidanceGraph:
+    """A checked guidance graph.
+
+    Made by `from_names`, `from_table`, `from_edges`, `from_data`, `from_overlap` or `from_matrix`.
+
+    Parameters
+    ----------
+    features
+        Names of the features by modality; nodes are numbered through, modality after modality.
+    edges
+        Nodes of each edge, shape (2, E): every edge once, without self loops.
+    weight
+        Confidence of each edge, in (0, 1].
+    sign
+        1 or -1 for each edge.
+
+    Raises
+    ------
+    ValueError
+        If a node, weight or sign is out of range, the same edge has both signs, or a modality is not linked to the
+        others.
+
+    Warns
+    -----
+    UserWarning
+        If a modality has fewer than 20 linked features.
+    """
+
+    features: Mapping[str, tuple[str, ...]]
+    edges: np.ndarray
+    weight: np.ndarray
+    sign: np.ndarray
+
+    def __post_init__(self) -> None:
+        edges = np.asarray(self.edges)
+        weight, sign = np.asarray(self.weight, dtype=np.float32), np.asarray(self.sign, dtype=np.float32)
+        n = self.n_features
+        if edges.ndim != 2 or len(edges) != 2 or edges.shape[1] != len(weight) or weight.shape != sign.shape:
+            raise ValueError(
+                f"a graph has two nodes, one weight and one sign an edge; found shapes {edges.shape}, {weight.shape} "
+                f"and {sign.shape}"
+            )
+        if edges.size and (edges.dtype.kind not in "iu" or edges.min() < 0 or edges.max() >= n):
+            raise ValueError(
+                f"nodes are the whole numbers from 0 to {n - 1}, one a feature; found {edges.min()} to {edges.max()}"
+            )
+        if not ((weight > 0) & (weight <= 1)).all():
+            wrong = weight[~((weight > 0) & (weight <= 1))][0]
+            raise ValueError(f"the weight of an edge lies in (0, 1]; found {wrong:g}")
+        if not np.isin(sign, (-1, 1)).all():
+            raise ValueError(f"the sign of an edge is 1 or -1; found {sign[~np.isin(sign, (-1, 1))][0]:g}")
+        edges = np.sort(edges.astype(np.int64), axis=0)
+        table = pd.DataFrame({"i": edges[0], "j": edges[1], "weight": weight, "sign": sign})
+        table = table[table["i"] != table["j"]]
+        table = table.groupby(["i", "j"], as_index=False).agg(
+            weight=("weight", "max"), sign=("sign", "first"), signs=("sign", "nunique")
+        )
+        if (table["signs"] > 1).any():
+            names = self.names[table.loc[table["signs"] > 1, ["i", "j"]].to_numpy()[0]]
+            raise ValueError(f"the edge between {names[0]!r} and {names[1]!r} is given with both signs; accepted: one")
+        object.__setattr__(self, "edges", table[["i", "j"]].to_numpy(dtype=np.int64).T)
+        object.__setattr__(self, "weight", table["weight"].to_numpy(dtype=np.float32))
+        object.__setattr__(self, "sign", table["sign"].to_numpy(dtype=np.float32))
+        self._check_links()
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{n} of {len(self.features[k])} {k} features" for k, n in self.linked().items())
+        return f"GuidanceGraph of {self.edges.shape[1]} edges ({int((self.sign < 0).sum())} negative), linking {counts}"
+
+    @property
+    def n_features(self) -> int:
+        """Number of nodes."""
+        return sum(map(len, self.features.values()))
+
+    @property
+    def names(self) -> np.ndarray:
+        """Name of each node."""
+        return np.array([name for names in self.features.values() for name in names], dtype=object)
+
+    @property
+    def nodes(self) -> dict[str, slice]:
+        """Nodes of each modality."""
+        ends = np.cumsum([len(names) for names in self.features.values()]).tolist()
+        return {k: slice(end - len(names), end) for (k, names), end in zip(self.features.items(), ends, strict=True)}
+
+    @property
+    def modality(self) -> np.ndarray:
+        """Number of the modality of each node."""
+        return np.repeat(np.arange(len(self.features)), [len(names) for names in self.features.values()])
+
+    def linked(self) -> dict[str, int]:
+        """How many features of each modality have an edge to another modality."""
+        across = self.edges[:, self.modality[self.edges[0]] != self.modality[self.edges[1]]]
+        ends = np.unique(across)
+        return {name: int(np.isin(ends, np.arange(s.start, s.stop)).sum()) for name, s in self.nodes.items()}
+
+    def links(self, a: str, b: str) -> pd.DataFrame:
+        """Edges between two modalities: their features (columns named after the modalities), ``weight``, ``sign``."""
+        nodes, names = self.nodes, self.names
+        inside = [np.isin(self.edges, np.arange(nodes[k].start, nodes[k].stop)) for k in (a, b)]
+        chosen = (inside[0].any(0)) & (inside[1].any(0))
+        first = np.where(inside[0][0], self.edges[0], self.edges[1])[chosen]
+        second = np.where(inside[0][0], self.edges[1], self.edges[0])[chosen]
+        columns = {a: names[first], b: names[second], "weight": self.weight[chosen], "sign": self.sign[chosen]}
+        return pd.DataFrame(columns)
+
+    def _check_links(self) -> None:
+        ends = self.modality[self.edges]
+        n = len(self.features)
+        between = coo_array((np.ones(ends.shape[1]), (ends[0], ends[1])), shape=(n, n))
+        group = connected_components(between, directed=False)[1]
+        names = list(self.features)
+        if (group != group[0]).any():
+            stray = names[int(np.flatnonzero(group != group[0])[0])]
+            raise ValueError(
+                f"no edge links modality {stray!r} to {names[0]!r}, directly or through others; names, a table of "
+                "links, or genomic overlap may give some"
+            )
+        thin = {name: count for name, count in self.linked().items() if count < min(FEW, len(self.features[name]))}
+        if thin:
+            counts = ", ".join(f"{count} of {len(self.features[name])} {name} features" for name, count in thin.items())
+            warnings.warn(f"the guidance graph is thin: it links {counts}", stacklevel=2)
+
+    # Ways in
+
+    @classmethod
+    def from_names(cls, data: Mosaic | Schema) -> "GuidanceGraph":
+        """Link features of the same name in different modalities.
+
+        Parameters
+        ----------
+        data
+            The registered data, or their schema.
+
+        Raises
+        ------
+        ValueError
+            If modalities have no names in common.
+        """
+        features = _features(data)
+        nodes = pd.Series([f for fs in features.values() for f in fs])
+        pairs = [pair for rows in nodes.groupby(nodes).groups.values() for pair in combinations(rows, 2)]
+        if not pairs:
+            raise ValueError(
+                f"the modalities {_words(features)} have no feature names in common; give links, as a table say"
+            )
+        return cls(features, np.array(pairs).T, np.ones(len(pairs)), np.ones(len(pairs)))
+
+    @classmethod
+    def from_table(cls, data: Mosaic | Schema, table: pd.DataFrame, *, drop_absent: bool = False) -> "GuidanceGraph":
+        """Link the features that stand in one row of a table.
+
+        Parameters
+        ----------
+        data
+            The registered data, or their schema.
+        table
+            One column a modality, named after it, with a feature, or a sequence of several, in each row; missing where
+            a row says nothing of that modality. Columns ``weight`` and ``sign`` are read if they are there; else both
+            are 1.
+        drop_absent
+            Leave out features that the data do not have, instead of refusing the table.
+
+        Raises
+        ------
+        ValueError
+            If a modality has no column, or the data have no such feature.
+
+        Examples
+        --------
+        >>> import pandas as pd
+        >>> from pyromosaic import Mosaic, pbmc_mosaic, protein_gene_links
+        >>> from pyromosaic.guidance import GuidanceGraph
+        >>> mosaic = Mosaic.from_mudata(pbmc_mosaic())
+        >>> table = protein_gene_links().rename(columns={"gene": "rna", "protein": "adt"})
+        >>> GuidanceGraph.from_table(mosaic, table, drop_absent=True)
+        GuidanceGraph of 74 edges (0 negative), linking 70 of 500 rna features, 70 of 224 adt features
+        """
+        features = _features(data)
+        columns = [name for name in features if name in table]
+        if len(columns) < 2:
+            raise ValueError(
+                f"a table of links has a column for each of at least 2 modalities, out of {_words(features)}; "
+                f"found the columns {_words(table.columns)}"
+            )
+        ends, rows = [], []
+        for row, entries in enumerate(zip(*(table[name] for name in columns), strict=True)):
+            members = [[(name, f) for f in _several(entry)] for name, entry in zip(columns, entries, strict=True)]
+            for first, second in combinations(members, 2):
+                for pair in product(first, second):
+                    ends.append(pair)
+                    rows.append(row)
+        nodes = _find(features, [end for pair in ends for end in pair], drop_absent).reshape(-1, 2).T
+        known = (nodes >= 0).all(axis=0)
+        weight, sign = (
+            (table[column].to_numpy(dtype=float) if column in table else np.ones(len(table)))[rows]
+            for column in ("weight", "sign")
+        )
+        return cls(features, nodes[:, known], weight[known], sign[known])
+
+    @classmethod
+    def from_edges(
+        cls,
+        data: Mosaic | Schema,
+        edges: Sequence[tuple[tuple[str, str], tuple[str, str]]],
+        weight: Any = 1.0,
+        sign: Any = 1.0,
+    ) -> "GuidanceGraph":
+        """Edges one by one, within or between modalities, each with its weight and sign.
+
+        Parameters
+        ----------
+        data
+            The registered data, or their schema.
+        edges
+            Pairs of ``(modality, feature)``.
+        weight, sign
+            One number, or one an edge.
+
+        Raises
+        ------
+        ValueError
+            If there is no such feature, or a weight or sign is out of range.
+
+        Examples
+        --------
+        >>> import warnings
+        >>> from pyromosaic import Mosaic, pbmc_mosaic
+        >>> from pyromosaic.guidance import GuidanceGraph
+        >>> mosaic = Mosaic.from_mudata(pbmc_mosaic())
+        >>> edges = [(("rna", "CD8A"), ("adt", "cd8")), (("rna", "CD8A"), ("adt", "cd4.1"))]
+        >>> with warnings.catch_warnings(action="ignore"):  # these are few
+        ...     GuidanceGraph.from_edges(mosaic, edges, weight=[1.0, 0.5], sign=[1, -1])
+        GuidanceGraph of 2 edges (1 negative), linking 1 of 500 rna features, 2 of 224 adt features
+        """
+        features = _features(data)
+        nodes = _find(features, [end for edge in edges for end in edge], False).reshape(-1, 2).T
+        n = (len(edges),)
+        return cls(features, nodes, np.broadcast_to(weight, n), np.broadcast_to(sign, n))
+
+    @classmethod
+    def from_data(cls, data: Mosaic | Schema, graph: Any) -> "GuidanceGraph":
+        """A ready graph.
+
+        Parameters
+        ----------
+        data
+            The registered data, or their schema.
+        graph
+            `torch_geometric.data.Data` with ``edge_index``, and ``edge_weight`` and ``edge_sign`` if they are not 1.
+            Nodes are the features of the modalities one after the other in the data's order, unless
+            ``<modality>_indices`` say which nodes are the features of a modality.
+
+        Raises
+        ------
+        ValueError
+            If the indices do not fit the features.
+        """
+        features = _features(data)
+        if getattr(graph, "edge_index", None) is None:
+            raise ValueError("a ready graph has an edge_index of shape (2, edges); found none")
+        edges = np.asarray(graph.edge_index)
+        n = sum(map(len, features.values()))
+        if graph.num_nodes is not None and graph.num_nodes > n:
+            raise ValueError(f"the graph has {graph.num_nodes} nodes, but the data have {n} features, one a node")
+        position = np.arange(n)
+        given = {k: np.asarray(i) for k in features if (i := getattr(graph, f"{k}_indices", None)) is not None}
+        if len(given) == len(features):
+            own = np.concatenate(list(given.values()))
+            if not np.array_equal(np.sort(own), position) or any(len(given[k]) != len(features[k]) for k in features):
+                raise ValueError(
+                    "the graph's indices of the modalities' features do not number its nodes: they give "
+                    f"{', '.join(f'{len(v)} ({k})' for k, v in given.items())} nodes, each of 0 to {n - 1} is needed "
+                    f"once, and {', '.join(f'{len(v)} ({k})' for k, v in features.items())}"
+                )
+            position = np.argsort(own)
+            if edges.size and 0 <= edges.min() and edges.max() < n:
+                edges = position[edges]
+        weight, sign = (getattr(graph, name, None) for name in ("edge_weight", "edge_sign"))
+        ones = np.ones(edges.shape[-1])
+        return cls(
+            features, edges, ones if weight is None else np.asarray(weight), ones if sign is None else np.asarray(sign)
+        )
+
+    @classmethod
+    def from_overlap(
+        cls, mosaic: Mosaic, modalities: tuple[str, str], genes: pd.DataFrame, promoter: int = 2000
+    ) -> "GuidanceGraph":
+        """Link a gene to the regions that overlap its body or its promoter.
+
+        Parameters
+        ----------
+        mosaic
+            The data.
+        modalities
+            The modality of genes, then the one of regions, which are named by coordinates, ``chr1:100-200`` say.
+        genes
+            Where each gene lies, indexed by name: columns ``chromosome``, ``start``, ``end`` and ``strand``.
+        promoter
+            Bases upstream of a gene that count as its promoter.
+
+        Raises
+        ------
+        ValueError
+            If a column is missing, a region's name is no coordinate, or nothing overlaps.
+        """
+        return cls.from_table(mosaic, links_by_overlap(mosaic, modalities, genes, promoter).pairs)
+
+    @classmethod
+    def from_matrix(
+        cls, data: Mosaic | Schema, a: str, b: str, matrix: Any, *, weighted: bool = False
+    ) -> "GuidanceGraph":
+        """Link features of two modalities where a matrix is not 0: negative entries are negative links.
+
+        Parameters
+        ----------
+        data
+            The registered data, or their schema.
+        a, b
+            The modalities of the matrix's rows and columns, in their order of features.
+        matrix
+            Dense or sparse, features of `a` × features of `b`.
+        weighted
+            Whether the absolute values are weights; if not, all weights are 1.
+
+        Raises
+        ------
+        ValueError
+            If the shape is another one.
+        """
+        features = _features(data)
+        entries = coo_array(matrix)
+        if entries.shape != (len(features[a]), len(features[b])):
+            raise ValueError(
+                f"the matrix of links has shape {entries.shape}; accepted: {len(features[a])} features of {a!r} × "
+                f"{len(features[b])} of {b!r}"
+            )
+        first = dict(zip(features, np.cumsum([0, *(len(names) for names in features.values())]), strict=False))
+        rows, columns = entries.coords
+        values = entries.data.astype(float)
+        edges = np.stack([rows + first[a], columns + first[b]])[:, values != 0]
+        values = values[values != 0]
+        return cls(features, edges, np.abs(values) if weighted else np.ones(len(values)), np.sign(values))
+
+    @classmethod
+    def from_linkage(cls, data: Mosaic | Schema, linkage: Linkage, level: float = 0.05) -> "GuidanceGraph":
+        """Link the features of two modalities that correlate beyond chance over cells matched without known links.
+
+        Parameters
+        ----------
+        data
+            The registered data, or their schema.
+        linkage
+            What `pyromosaic.linkage.cca` found.
+        level
+            See `pyromosaic.linkage.Linkage.feature_links`; an edge's weight is the correlation's size.
+        """
+        table = linkage.feature_links(level)
+        size = table["correlation"].abs().clip(1e-6, 1.0)
+        return cls.from_table(data, table.assign(weight=size, sign=np.sign(table["correlation"])))
+
+    def merge(self, other: "GuidanceGraph") -> "GuidanceGraph":
+        """The edges of both graphs; an edge in both has the larger weight."""
+        if self.features != other.features:
+            raise ValueError("graphs of different features cannot be merged; build both from the same data")
+        return GuidanceGraph(
+            self.features,
+            np.concatenate([self.edges, other.edges], axis=1),
+            np.concatenate([self.weight, other.weight]),
+            np.concatenate([self.sign, other.sign]),
+        )
+
+    # Keeping
+
+    def to_json(self) -> dict[str, list[Any]]:
+        """Edges, weights and signs as plain lists; names of features are in the schema."""
+        return {"edges": self.edges.tolist(), "weight": self.weight.tolist(), "sign": self.sign.tolist()}
+
+    @classmethod
+    def of(cls, graph: Any, data: Mosaic | Schema) -> "GuidanceGraph":
+        """The graph in whatever form a model was given it.
+
+        Parameters
+        ----------
+        graph
+            A `GuidanceGraph`, a table for `from_table`, what `to_json` gave, a `torch_geometric.data.Data`, or None
+            for `from_names`.
+        data
+            The registered data, or their schema.
+
+        Raises
+        ------
+        ValueError
+            If it is none of these or does not fit the data.
+        """
+        if graph is None:
+            return cls.from_names(data)
+        if isinstance(graph, pd.DataFrame):
+            return cls.from_table(data, graph)
+        if isinstance(graph, Mapping):
+            edges = np.array(graph["edges"], dtype=np.int64).reshape(2, -1)
+            with warnings.catch_warnings(action="ignore"):  # the user was warned when the graph was made
+                return cls(_features(data), edges, np.array(graph["weight"]), np.array(graph["sign"]))
+        if hasattr(graph, "edge_index"):
+            return cls.from_data(data, graph)
+        if not isinstance(graph, cls):
+            raise ValueError(
+                f"found a graph of type {type(graph).__name__}; accepted: GuidanceGraph, pandas.DataFrame, "
+                "torch_geometric.data.Data, or None for equal names"
+            )
+        if graph.features != _features(data):
+            raise ValueError("the guidance graph was made for other features; build it from the data of the model")
+        return graph
+
+
+def shared_scores(
+    mosaic: Mosaic, graph: GuidanceGraph, n_components: int, seed: int = 0, match: Any = "transport"
+) -> np.ndarray:
+    """Scores of cells that all modalities share, from canonical correlation started at the graph's links.
+
+    The two modalities with the most links are linked by `pyromosaic.linkage.cca`. Each further one is linked to one of
+    those before, and its cells get the scores that they are expected to have there.
+
+    Parameters
+    ----------
+    mosaic
+        The data; that cells have several modalities is not used.
+    graph
+        The guidance graph.
+    n_components
+        Number of scores.
+    seed
+        Of the linkage.
+
+    Returns
+    -------
+    numpy.ndarray
+        Cells × scores. The mean square of a cell's scores summed is the sum of squared canonical correlations: so they
+        are on the scale of posterior means under a standard normal prior.
+    """
+    scores: dict[str, np.ndarray] = {}
+    radius = 1.0
+    while len(scores) < len(graph.features):
+        pairs = [(a, b) for a in graph.features for b in graph.features if a not in scores and a != b]
+        links = {(a, b): graph.links(a, b) for a, b in pairs if not scores or b in scores}
+        a, b = max(links, key=lambda pair: len(links[pair]))
+        width = min(
+            n_components, *(min(len(graph.features[k]), mosaic.modalities[k].present.sum()) - 1 for k in (a, b))
+        )
+        linkage = cca(mosaic, (a, b), links[a, b], match=match, n_components=width, seed=seed)
+        if not scores:
+            scores = {name: linkage.scores[name].to_numpy() for name in (a, b)}
+            radius = float(np.sqrt((linkage.correlations**2).sum()))
+        else:
+            correspondence = linkage.correspondence
+            other = correspondence.means(linkage.scores[a].to_numpy(), scores[b])[1]
+            expected = (correspondence.plan @ other)[correspondence.groups[0]]
+            scores[a] = expected / np.maximum(np.linalg.norm(expected, axis=1, keepdims=True), 1e-12)
+    total, count = np.zeros((mosaic.n_cells, scores[a].shape[1])), np.zeros((mosaic.n_cells, 1))
+    for name, own in scores.items():
+        present = mosaic.modalities[name].present
+        total[present] += own
+        count[present] += 1
+    return (radius * total / count).astype(np.float32)
+
+
+def _features(data: Mosaic | Schema) -> dict[str, tuple[str, ...]]:
+    modalities = (data.schema if isinstance(data, Mosaic) else data).modalities
+    if len(modalities) < 2:
+        raise ValueError(f"a guidance graph links at least 2 modalities; found {_words(modalities)}")
+    return {name: m.features for name, m in modalities.items()}
+
+
+def _several(entry: Any) -> list[str]:
+    """The features in one entry of a table."""
+    if isinstance(entry, str):
+        return [entry]
+    if isinstance(entry, Iterable):
+        return [str(feature) for feature in entry]
+    return [] if pd.isna(entry) else [str(entry)]
+
+
+def _find(features: Mapping[str, tuple[str, ...]], ends: list[tuple[str, str]], drop_absent: bool) -> np.ndarray:
+    """Nodes of ``(modality, feature)`` pairs; -1 for those that are not there, if they are to be dropped."""
+    node = {(k, f): i for i, (k, f) in enumerate((k, f) for k, names in features.items() for f in names)}
+    nodes = np.array([node.get((modality, str(feature)), -1) for modality, feature in ends], dtype=np.int64)
+    if (nodes < 0).any() and not drop_absent:
+        absent = list(dict.fromkeys(end for end, found in zip(ends, nodes >= 0, strict=True) if not found))
+        shown = ", ".join(f"{feature!r} ({modality})" for modality, feature in absent[:3])
+        raise ValueError(
+            f"{len(absent)} features of the links are not in the data: {shown}{', …' if len(absent) > 3 else ''}; "
+            "leave them out, with drop_absent=True in GuidanceGraph.from_table say"
+        )
+    return nodes
+
+
+def _words(names: Iterable[Any]) -> str:
+    return ", ".join(map(repr, names)) or "none"

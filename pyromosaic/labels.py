@@ -1,0 +1,90 @@
+"""Labels of cells: one vocabulary for all modalities, of which each knows some cells' labels."""
+
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyromosaic.data import Minibatch, Mosaic, Schema
+
+
+class Labels(nn.Module):
+    """The labels that the modalities use, matched by name, and those known in a minibatch.
+
+    Parameters
+    ----------
+    schema
+        Of the data; each modality has its own labels, or none.
+
+    Attributes
+    ----------
+    names
+        All labels.
+    """
+
+    def __init__(self, schema: Schema) -> None:
+        super().__init__()
+        sets = {name: m.labels for name, m in schema.modalities.items() if m.labels}
+        self.names = tuple(sorted({label for labels in sets.values() for label in labels}))
+        for name, labels in sets.items():  # from a modality's own numbers to those of the vocabulary; unknown stays -1
+            numbers = torch.tensor([*(self.names.index(label) for label in labels), -1])
+            self.register_buffer(f"numbers_{name}", numbers, persistent=False)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def of_modality(self, name: str, minibatch: Minibatch) -> Tensor | None:
+        """Labels of the cells that have a modality, shape (b,), -1 where unknown; None if it has no labels."""
+        labels = minibatch.observed[name].labels
+        numbers = getattr(self, f"numbers_{name}", None)
+        return None if labels is None or numbers is None else numbers[labels]
+
+    def forward(self, minibatch: Minibatch) -> Tensor:
+        """Label of each cell from any of its modalities, shape (B,), -1 where unknown."""
+        known = torch.full_like(minibatch.index, -1)
+        for name, view in minibatch.observed.items():
+            own = self.of_modality(name, minibatch)
+            if own is not None:
+                known = known.index_copy(0, view.rows, torch.maximum(known[view.rows], own))
+        return known
+
+
+def check_labels(mosaic: Mosaic) -> None:
+    """See that the modalities that have labels speak of the same ones.
+
+    Raises
+    ------
+    ValueError
+        If the labels of a modality have no name in common with those of the others.
+
+    Warns
+    -----
+    UserWarning
+        If a label is known in one modality and in no other that has labels.
+    """
+    used = {}
+    for name, m in mosaic.modalities.items():
+        codes = np.unique(m.labels[m.present & (m.labels >= 0)])
+        if len(codes):
+            used[name] = {m.schema.labels[code] for code in codes}
+    alone: list[str] = []
+    for name, labels in used.items():
+        others = {label for other, known in used.items() if other != name for label in known}
+        own = sorted(labels - others)
+        if others and len(own) == len(labels):
+            raise ValueError(
+                f"the labels of modality {name!r} ({_some(own)}) have no name in common with those of other "
+                f"modalities ({_some(sorted(others))}); use one vocabulary, or the labels of one modality only"
+            )
+        alone += [f"{label!r} ({name})" for label in own if others]
+    if alone:
+        warnings.warn(
+            f"labels known in one modality and in no other that has labels: {', '.join(alone)}; if they are other "
+            "spellings of the same, make them equal",
+            stacklevel=2,
+        )
+
+
+def _some(labels: list[str]) -> str:
+    return ", ".join(map(repr, labels[:3])) + (", …" if len(labels) > 3 else "")

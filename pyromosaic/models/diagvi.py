@@ -1,0 +1,642 @@
+"""DiagVI: one latent space for modalities measured in different cells, held together by what is known of features.
+
+After DiagVI of scvi-tools, which follows GLUE (Cao and Gao, Multi-omics single-cell data integration and regulatory
+inference with graph-linked embedding, Nature Biotechnology 2022). Beyond both: any number of modalities, and a latent
+space in two parts, one shared by all modalities and one private to each.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import pyro
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from sklearn.neighbors import NearestNeighbors
+from torch import Tensor, nn
+
+from pyromosaic.data import Minibatch, Mosaic, Schema, View, measured, separate
+from pyromosaic.fusion import MeanFusion, Posterior, presence
+from pyromosaic.guidance import GuidanceGraph, shared_scores
+from pyromosaic.labels import Labels, check_labels
+from pyromosaic.likelihoods import LIKELIHOODS
+from pyromosaic.linkage import transport
+from pyromosaic.models.mosaic_model import Cells, MosaicModel
+from pyromosaic.nn import Decoder, Encoder, GraphEncoder, InnerProductDecoder, Size
+from pyromosaic.penalties import Anchors, Classifier, Penalty, Pull, Scores, Sinkhorn, apply
+from pyromosaic.priors import GaussianMixture, StandardNormal
+from pyromosaic.program import Program
+from pyromosaic.tasks import inference_mode
+
+#: Options of `DiagVI` that make the loss that of the seed, scvi-tools' DIAGVI with its default weights, once
+#: divergences and alignment have full weight (with ``train(kl_warmup_epochs=0)`` throughout).
+REFERENCE: Mapping[str, Any] = {
+    "n_latent": 50,
+    "n_private": 0,
+    "n_hidden": 256,
+    "encode_covariates": False,
+    "lam_data": 0.1,
+    "lam_kl": 1.0,
+    "kl_per_feature": True,
+    "lam_graph": 15.0,
+    "lam_sinkhorn": 85.0,
+    "align_draws": True,
+    "lam_anchors": 0.0,
+    "lam_pull": 0.0,
+    "lam_class": 5.0,
+    "linkage": None,
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What each part of the objective counts; every modality counts alike, however many cells have it.
+
+    Parameters
+    ----------
+    data, kl, private, graph
+        Weights of the likelihoods, of the shared and private latent variables' divergences, and of the graph.
+    per_feature
+        For each modality the number that its cells' divergences are divided by.
+    """
+
+    data: float
+    kl: float
+    private: float
+    graph: float
+    per_feature: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        for name in ("data", "kl", "private", "graph"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"lam_{name} is at least 0; found {getattr(self, name)}")
+
+    def modality(self, view: View, minibatch: Minibatch) -> float:
+        """Cells in the minibatch over those that have the modality."""
+        return len(minibatch) / len(view.rows)
+
+    @contextmanager
+    def features(self, minibatch: Minibatch, n_features: int) -> Iterator[None]:
+        """Plate of the features' embeddings, whose divergence enters as the mean over features over their number."""
+        scale = minibatch.n_cells * self.graph / n_features**2
+        with poutine.scale(scale=scale), pyro.plate("features", n_features, dim=-1):
+            yield
+
+    @contextmanager
+    def cells(self, minibatch: Minibatch, kl_weight: float) -> Iterator[None]:
+        """Plate of the cells' shared latent variables, each weighted as its modalities are."""
+        weight = torch.zeros(len(minibatch), device=minibatch.index.device)
+        for name, view in minibatch.observed.items():
+            share = self.kl * self.modality(view, minibatch) / self.per_feature[name]
+            weight = weight.index_add(0, view.rows, weight.new_full((len(view.rows),), share))
+        plate = pyro.plate("cells", minibatch.n_cells, subsample=minibatch.index, dim=-2)
+        with plate, poutine.scale(scale=kl_weight * weight.unsqueeze(-1)):
+            yield
+
+    def own(self, name: str) -> float:
+        """Weight of the divergence of a modality's private latent variable."""
+        return self.private / self.per_feature[name]
+
+
+class DiagVIModel(Program):
+    """The generative story.
+
+    Each feature has an embedding v. Linked features have embeddings with a large inner product, positive or negative
+    as the link is. Each cell has a latent variable z, and one more, z_<modality>, for what only that modality can see.
+    A feature's signal in a cell is the inner product of z and v, and a private part; the modality's likelihood makes
+    measurements of signals.
+    """
+
+    edges: Tensor
+    neighbours: Tensor
+    sign: Tensor
+    weight: Tensor
+
+    def __init__(
+        self,
+        graph: GuidanceGraph,
+        prior: nn.Module,
+        sizes: Mapping[str, nn.Module],
+        decoders: Mapping[str, nn.Module],
+        likelihoods: Mapping[str, nn.Module],
+        weights: Weights,
+        n_latent: int,
+        n_private: int,
+    ) -> None:
+        super().__init__()
+        self.prior = prior
+        self.sizes: Any = nn.ModuleDict(sizes)
+        self.decoders: Any = nn.ModuleDict(decoders)
+        self.likelihoods: Any = self.container(likelihoods)
+        self.weights, self.n_latent, self.n_private = weights, n_latent, n_private
+        self.nodes, self.n_features = graph.nodes, graph.n_features
+        edges, weight, sign = directed(graph)
+        for name, value in (("edges", edges), ("weight", weight), ("sign", sign)):
+            self.register_buffer(name, value, persistent=False)
+        self.register_buffer("neighbours", torch.sort(edges[0] * graph.n_features + edges[1]).values, persistent=False)
+
+    def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> None:
+        """Sites: ``v``, ``edges``, ``z``, ``z_<modality>``, and one of each modality's name."""
+        weights = self.weights
+        zero = self.sign.new_zeros(())
+        with weights.features(minibatch, self.n_features):
+            v = pyro.sample("v", dist.Normal(zero, 1.0).expand([self.n_latent]).to_event(1))
+        self.graph(v, minibatch)
+        with weights.cells(minibatch, kl_weight):
+            z = pyro.sample("z", self.prior(minibatch))
+        decoders, likelihoods = self.decoders, self.likelihoods  # looked up once: Pyro notes every parameter each time
+        for name, view in minibatch.decoded.items():
+            shared, likelihood = z[..., view.rows, 0, :], likelihoods[name]
+            view = self.sizes[name](shared, view)
+            with poutine.scale(scale=weights.modality(view, minibatch)), self.cells(name, minibatch):
+                own = None
+                if self.n_private:
+                    with poutine.scale(scale=kl_weight * weights.own(name)):
+                        own = pyro.sample(f"z_{name}", dist.Normal(zero, 1.0).expand([self.n_private]).to_event(1))
+                        own = own[..., 0, :]
+                predictors = decoders[name](shared, v[self.nodes[name]], own, view)
+                plate = pyro.plate(f"{name}_features", likelihood.schema.n_features, dim=-1)
+                with poutine.scale(scale=weights.data), plate:
+                    likelihood(name, predictors, view, kl_weight)
+
+    def graph(self, v: Tensor, minibatch: Minibatch) -> None:
+        """Site ``edges``: whether two features are linked, for every edge and for as many pairs that are not."""
+        first, second = self.edges
+        other, found = self.unlinked()
+        linked = self.sign * (v[first] * v[second]).sum(-1)
+        unlinked = (v[first] * v[other]).sum(-1)
+        answer = torch.cat([torch.ones_like(linked), torch.zeros_like(unlinked)])
+        share = minibatch.n_cells * self.weights.graph / len(answer)
+        with pyro.plate("pairs", len(answer), dim=-1), poutine.scale(scale=share * torch.cat([self.weight, found])):
+            pyro.sample("edges", dist.Bernoulli(logits=torch.cat([linked, unlinked])), obs=answer)
+
+    def unlinked(self, n_tries: int = 5) -> tuple[Tensor, Tensor]:
+        """A random node for the first node of every edge, and whether indeed no edge links the two, 1 or 0."""
+        first = self.edges[0]
+        candidates = torch.randint(self.n_features, (n_tries, len(first)), device=first.device)
+        pairs = first * self.n_features + candidates
+        place = torch.searchsorted(self.neighbours, pairs).clamp_max(len(self.neighbours) - 1)
+        free = self.neighbours[place] != pairs
+        choice = free.to(torch.uint8).argmax(0, keepdim=True)  # the first try that is no neighbour
+        return candidates.gather(0, choice)[0], free.gather(0, choice)[0].to(self.weight.dtype)
+
+
+class DiagVIGuide(Program):
+    """The inference story.
+
+    A graph encoder gives the posterior of the features' embeddings. Each modality is encoded to a normal posterior of
+    z and of the private variable; only in z the modalities' cells are aligned, by penalties. A private variable is a
+    draw from its prior in cells without the modality. Likelihoods with latent variables of their own have a decoder
+    for their posteriors.
+    """
+
+    def __init__(
+        self,
+        graph_encoder: nn.Module,
+        encoders: Mapping[str, nn.Module],
+        fusion: nn.Module,
+        penalties: Sequence[nn.Module],
+        decoders: Mapping[str, nn.Module],
+        likelihoods: Mapping[str, nn.Module],
+        weights: Weights,
+        n_features: int,
+        n_latent: int,
+        n_private: int,
+    ) -> None:
+        super().__init__()
+        self.graph_encoder = graph_encoder
+        self.encoders: Any = nn.ModuleDict(encoders)
+        self.fusion = fusion
+        self.penalties = nn.ModuleList(penalties)
+        self.decoders: Any = nn.ModuleDict(decoders)
+        self.likelihoods: dict[str, Any] = dict(likelihoods)  # the model owns their parameters
+        self.weights, self.n_features, self.n_latent, self.n_private = weights, n_features, n_latent, n_private
+
+    def posteriors(self, minibatch: Minibatch) -> tuple[dict[str, Posterior], dict[str, Posterior]]:
+        """Posteriors of z given each modality alone, and of each modality's private variable."""
+        encoders, d = self.encoders, self.n_latent
+        shared, private = {}, {}
+        for name, view in minibatch.observed.items():
+            loc, scale = encoders[name](view)
+            shared[name] = Posterior(view.rows, loc[:, :d], scale[:, :d])
+            private[name] = Posterior(view.rows, loc[:, d:], scale[:, d:])
+        return shared, private
+
+    def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> None:
+        """Sites: ``v``, ``z``, ``penalty/...``, ``z_<modality>``, and ``<protein>_background`` beside an NB mixture."""
+        weights = self.weights
+        with weights.features(minibatch, self.n_features):
+            pyro.sample("v", dist.Normal(*self.graph_encoder()).to_event(1))
+        posteriors, private = self.posteriors(minibatch)
+        apply(self.penalties, posteriors, minibatch, kl_weight)
+        loc, scale = self.fusion(posteriors, presence(posteriors, len(minibatch)))
+        with weights.cells(minibatch, kl_weight):
+            z = pyro.sample("z", dist.Normal(loc.unsqueeze(-2), scale.unsqueeze(-2)).to_event(1))
+        for name, view in minibatch.decoded.items():
+            latent = z[..., view.rows, 0, :]
+            with poutine.scale(scale=weights.modality(view, minibatch)), self.cells(name, minibatch):
+                if self.n_private:
+                    loc, scale = self.private(private.get(name), view, minibatch)
+                    with poutine.scale(scale=kl_weight * weights.own(name)):
+                        own = pyro.sample(f"z_{name}", dist.Normal(loc, scale).to_event(1))
+                    latent = torch.cat([latent, own[..., 0, :]], dim=-1)
+                if name in self.decoders:
+                    predictors, likelihood = self.decoders[name](latent, view), self.likelihoods[name]
+                    plate = pyro.plate(f"{name}_features", likelihood.schema.n_features, dim=-1)
+                    with poutine.scale(scale=weights.data), plate:
+                        likelihood.posterior(name, predictors, kl_weight)
+
+    def private(self, q: Posterior | None, view: View, minibatch: Minibatch) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of a private variable in the cells of a view, each of shape (b, 1, width)."""
+        loc = view.library.new_zeros(len(minibatch), self.n_private)
+        scale = torch.ones_like(loc)
+        if q is not None:
+            loc, scale = loc.index_copy(0, q.rows, q.loc), scale.index_copy(0, q.rows, q.scale)
+        return loc[view.rows].unsqueeze(-2), scale[view.rows].unsqueeze(-2)
+
+
+def directed(graph: GuidanceGraph) -> tuple[Tensor, Tensor, Tensor]:
+    """Edges in both directions and a self loop at every node, shape (2, E); their weights and signs, shape (E,)."""
+    loops = np.arange(graph.n_features)
+    edges = np.concatenate([graph.edges, graph.edges[::-1], [loops, loops]], axis=1)
+    ones = np.ones(len(loops), dtype=np.float32)
+    weight, sign = (np.concatenate([values, values, ones]) for values in (graph.weight, graph.sign))
+    return torch.from_numpy(edges), torch.from_numpy(weight), torch.from_numpy(sign)
+
+
+class DiagVI(MosaicModel):
+    """Integrate modalities that were measured in different cells, by a graph of features that go together.
+
+    Parameters
+    ----------
+    data
+        The registered data, or the `Schema` of data to come. Cells with several modalities are taken apart, see
+        `pairing`.
+    graph
+        The guidance graph: a `pyromosaic.guidance.GuidanceGraph`, a table of links (one column a modality), a
+        `torch_geometric.data.Data`, or None to link features of equal names.
+    n_latent
+        Width of the shared latent space, in which modalities are aligned and cells are returned.
+    n_private
+        Width of each modality's private latent space; 0, as in the seed, makes all that a modality can see shared.
+    n_hidden, n_layers, dropout
+        Shape of the encoders.
+    encode_covariates
+        Whether encoders see batch and covariates.
+    pairing
+        Whether a cell with several modalities is one cell. By default each of its measurements is a cell of its own,
+        named ``"modality:cell"``.
+    prior
+        Prior of z: ``"normal"``, standard normal; ``"mixture"``, of Gaussians, tied to labels if there are any; or a
+        callable module from a minibatch to a distribution.
+    n_components
+        Components of a mixture without labels.
+    lam_data, lam_kl, lam_private, lam_graph, lam_sinkhorn, lam_anchors, lam_pull, lam_class
+        Weights of the likelihoods, of the divergences of shared and private variables, of the graph (its likelihood
+        and its divergence), of the Sinkhorn divergence, of anchors and pull to the linkage's scores, and of the
+        classifier of labels. `REFERENCE` holds the seed's.
+    kl_per_feature
+        Divide the divergences of a modality's cells by its number of features, as the seed does.
+    align_draws
+        Align draws from the posteriors, as the seed does, instead of their means.
+    blur, reach
+        Of the Sinkhorn divergence; None adapts them to the minibatch.
+    linkage
+        Scores of cells that all modalities share, for anchors and pull: ``"cca"`` computes them from the graph's links
+        before training; a table with a row a cell holds your own; None goes without.
+    penalties
+        Further penalties, see `pyromosaic.penalties`.
+    seed
+        Seed of the networks' start values.
+
+    Examples
+    --------
+    >>> from pyromosaic import DiagVI, Mosaic, pbmc_mosaic, protein_gene_links
+    >>> from pyromosaic.guidance import GuidanceGraph, shared_scores
+    >>> mosaic = Mosaic.from_mudata(pbmc_mosaic(), batch_key="batch")
+    >>> table = protein_gene_links().rename(columns={"gene": "rna", "protein": "adt"})
+    >>> graph = GuidanceGraph.from_table(mosaic, table, drop_absent=True)
+    >>> model = DiagVI(mosaic, graph)
+    >>> model.train(n_epochs=1, progress_bar=False)
+    >>> model.get_latent_representation(modality="adt").shape
+    (1200, 12)
+    """
+
+    model: DiagVIModel
+    guide: DiagVIGuide
+
+    def __init__(
+        self,
+        data: Mosaic | Schema,
+        graph: Any = None,
+        *,
+        n_latent: int = 12,
+        n_private: int = 8,
+        n_hidden: int = 128,
+        n_layers: int = 2,
+        dropout: float = 0.1,
+        encode_covariates: bool = True,
+        pairing: bool = False,
+        prior: Literal["normal", "mixture"] | nn.Module = "normal",
+        n_components: int = 10,
+        lam_data: float = 1.0,
+        lam_kl: float = 1.0,
+        kl_per_feature: bool = False,
+        lam_private: float = 2.0,
+        lam_graph: float = 15.0,
+        lam_sinkhorn: float = 3.0,
+        align_draws: bool = False,
+        blur: float | None = None,
+        reach: float | None = None,
+        lam_anchors: float = 2.0,
+        lam_pull: float = 1.0,
+        lam_class: float = 5.0,
+        linkage: Literal["cca"] | pd.DataFrame | None = "cca",
+        penalties: Sequence[Penalty] = (),
+        seed: int = 0,
+    ) -> None:
+        options = locals()
+        if n_latent < 1 or n_private < 0:
+            raise ValueError(f"n_latent is at least 1 and n_private at least 0; found {n_latent} and {n_private}")
+        self.pairing = pairing
+        if isinstance(data, Mosaic) and not pairing:
+            data = separate(data)
+        with self._construction(data, options, seed) as schema:
+            self.graph = GuidanceGraph.of(graph, schema)
+            self.options |= {"graph": self.graph.to_json(), "linkage": linkage if isinstance(linkage, str) else None}
+            self.linkage = linkage
+            self.scores = Scores()
+            labels = Labels(schema)
+            modalities = schema.modalities
+            likelihoods = {name: LIKELIHOODS[m.spec.likelihood](m) for name, m in modalities.items()}
+            width = n_latent + n_private
+            encoders = {
+                name: Encoder(m, width, n_hidden, n_layers, dropout, encode_covariates)
+                for name, m in modalities.items()
+            }
+            decoders = {
+                name: InnerProductDecoder(m, likelihoods[name].predictors, n_private) for name, m in modalities.items()
+            }
+            posterior_decoders = {
+                name: Decoder(modalities[name], likelihood.posterior_predictors, width, n_hidden)
+                for name, likelihood in likelihoods.items()
+                if likelihood.posterior_predictors
+            }
+            sizes = {name: Size(m, n_latent) for name, m in modalities.items()}
+            if prior == "normal":
+                prior = StandardNormal(n_latent)
+            elif prior == "mixture":
+                prior = GaussianMixture(n_latent, n_components, labels)
+            elif isinstance(prior, str):
+                raise ValueError(f'the prior is "normal", "mixture" or a module; found {prior!r}')
+            per_feature = {name: m.n_features if kl_per_feature else 1 for name, m in modalities.items()}
+            weights = Weights(lam_data, lam_kl, lam_private, lam_graph, per_feature)
+            edges, weight, sign = directed(self.graph)
+            self.classifier = Classifier(lam_class, labels, n_latent) if len(labels) else None
+            aligned = [
+                Sinkhorn(lam_sinkhorn, blur=blur, reach=reach, sampled=align_draws),
+                Anchors(lam_anchors, self.scores),
+                Pull(lam_pull, self.scores),
+                *([] if self.classifier is None else [self.classifier]),
+                *penalties,
+            ]
+            self.model = DiagVIModel(self.graph, prior, sizes, decoders, likelihoods, weights, n_latent, n_private)
+            self.guide = DiagVIGuide(
+                GraphEncoder(self.graph.n_features, edges, weight * sign, n_latent),
+                encoders,
+                MeanFusion(),
+                aligned,
+                posterior_decoders,
+                likelihoods,
+                weights,
+                self.graph.n_features,
+                n_latent,
+                n_private,
+            )
+
+    def _data(self, data: Mosaic | None) -> Mosaic:
+        mosaic = super()._data(data)
+        return mosaic if self.pairing else separate(mosaic)
+
+    def start(self, mosaic: Mosaic) -> None:
+        """Set input scaling, feature-level parameters and the decoders' biases from the data."""
+        check_labels(mosaic)
+        for name, modality in mosaic.modalities.items():
+            if not modality.present.any():
+                raise ValueError(f"modality {name!r} has no cell to learn from; load a trained model for such data")
+            view = measured(mosaic, modality.sample()).observed[name]
+            if modality.spec.likelihood == "normal" and (view.dense_counts() % 1 == 0).all():
+                raise ValueError(
+                    f"modality {name!r}: all values are whole numbers, like counts, but likelihood 'normal' takes "
+                    "transformed values; transform them, or use a likelihood of counts such as 'nb'"
+                )
+            self.guide.encoders[name].scaling.start(view)
+            values = self.model.likelihoods[name].start(view)
+            predictors = self.model.likelihoods[name].predictors
+            self.model.decoders[name].start({k: v for k, v in values.items() if k in predictors})
+            if name in self.guide.decoders:
+                self.guide.decoders[name].start({k: v for k, v in values.items() if k not in predictors})
+
+    def train(self, n_epochs: int = 150, **options: Any) -> None:
+        """Link the cells of different modalities, then fit the parameters; see `MosaicModel.train`."""
+        mosaic = self._data(None)
+        if not self.scores and self.linkage is not None:
+            self.scores.set(torch.from_numpy(self.link(mosaic)).to(self._device))
+        super().train(n_epochs, **options)
+
+    def link(self, mosaic: Mosaic) -> np.ndarray:
+        """Scores of the cells that all modalities share, shape (N, c)."""
+        if isinstance(self.linkage, pd.DataFrame):
+            missing = mosaic.obs_names.difference(self.linkage.index)
+            if len(missing):
+                raise ValueError(f"the linkage has no scores of cell {missing[0]!r}; accepted: a row for every cell")
+            return self.linkage.loc[mosaic.obs_names].to_numpy(dtype=np.float32)
+        if self.linkage != "cca":
+            raise ValueError(f'linkage is "cca", a table of scores, or None; found {self.linkage!r}')
+        # Types of cells may be in one modality only: not all mass need be matched.
+        return shared_scores(mosaic, self.graph, self.model.n_latent, match=partial(transport, reach=0.3))
+
+    def finish(self, mosaic: Mosaic) -> None:
+        """Learn the sizes of cells from their latent variables; calibrate the classifier."""
+        for name, modality in mosaic.modalities.items():
+            cells = modality.sample()
+            z = torch.from_numpy(self.get_latent_representation(cells).to_numpy()).to(self._device)
+            self.model.sizes[name].fit(z, measured(mosaic, cells).observed[name].to(self._device))
+        if self.classifier is not None and self.split is not None and len(self.split.validation):
+            cells = self.split.validation
+            z = torch.from_numpy(self.get_latent_representation(cells).to_numpy()).to(self._device)
+            known = self.classifier.labels(measured(mosaic, cells).to(self._device))
+            if (known >= 0).any():
+                self.classifier.calibrate(z[known >= 0], known[known >= 0])
+
+    # Asking
+
+    def get_feature_embeddings(self, modality: str | None = None) -> pd.DataFrame:
+        """Posterior mean of the features' embeddings.
+
+        Parameters
+        ----------
+        modality
+            The modality; None for all.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Features × latent dimensions, indexed by modality and feature.
+        """
+        with inference_mode(self.guide):
+            loc = self.guide.graph_encoder()[0].cpu().numpy()
+        pairs = [(name, feature) for name, features in self.graph.features.items() for feature in features]
+        index = pd.MultiIndex.from_tuples(pairs, names=["modality", "feature"])
+        frame = pd.DataFrame(loc, index, [f"v_{i}" for i in range(loc.shape[1])])
+        if modality is None:
+            return frame
+        self.schema[modality]
+        return frame.loc[[modality]]
+
+    def nearest_features(
+        self, modality: str, to: str, features: Sequence[str] | None = None, n_neighbors: int = 5
+    ) -> pd.DataFrame:
+        """Features of another modality whose embeddings point the same way: candidates of regulatory links.
+
+        Parameters
+        ----------
+        modality, to
+            Where to start, and where to look.
+        features
+            Names of the features to start from; None for all.
+        n_neighbors
+            Number of neighbours of each.
+
+        Returns
+        -------
+        pandas.DataFrame
+            A row a pair, nearest first: the two features (columns named after the modalities), ``score``, the cosine
+            of their embeddings, and ``linked``, whether the graph joins them.
+        """
+        chosen = np.asarray(self.schema[modality].features, dtype=object)[self._features(modality, features)]
+        others = np.asarray(self.schema[to].features, dtype=object)
+        embeddings = self.get_feature_embeddings()
+        embeddings = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+        cosine = embeddings.loc[modality].loc[chosen].to_numpy() @ embeddings.loc[to].to_numpy().T
+        n = min(n_neighbors, len(others))
+        nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :n]
+        table = pd.DataFrame(
+            {
+                modality: np.repeat(chosen, n),
+                to: others[nearest.ravel()],
+                "score": np.take_along_axis(cosine, nearest, axis=1).ravel(),
+            }
+        )
+        links = pd.MultiIndex.from_frame(self.graph.links(modality, to)[[modality, to]])
+        return table.assign(linked=pd.MultiIndex.from_frame(table[[modality, to]]).isin(links))
+
+    def predict_celltype(
+        self, cells: Cells = None, *, modality: str | None = None, data: Mosaic | None = None
+    ) -> pd.DataFrame:
+        """Labels by the classifier on the shared latent space, for cells of any modality, labelled or not.
+
+        Parameters
+        ----------
+        cells, modality, data
+            As in `get_latent_representation`.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Cells × ``prediction`` and ``confidence``, the probability of the predicted label, then the probability of
+            each label.
+
+        Raises
+        ------
+        ValueError
+            If the model was made without labels.
+        """
+        if self.classifier is None:
+            raise ValueError("the model has no classifier: register the data with a label_key for a modality")
+        latent = self.get_latent_representation(cells, modality=modality, data=data)
+        with inference_mode(self.guide):
+            values = self.classifier.probabilities(torch.from_numpy(latent.to_numpy()).to(self._device))
+        names = np.array(self.classifier.labels.names, dtype=object)
+        probability = pd.DataFrame(values.cpu().numpy(), latent.index, names)
+        best = probability.to_numpy().argmax(axis=1)
+        summary = pd.DataFrame(
+            {"prediction": names[best], "confidence": probability.to_numpy().max(axis=1)}, index=latent.index
+        )
+        return summary.join(probability)
+
+    def nearest_cells(self, modality: str, to: str, cells: Cells = None, *, n_neighbors: int = 15) -> pd.DataFrame:
+        """Counterparts of cells among those of another modality, and whether there are any.
+
+        Parameters
+        ----------
+        modality, to
+            Where the cells are from, and where to look.
+        cells
+            Names, numbers or a mask; None for all of the modality.
+        n_neighbors
+            Number of nearest cells to look at.
+
+        Returns
+        -------
+        pandas.DataFrame
+            For each cell the ``nearest`` cell of the other modality; the mean ``distance`` to its nearest cells there,
+            over what 95 % of the cells there stay within among themselves; and ``alone``, whether that is above 1: a
+            cell of a type, say, that the other modality has not seen.
+        """
+        query = self.get_latent_representation(cells, modality=modality)
+        distance, rows, reference = self._neighbours(query, to, n_neighbors)
+        among = NearestNeighbors(n_neighbors=min(n_neighbors, len(reference) - 1)).fit(reference.to_numpy())
+        usual = np.quantile(among.kneighbors()[0].mean(axis=1), 0.95)
+        relative = distance.mean(axis=1) / usual
+        columns = {"nearest": reference.index.to_numpy()[rows[:, 0]], "distance": relative, "alone": relative > 1}
+        return pd.DataFrame(columns, index=query.index)
+
+    def transfer_labels(
+        self, key: str, modality: str, to: str, cells: Cells = None, *, n_neighbors: int = 15
+    ) -> pd.DataFrame:
+        """Labels of one modality's cells, given to another's by a vote of the nearest.
+
+        Parameters
+        ----------
+        key
+            Column of `obs` with the labels, which may have been added after registration.
+        modality, to
+            Whose labels are known, and whose cells get them.
+        cells
+            Cells of `to`: names, numbers or a mask; None for all.
+        n_neighbors
+            Number of cells that vote; those without a label do not.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Cells × ``prediction`` and ``confidence``, the share of the votes; of labels with equal votes the nearest
+            cell's wins.
+        """
+        labels = self._data(None).column(key)
+        known = labels.notna().to_numpy() & self._data(None).modalities[modality].present
+        if not known.any():
+            raise ValueError(f"no cell of modality {modality!r} has a value in column {key!r}")
+        query = self.get_latent_representation(cells, modality=to)
+        _, rows, reference = self._neighbours(query, modality, n_neighbors, np.flatnonzero(known))
+        codes, names = pd.factorize(labels[reference.index].astype(str))
+        votes = np.zeros((len(query), len(names)))
+        np.add.at(votes, (np.arange(len(query))[:, None], codes[rows]), 1 + 1e-6 * np.linspace(1, 0, rows.shape[1]))
+        best = votes.argmax(axis=1)
+        confidence = np.round(votes.max(axis=1)) / rows.shape[1]
+        return pd.DataFrame({"prediction": np.asarray(names)[best], "confidence": confidence}, index=query.index)
+
+    def _neighbours(
+        self, query: pd.DataFrame, modality: str, n_neighbors: int, cells: Cells = None
+    ) -> tuple[np.ndarray, np.ndarray, pd.DataFrame]:
+        """Distances and rows of the nearest cells of a modality, and these cells' latent variables."""
+        reference = self.get_latent_representation(cells, modality=modality)
+        search = NearestNeighbors(n_neighbors=min(n_neighbors, len(reference))).fit(reference.to_numpy())
+        distance, rows = search.kneighbors(query.to_numpy())
+        return distance, rows, reference

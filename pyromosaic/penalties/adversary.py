@@ -1,0 +1,121 @@
+"""An adversary that tries to tell from the latent variable where a cell was measured."""
+
+from collections.abc import Mapping
+
+import pyro
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from pyromosaic.data import Minibatch, Schema
+from pyromosaic.fusion import Posterior
+from pyromosaic.nn import layers
+from pyromosaic.penalties.penalty import Penalty
+
+
+class Adversary(Penalty):
+    """Cross-entropy of a classifier's guess with a uniform distribution over the classes that a cell is not of.
+
+    A classifier of two layers learns to tell from a draw of z which modalities a cell has, or its batch; the penalty
+    asks the encoders to mislead it (MultiVI, Methods: domain adaptation). No gradient of the penalty reaches the
+    classifier, and none of the classifier's own loss reaches anything else. Both are factors of the guide,
+    ``penalty/adversary`` and ``penalty/adversary_classifier``. The second, the cross-entropy of the guess with the
+    truth, says how well classes can be told apart: it is the entropy of the classes' shares when not at all.
+
+    Parameters
+    ----------
+    schema
+        The model's modalities.
+    n_latent
+        Width of the latent space.
+    target
+        ``"pattern"``: which modalities the cell has; ``"batch"``: its batch, by name over all modalities.
+    weight
+        What it is multiplied by; 1 in the paper.
+    warms_up
+        Whether it is also multiplied by the weight of the divergences, which rises during training.
+    n_hidden
+        Width of the classifier's two layers.
+    learning_rate
+        Of the classifier's own optimiser, Adam.
+    """
+
+    name = "adversary"
+    batches: Tensor
+    seen: Tensor
+
+    def __init__(
+        self,
+        schema: Schema,
+        n_latent: int,
+        target: str = "pattern",
+        weight: float = 1.0,
+        *,
+        warms_up: bool = False,
+        n_hidden: int = 32,
+        learning_rate: float = 1e-3,
+    ) -> None:
+        super().__init__(weight)
+        if target not in ("pattern", "batch"):
+            raise ValueError(f'an adversary\'s target is "pattern" or "batch"; found {target!r}')
+        self.target, self.warms_up, self.learning_rate = target, warms_up, learning_rate
+        self.modalities = tuple(schema.modalities)
+        own = [m.categories[m.spec.batch_key] if m.spec.batch_key else ("",) for m in schema.modalities.values()]
+        names = sorted(set().union(*own))
+        batches = torch.zeros(len(own), max(map(len, own)), dtype=torch.long)  # from a modality's codes to classes
+        for row, categories in zip(batches, own, strict=True):
+            row[: len(categories)] = torch.tensor([names.index(c) for c in categories])
+        self.register_buffer("batches", batches, persistent=False)
+        n_classes = len(names) if target == "batch" else 2 ** len(own)
+        self.register_buffer("seen", torch.zeros(n_classes, dtype=torch.bool))
+        self.classifier = nn.Sequential(layers(n_latent, n_hidden, 2, 0.0), nn.Linear(n_hidden, n_classes))
+
+    def optimiser(self) -> torch.optim.Optimizer:
+        """The classifier's own optimiser."""
+        return torch.optim.Adam(self.classifier.parameters(), lr=self.learning_rate, eps=0.01)
+
+    def classes(self, minibatch: Minibatch) -> Tensor:
+        """Class of each cell, shape (B,)."""
+        classes = torch.zeros_like(minibatch.index)
+        for name, view in minibatch.observed.items():
+            i = self.modalities.index(name)
+            if self.target == "pattern":
+                classes = classes.index_add(0, view.rows, torch.full_like(view.rows, 2**i))
+            else:
+                codes = view.codes[:, 0].clamp_min(0) if view.n_categories else torch.zeros_like(view.rows)
+                classes = classes.index_copy(0, view.rows, self.batches[i][codes])
+        return classes
+
+    def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
+        """The penalty, a scalar, of the posteriors' draws; 0 while all cells were of one class.
+
+        Parameters
+        ----------
+        posteriors
+            That of the cells, ``{"z": ...}``; or several, of which each is looked at.
+        minibatch
+            The cells.
+        """
+        classes = self.classes(minibatch)
+        seen = self.seen.index_fill(0, classes, True)
+        if self.training:
+            self.seen.copy_(seen)
+        parameters = {name: p.detach() for name, p in self.classifier.named_parameters()}
+        misled, told = [], []
+        for q in posteriors.values():
+            z = q.loc + q.scale * torch.randn_like(q.scale)
+            own = classes[q.rows]
+            guess = self._guess(functional_call(self.classifier, parameters, (z,)), seen)
+            others = seen.expand_as(guess).scatter(-1, own.unsqueeze(-1), False)
+            entropies = -guess.masked_fill(~others, 0.0).sum(-1) / others.sum(-1).clamp_min(1)
+            misled.append(entropies.sum() / len(minibatch))
+            told.append(cross_entropy(self._guess(self.classifier(z.detach()), seen), own))
+        # In a guide a factor enters the ELBO with a minus.
+        pyro.factor("penalty/adversary_classifier", minibatch.n_cells * torch.stack(told).mean(), has_rsample=True)
+        return torch.stack(misled).sum()
+
+    @staticmethod
+    def _guess(logits: Tensor, seen: Tensor) -> Tensor:
+        """Log probabilities of the classes that there are."""
+        return logits.masked_fill(~seen, -torch.inf).log_softmax(-1)

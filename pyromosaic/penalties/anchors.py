@@ -1,0 +1,109 @@
+"""Alignment of single cells to what is known of them before training: scores that all modalities share.
+
+Scores come from linkage: canonical correlation between modalities, or linked features smoothed over neighbours. Cells
+of different modalities with like scores are probably alike.
+"""
+
+from collections.abc import Mapping
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+
+from pyromosaic.data import Minibatch
+from pyromosaic.fusion import Posterior
+from pyromosaic.penalties.penalty import Penalty
+
+
+class Scores(nn.Module):
+    """Scores of the cells of a mosaic, looked up by a cell's number; empty until they are set.
+
+    They serve training alone and are not saved.
+    """
+
+    values: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("values", torch.empty(0, 0), persistent=False)
+
+    def __bool__(self) -> bool:
+        return len(self.values) > 0
+
+    def set(self, values: Tensor) -> None:
+        """Scores of all cells of the training data, shape (N, c)."""
+        self.values = values.to(self.values)
+
+    def of(self, posterior: Posterior, minibatch: Minibatch) -> Tensor:
+        """Scores of the cells that a posterior is about, shape (b, c)."""
+        return self.values[minibatch.index[posterior.rows]]
+
+
+class Anchors(Penalty):
+    """Mean squared distance between cells of two modalities that are mutual nearest neighbours by their scores.
+
+    Neighbours are sought within the minibatch, by cosine; distances are between posterior means, per latent dimension;
+    the sum is over pairs of modalities (scMODAL; Wang et al. 2025).
+
+    Parameters
+    ----------
+    weight
+        What it is multiplied by.
+    scores
+        Scores of the cells.
+    n_neighbors
+        Each of two mutual neighbours is among so many nearest of the other.
+    """
+
+    name = "anchors"
+
+    def __init__(self, weight: float, scores: Scores, n_neighbors: int = 5) -> None:
+        super().__init__(weight)
+        self.scores, self.n_neighbors = scores, n_neighbors
+
+    def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
+        """The penalty, a scalar; 0 where no cells are mutual neighbours."""
+        total = next(iter(posteriors.values())).loc.new_zeros(())
+        for a, b in combinations(posteriors.values(), 2):
+            if not self.scores:
+                break
+            mutual = mutual_neighbors(self.scores.of(a, minibatch), self.scores.of(b, minibatch), self.n_neighbors)
+            distance = (a.loc.unsqueeze(1) - b.loc).square().mean(-1)
+            total = total + (mutual * distance).sum() / mutual.sum().clamp_min(1.0)
+        return total
+
+
+def mutual_neighbors(x: Tensor, y: Tensor, n_neighbors: int) -> Tensor:
+    """Which rows of (n, c) and (m, c) are among each other's nearest by cosine: shape (n, m), 0 or 1."""
+    similarity = nn.functional.normalize(x, dim=-1) @ nn.functional.normalize(y, dim=-1).T
+    n, m = similarity.shape
+    near_x = torch.zeros_like(similarity).scatter(1, similarity.topk(min(n_neighbors, m), dim=1).indices, 1.0)
+    near_y = torch.zeros_like(similarity).scatter(0, similarity.topk(min(n_neighbors, n), dim=0).indices, 1.0)
+    return near_x * near_y
+
+
+class Pull(Penalty):
+    """Squared distance between the posterior means and the scores, mean over cells, sum over modalities.
+
+    Parameters
+    ----------
+    weight
+        What it is multiplied by.
+    scores
+        Scores of the cells, at most as many as there are latent dimensions: they pull the first ones.
+    """
+
+    name = "pull"
+
+    def __init__(self, weight: float, scores: Scores) -> None:
+        super().__init__(weight)
+        self.scores = scores
+
+    def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
+        """The penalty, a scalar; 0 without scores."""
+        total = next(iter(posteriors.values())).loc.new_zeros(())
+        for q in posteriors.values():
+            if self.scores:
+                scores = self.scores.of(q, minibatch)
+                total = total + (q.loc[:, : scores.shape[1]] - scores).square().sum(-1).mean()
+        return total

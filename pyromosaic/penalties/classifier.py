@@ -1,0 +1,61 @@
+"""Labels as guidance: a classifier on the latent space."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from pyromosaic.data import Minibatch
+from pyromosaic.fusion import Posterior
+from pyromosaic.labels import Labels
+from pyromosaic.penalties.penalty import Penalty
+
+
+class Classifier(Penalty):
+    """Cross-entropy of a linear classifier on posterior means (DiagVI).
+
+    Mean over the labelled cells of a modality, sum over modalities; cells without a label take no part.
+
+    Parameters
+    ----------
+    weight
+        What it is multiplied by.
+    labels
+        The labels.
+    n_latent
+        Width of the latent space.
+    """
+
+    name = "classifier"
+    temperature: Tensor
+
+    def __init__(self, weight: float, labels: Labels, n_latent: int) -> None:
+        super().__init__(weight)
+        self.labels = labels
+        self.logits = nn.Linear(n_latent, len(labels))
+        self.register_buffer("temperature", torch.ones(()))
+
+    def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
+        """The penalty, a scalar; 0 where no label is known."""
+        total = next(iter(posteriors.values())).loc.new_zeros(())
+        for name, q in posteriors.items():
+            known = self.labels.of_modality(name, minibatch)
+            if known is not None:
+                entropy = cross_entropy(self.logits(q.loc), known, ignore_index=-1, reduction="sum")
+                total = total + entropy / (known >= 0).sum().clamp_min(1)
+        return total
+
+    def probabilities(self, z: Tensor) -> Tensor:
+        """Probability of each label, shape (n, labels), for latent variables of shape (n, latent)."""
+        return torch.softmax(self.logits(z) / self.temperature, dim=-1)
+
+    def calibrate(self, z: Tensor, known: Tensor) -> None:
+        """Choose the temperature by cells with known labels that took no part in training.
+
+        The temperature that makes their labels likeliest, out of 1/4 to 4 (Guo et al., On calibration of modern neural
+        networks, ICML 2017).
+        """
+        temperatures = torch.logspace(-2, 2, 41, base=2.0, device=z.device)
+        entropies = [cross_entropy(self.logits(z) / t, known) for t in temperatures]
+        self.temperature = temperatures[torch.stack(entropies).argmin()]
