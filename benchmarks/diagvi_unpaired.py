@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--peer-epochs", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--reference", action="store_true", help="the seed's loss and weights instead of ours")
+    parser.add_argument("--reference", action="store_true", help="the reference's loss and weights instead of ours")
     parser.add_argument("--control", action="store_true", help="shuffle every feature over cells: chance level")
     options = parser.parse_args()
     runs: dict[str, list[Figures]] = {"pyromosaic": []}

@@ -1,10 +1,17 @@
 """Fusion: from the posteriors of the modalities that a cell has to one posterior of the cell."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import pandas as pd
 import torch
+from pyro import distributions as dist
 from torch import Tensor, nn
+from torch.types import _size
+
+from pyromosaic.data import Mosaic
 
 
 @dataclass
@@ -23,15 +30,27 @@ class Posterior:
     loc: Tensor
     scale: Tensor
 
+    def dimensions(self, which: slice) -> "Posterior":
+        """The posterior of some of the latent dimensions."""
+        return Posterior(self.rows, self.loc[:, which], self.scale[:, which])
 
-class MeanFusion(nn.Module):
-    """Mean of the representations of the modalities that a cell has (MultiVI, Methods).
 
-    With weights w that are 1, or 0 for a modality that is left out, the mean of independent normals has mean
-    ``sum(w mu) / sum(w)`` and variance ``sum(w^2 sigma^2) / sum(w)^2``.
+class Fusion(nn.Module):
+    """What all fusions share; a subclass defines `forward`, and `posterior` too if that is not normal.
+
+    Parameters
+    ----------
+    modalities
+        Names of the model's modalities.
     """
 
-    def forward(self, posteriors: Mapping[str, Posterior], used: Tensor) -> tuple[Tensor, Tensor]:
+    def __init__(self, modalities: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.modalities = tuple(modalities)
+
+    def forward(
+        self, posteriors: Mapping[str, Posterior], used: Tensor, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of every cell of the minibatch, each of shape (B, latent).
 
         Parameters
@@ -40,15 +59,228 @@ class MeanFusion(nn.Module):
             By modality.
         used
             Which modality is used in which cell, shape (B, modalities), 0 or 1; at least one in each cell.
+        index
+            Numbers of the cells in their mosaic, shape (B,).
         """
-        loc = variance = torch.zeros(())
-        for weight, q in zip(used.unbind(-1), posteriors.values(), strict=True):
-            w = weight[q.rows].unsqueeze(-1)
-            empty = q.loc.new_zeros(len(used), q.loc.shape[-1])
-            loc = loc.to(empty) + empty.index_add(0, q.rows, w * q.loc)
-            variance = variance.to(empty) + empty.index_add(0, q.rows, (w * q.scale).square())
-        total = used.sum(-1, keepdim=True)
+        raise TypeError(f"{type(self).__name__} does not define forward()")
+
+    def posterior(
+        self, posteriors: Mapping[str, Posterior], used: Tensor, index: Tensor | None = None
+    ) -> dist.TorchDistribution:
+        """Posterior of every cell of the minibatch, batch shape (B, 1), event shape (latent,)."""
+        loc, scale = self(posteriors, used, index)
+        return dist.Normal(loc.unsqueeze(-2), scale.unsqueeze(-2)).to_event(1)
+
+    def start(self, mosaic: Mosaic) -> None:
+        """Make room for what is learnt of each training cell, if anything is."""
+
+    def meet(self, mosaic: Mosaic) -> None:
+        """Learn which cells the numbers of coming minibatches mean, if it matters."""
+
+
+class MeanFusion(Fusion):
+    """Mean of the representations of the modalities that a cell has (MultiVI, Methods: "equal").
+
+    With weights w that are 1, or 0 for a modality that is left out, the mean of independent normals has mean
+    ``sum(w mu) / sum(w)`` and variance ``sum(w^2 sigma^2) / sum(w)^2``.
+    """
+
+    def weights(self, names: Iterable[str], used: Tensor, index: Tensor | None) -> Tensor:
+        """Weights of these modalities in every cell, shape (B, modalities), up to a factor."""
+        return used
+
+    def forward(
+        self, posteriors: Mapping[str, Posterior], used: Tensor, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation; see `Fusion.forward`."""
+        weights = self.weights(posteriors, used, index)
+        qs = list(zip(weights.unbind(-1), posteriors.values(), strict=True))
+        loc = placed([(q.rows, w[q.rows].unsqueeze(-1) * q.loc) for w, q in qs], len(used))
+        variance = placed([(q.rows, (w[q.rows].unsqueeze(-1) * q.scale).square()) for w, q in qs], len(used))
+        total = weights.sum(-1, keepdim=True)
         return loc / total, variance.sqrt() / total
+
+
+class GlobalFusion(MeanFusion):
+    """Weighted mean, with weights that are learnt per modality (MultiVI, Methods).
+
+    Within each cell the weights are a softmax over the modalities that it has.
+    """
+
+    def __init__(self, modalities: Sequence[str]) -> None:
+        super().__init__(modalities)
+        self.log_weights = nn.Parameter(torch.zeros(len(modalities)))
+
+    def logits(self, index: Tensor | None) -> Tensor:
+        """Weights of all modalities as logits, of a shape that broadcasts with (B, modalities)."""
+        return self.log_weights
+
+    def weights(self, names: Iterable[str], used: Tensor, index: Tensor | None) -> Tensor:
+        """Weights of these modalities in every cell, shape (B, modalities), with sum 1."""
+        logits = self.logits(index)[..., [self.modalities.index(name) for name in names]]
+        return logits.expand_as(used).masked_fill(used == 0, -torch.inf).softmax(-1)
+
+
+class CellFusion(GlobalFusion):
+    """Weighted mean, with weights that are learnt per training cell and modality (MultiVI, Methods).
+
+    The logits of a cell's weights are those of all cells plus its own, which begin at 0. A cell that was not trained
+    on has none of its own; a warning says so once. Cells are known by their names.
+    """
+
+    cells: Tensor
+    rows: Tensor
+
+    def __init__(self, modalities: Sequence[str]) -> None:
+        super().__init__(modalities)
+        self.register_buffer("cells", torch.zeros(0, dtype=torch.long))  # hashes of the training cells' names
+        self.own = nn.Parameter(torch.zeros(0, len(modalities)))
+        self.register_buffer("rows", torch.zeros(0, dtype=torch.long), persistent=False)
+
+    def start(self, mosaic: Mosaic) -> None:
+        """Make room for the weights of the training cells."""
+        self.cells = torch.from_numpy(_hashes(mosaic.obs_names))
+        self.own = nn.Parameter(torch.zeros(mosaic.n_cells, len(self.modalities)))
+        self.meet(mosaic)
+
+    def meet(self, mosaic: Mosaic) -> None:
+        """Find the cells of a mosaic among the training cells."""
+        rows = pd.Index(self.cells.cpu().numpy()).get_indexer(pd.Index(_hashes(mosaic.obs_names)))
+        self.rows = torch.from_numpy(rows.astype(np.int64)).to(self.own.device)
+        if (rows < 0).any():
+            warnings.warn(
+                "some cells were not among the training cells; their modalities are weighted as in all cells",
+                stacklevel=4,
+            )
+
+    def logits(self, index: Tensor | None) -> Tensor:
+        """Weights of all modalities in every cell as logits, shape (B, modalities)."""
+        if index is None or len(self.own) == 0:
+            return self.log_weights
+        rows = self.rows[index]
+        return self.log_weights + self.own[rows.clamp_min(0)] * (rows >= 0).unsqueeze(-1)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: object) -> None:
+        n = len(state_dict.get(f"{prefix}cells", ()))
+        if n != len(self.cells):  # rebuilt without the training cells
+            self.cells = self.cells.new_zeros(n)
+            self.own = nn.Parameter(self.own.new_zeros(n, len(self.modalities)))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class ProductFusion(Fusion):
+    """Product of experts: the modalities' normal posteriors times the standard normal prior (Wu & Goodman 2018).
+
+    The precision is ``1 + sum(1 / sigma^2)``, the mean ``sum(mu / sigma^2)`` over it. The prior expert is standard
+    normal whatever the model's prior.
+    """
+
+    def forward(
+        self, posteriors: Mapping[str, Posterior], used: Tensor, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation; see `Fusion.forward`."""
+        qs = [
+            (q, w[q.rows].unsqueeze(-1) / q.scale.square())
+            for w, q in zip(used.unbind(-1), posteriors.values(), strict=True)
+        ]
+        precision = 1 + placed([(q.rows, p) for q, p in qs], len(used))
+        return placed([(q.rows, p * q.loc) for q, p in qs], len(used)) / precision, precision.rsqrt()
+
+
+class MixtureFusion(Fusion):
+    """Mixture of experts: the modalities' normal posteriors in equal shares (Shi et al. 2019).
+
+    A draw comes from one of a cell's modalities, chosen at random; its log density is that of the whole mixture, so
+    the objective is the ELBO of the mixture. Shares are fixed, so gradients through the draw are unbiased.
+    """
+
+    def forward(
+        self, posteriors: Mapping[str, Posterior], used: Tensor, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the mixture; see `Fusion.forward`."""
+        q = self.posterior(posteriors, used, index)
+        return q.mean.squeeze(-2), q.stddev.squeeze(-2)
+
+    def posterior(
+        self, posteriors: Mapping[str, Posterior], used: Tensor, index: Tensor | None = None
+    ) -> dist.TorchDistribution:
+        """Mixture of every cell; see `Fusion.posterior`."""
+        n = len(used)
+        loc = torch.stack([placed([(q.rows, q.loc)], n) for q in posteriors.values()], dim=-2)
+        scale = torch.stack([placed([(q.rows, q.scale - 1)], n) + 1 for q in posteriors.values()], dim=-2)
+        experts = dist.Normal(loc.unsqueeze(1), scale.unsqueeze(1)).to_event(1)  # absent ones have no share
+        return ExpertMixture(dist.Categorical(logits=used.log().unsqueeze(1)), experts)
+
+
+class ExpertMixture(dist.MixtureSameFamily):
+    """A mixture with fixed shares, whose draws have gradients with respect to the components' parameters."""
+
+    has_rsample = True
+
+    def rsample(self, sample_shape: _size = ()) -> Tensor:
+        """Draw the component, then from it."""
+        chosen = self.mixture_distribution.sample(sample_shape)[..., None, None]
+        draws = self.component_distribution.rsample(sample_shape)
+        return draws.gather(-2, chosen.expand(*draws.shape[:-2], 1, draws.shape[-1])).squeeze(-2)
+
+
+#: The fusion behind each name that a model accepts.
+FUSIONS: Mapping[str, type[Fusion]] = {
+    "mean": MeanFusion,
+    "equal": MeanFusion,
+    "global": GlobalFusion,
+    "universal": GlobalFusion,
+    "cell": CellFusion,
+    "product": ProductFusion,
+    "mixture": MixtureFusion,
+}
+
+
+def fusion_of(fusion: str | Fusion, modalities: Sequence[str]) -> Fusion:
+    """A fusion by its name, or as it is given."""
+    if not isinstance(fusion, str):
+        return fusion
+    if fusion not in FUSIONS:
+        raise ValueError(f"there is no fusion {fusion!r}; accepted: {', '.join(FUSIONS)}, or a Fusion")
+    return FUSIONS[fusion](modalities)
+
+
+def placed(parts: Iterable[tuple[Tensor, Tensor]], n_cells: int) -> Tensor:
+    """Sum over parts (rows, values), each added to its rows of a tensor with `n_cells` rows."""
+    total = torch.zeros(())
+    for rows, values in parts:
+        total = total.to(values) + values.new_zeros(n_cells, values.shape[-1]).index_add(0, rows, values)
+    return total
+
+
+def alone(q: Posterior | None, used: Tensor, n_latent: int, rows: Tensor) -> dist.TorchDistribution:
+    """Posterior of a variable that one modality alone informs on, in the given rows; elsewhere a standard normal.
+
+    Parameters
+    ----------
+    q
+        Posterior given the modality; None if no cell has it.
+    used
+        In which cells of the minibatch it is used, shape (B,), 0 or 1.
+    n_latent
+        Width of the variable.
+    rows
+        Positions of the b cells that are asked for.
+
+    Returns
+    -------
+    TorchDistribution
+        Batch shape (b, 1), event shape (latent,).
+    """
+    loc, excess = used.new_zeros(2, len(used), n_latent)
+    if q is not None:
+        seen = used[q.rows].unsqueeze(-1)
+        loc, excess = (loc.index_add(0, q.rows, seen * q.loc), excess.index_add(0, q.rows, seen * (q.scale - 1)))
+    return dist.Normal(loc[rows].unsqueeze(-2), 1 + excess[rows].unsqueeze(-2)).to_event(1)
+
+
+def _hashes(names: pd.Index) -> np.ndarray:
+    return pd.util.hash_array(np.asarray(names, dtype=object)).view(np.int64)
 
 
 def presence(posteriors: Mapping[str, Posterior], n_cells: int) -> Tensor:

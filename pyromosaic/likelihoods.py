@@ -12,7 +12,6 @@ import numpy as np
 import pyro
 import torch
 from pyro import distributions as dist
-from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
@@ -27,6 +26,7 @@ from pyromosaic.distributions import (
     ZeroInflatedLogNormal,
     ZeroInflatedNegativeBinomial,
 )
+from pyromosaic.program import weighted
 
 Predictors = Mapping[str, Tensor]
 
@@ -68,15 +68,39 @@ class Likelihood(PyroModule):
         """The biological signal in a distribution that was made for a cell of size 1."""
         return distribution.mean
 
+    def cell_factor(self, view: View) -> Tensor:
+        """What the signal of each cell is multiplied by, shape (b, 1)."""
+        return torch.ones_like(view.library)
 
-class NB(Likelihood):
-    """RNA counts: ``x ~ NB(mean = l * softmax(rate), theta)``, l the cell's size, theta per gene (MultiVI, Methods)."""
 
-    predictors: tuple[str, ...] = ("rate",)
+class CountLikelihood(Likelihood):
+    """What negative binomial likelihoods share: sizes of cells, and the inverse dispersion theta.
+
+    theta is one number a feature, or one a feature and batch or label; where a cell's batch or label is not known, the
+    geometric mean over them.
+    """
 
     def __init__(self, schema: ModalitySchema) -> None:
         super().__init__(schema)
-        self.log_theta = nn.Parameter(torch.zeros(schema.n_features))
+        self.log_theta = nn.Parameter(torch.zeros(*schema.dispersion_shape))
+
+    def theta(self, view: View) -> Tensor:
+        """Inverse dispersion, of a shape that broadcasts with (b, features)."""
+        if self.schema.spec.dispersion == "gene":
+            return self.log_theta.exp()
+        if self.schema.spec.dispersion == "gene-batch":
+            return (view.one_hot() @ self.log_theta).exp()
+        return (view.one_hot_label(len(self.schema.labels)) @ self.log_theta).exp()
+
+    def cell_factor(self, view: View) -> Tensor:
+        """Size of each cell, shape (b, 1)."""
+        return view.library
+
+
+class NB(CountLikelihood):
+    """RNA counts: ``x ~ NB(mean = l * softmax(rate), theta)``, l the cell's size, theta per gene (MultiVI, Methods)."""
+
+    predictors: tuple[str, ...] = ("rate",)
 
     def start(self, view: View) -> dict[str, Tensor]:
         """Mean profile of the cells; theta stays at 1."""
@@ -89,7 +113,7 @@ class NB(Likelihood):
 
     def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
         """Negative binomial of every cell and gene."""
-        return NegativeBinomial(self.mean(predictors, view), self.log_theta.exp())
+        return NegativeBinomial(self.mean(predictors, view), self.theta(view))
 
 
 class ZINB(NB):
@@ -104,11 +128,11 @@ class ZINB(NB):
     def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
         """Zero-inflated negative binomial of every cell and gene."""
         return ZeroInflatedNegativeBinomial(
-            self.mean(predictors, view), self.log_theta.exp(), gate_logits=predictors["gate"]
+            self.mean(predictors, view), self.theta(view), gate_logits=predictors["gate"]
         )
 
 
-class NBMixture(Likelihood):
+class NBMixture(CountLikelihood):
     """Antibody counts: background or foreground (totalVI; MultiVI, Methods).
 
     A log background level is drawn for every cell and protein, ``b ~ Normal(m, s)`` with m and s learnt per protein
@@ -123,7 +147,6 @@ class NBMixture(Likelihood):
     def __init__(self, schema: ModalitySchema) -> None:
         super().__init__(schema)
         n_batches = len(next(iter(schema.categories.values()))) if schema.spec.batch_key else 1
-        self.log_theta = nn.Parameter(torch.zeros(schema.n_features))
         self.background_loc = nn.Parameter(torch.zeros(n_batches, schema.n_features))
         self.background_log_scale = nn.Parameter(torch.zeros(n_batches, schema.n_features))
 
@@ -155,21 +178,25 @@ class NBMixture(Likelihood):
 
     def forward(self, name: str, predictors: Predictors, view: View, kl_weight: float = 1.0) -> None:
         """Background level, then the count."""
-        with poutine.scale(scale=kl_weight):
+        with weighted(kl_weight):
             background = pyro.sample(f"{name}_background", dist.Normal(*self._prior(view)))
         # exp(foreground) + 1 times the background, in log space
-        mu_background = (view.library / self.schema.library) * background.exp()
+        mu_background = self.cell_factor(view) * background.exp()
         mu_foreground = mu_background * softplus(predictors["foreground"]).exp()
         mixture = NegativeBinomialMixture(
-            mu_background, mu_foreground, self.log_theta.exp(), mixture_logits=predictors["mixing"]
+            mu_background, mu_foreground, self.theta(view), mixture_logits=predictors["mixing"]
         )
         pyro.sample(name, mixture, obs=view.counts)
 
     def posterior(self, name: str, predictors: Predictors, kl_weight: float = 1.0) -> None:
         """Posterior of the log background given the latent variable; stands in the guide."""
-        with poutine.scale(scale=kl_weight):
+        with weighted(kl_weight):
             scale = predictors["log_scale"].clamp(-10.0, 3.0).exp()
             pyro.sample(f"{name}_background", dist.Normal(predictors["loc"], scale))
+
+    def cell_factor(self, view: View) -> Tensor:
+        """Size of each cell over the median cell's, shape (b, 1)."""
+        return view.library / self.schema.library
 
     def normalized(self, distribution: dist.TorchDistribution) -> Tensor:
         """Expected foreground: its probability times its mean."""
@@ -223,7 +250,7 @@ class Bernoulli(Likelihood):
     def __init__(self, schema: ModalitySchema) -> None:
         super().__init__(schema)
         self.region_logits = nn.Parameter(torch.zeros(schema.n_features))
-        self.cell_factor = nn.Sequential(nn.Linear(1, 16), nn.LeakyReLU(), nn.Linear(16, 1))
+        self.depth = nn.Sequential(nn.Linear(1, 16), nn.LeakyReLU(), nn.Linear(16, 1))
 
     def start(self, view: View) -> dict[str, Tensor]:
         """Share of cells in which each region is open, given cell and region factors of one half."""
@@ -232,8 +259,15 @@ class Bernoulli(Likelihood):
 
     def cell_logits(self, view: View) -> Tensor:
         """Log odds of the cell factor, shape (b, 1)."""
-        depth = torch.log1p(view.library) - np.log1p(self.schema.library)
-        return self.cell_factor(depth)
+        return self.depth(torch.log1p(view.library) - np.log1p(self.schema.library))
+
+    def cell_factor(self, view: View) -> Tensor:
+        """The cell factor, between 0 and 1, shape (b, 1)."""
+        return self.cell_logits(view).sigmoid()
+
+    def region_factor(self) -> Tensor:
+        """The region factors, between 0 and 1, shape (regions,)."""
+        return self.region_logits.sigmoid()
 
     def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
         """Bernoulli of every cell and region."""

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -93,7 +92,10 @@ class Encoder(nn.Module):
 
     def forward(self, view: View) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the posterior, each of shape (b, latent)."""
-        x = self.scaling(view)
+        return self.posterior(self.scaling(view), view)
+
+    def posterior(self, x: Tensor, view: View) -> tuple[Tensor, Tensor]:
+        """The same given scaled measurements, shape (b, features), whatever the view holds."""
         if self.covariates:
             x = torch.cat([x, view.design()], dim=-1)
         hidden = self.hidden(x)
@@ -155,49 +157,6 @@ class _UnitColumns(nn.Module):
 def unit_columns(layer: nn.Module, start: int, stop: int) -> None:
     """Keep the weights of inputs `start` to `stop` of a linear layer at norm 1 for each input."""
     nn.utils.parametrize.register_parametrization(layer, "weight", _UnitColumns(start, stop))
-
-
-class Size(nn.Module):
-    """Size of a cell in which a modality was not measured: log-linear in the latent variable and the covariates.
-
-    Fitted by ridge regression once the model is trained; before, it is the median size.
-
-    Parameters
-    ----------
-    schema
-        The modality.
-    n_latent
-        Width of the latent space.
-    """
-
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, schema: ModalitySchema, n_latent: int) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.zeros(n_latent + schema.n_covariates, 1))
-        self.register_buffer("bias", torch.full((1,), schema.library).log())
-
-    @staticmethod
-    def _inputs(z: Tensor, view: View) -> Tensor:
-        return torch.cat([z, view.design().expand(*z.shape[:-1], -1)], dim=-1)
-
-    def fit(self, z: Tensor, view: View) -> None:
-        """Learn from cells in which the modality was measured: z of shape (b, latent) and their view."""
-        x, y = self._inputs(z, view).double(), view.library.clamp_min(1.0).log().double()
-        centred = x - x.mean(0)
-        ridge = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-        weight = torch.linalg.solve(centred.T @ centred + ridge, centred.T @ (y - y.mean(0)))
-        self.weight.copy_(weight)
-        self.bias.copy_(y.mean(0) - x.mean(0) @ weight)
-
-    def forward(self, z: Tensor, view: View) -> View:
-        """The view with missing sizes filled in, for z of shape (..., b, latent)."""
-        missing = view.library.isnan()
-        if not missing.any():
-            return view
-        predicted = (self._inputs(z, view) @ self.weight + self.bias).exp()
-        return replace(view, library=torch.where(missing, predicted, view.library))
 
 
 class GraphEncoder(nn.Module):

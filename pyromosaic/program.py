@@ -8,9 +8,32 @@ from typing import Any
 import pyro
 from pyro import poutine
 from pyro.nn import PyroModule
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch
+
+
+class weighted(Messenger):
+    """Effect handler: the log densities of sites inside count this many times.
+
+    Beyond what `pyro.poutine.scale` does it remembers the weight, so that `pyromosaic.train.MosaicELBO` can say what
+    the bound is without it. As there, a latent site needs the same weight in model and guide.
+
+    Parameters
+    ----------
+    weight
+        How many times.
+    """
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def _pyro_sample(self, msg: Message) -> None:
+        msg["scale"] = msg["scale"] * self.weight
+        msg["infer"]["weight"] = msg["infer"].get("weight", 1.0) * self.weight
 
 
 def _itself(parameter: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ def test_sites_and_shapes_read_like_the_story(mosaic, graph):
 
 
 def test_the_reference_loss_is_that_of_the_seed(data):
-    """Every term of the seed's objective, written out again for fixed weights and noise."""
+    """Every term of the reference's objective, written out again for fixed weights and noise."""
     rna, adt = (data[0][name] for name in ("rna", "adt"))
     labels = adt.obs["celltype"].astype(str).where(np.arange(adt.n_obs) % 3 > 0, "unknown")
     adt = anndata.AnnData(np.log1p(adt.X.toarray() if hasattr(adt.X, "toarray") else adt.X), adt.obs, adt.var)

@@ -2,6 +2,7 @@ import copy
 import json
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import anndata
@@ -15,10 +16,10 @@ from pyro import poutine
 from pyro.infer import SVI, TraceMeanField_ELBO
 
 from pyromosaic import ModalitySpec, Mosaic, MultiVI, hide, metrics, pbmc_mosaic
-from pyromosaic.data import loader, measured, split
-from pyromosaic.distributions import NegativeBinomial, NegativeBinomialMixture
-from pyromosaic.nn import Size
-from pyromosaic.penalties import Jeffreys, discrepancy
+from pyromosaic.data import loader, measured, split, to_predict
+from pyromosaic.fusion import Posterior
+from pyromosaic.penalties import Jeffreys, MeanDistance, discrepancy
+from pyromosaic.sizes import Size
 from pyromosaic.train import MosaicELBO, NonFiniteLossError
 
 QUIET = {"progress_bar": False, "accelerator": "cpu"}
@@ -98,6 +99,11 @@ def test_sites_and_shapes_read_like_the_paper(mosaic):
     assert trace.nodes["rna"]["is_observed"] and not trace.nodes["z"]["is_observed"]
 
 
+def nb(mu, theta, counts):
+    """Log-probabilities of the negative binomial as torch has it."""
+    return torch.distributions.NegativeBinomial(theta, logits=(mu / theta).log()).log_prob(counts)
+
+
 def test_loss_equals_the_formulas(mosaic):
     """Negative log-likelihoods, analytic divergences and the Jeffreys penalty, each written out again."""
     model = small(mosaic, left_out=0.0, jeffreys=3.0, mmd=7.0)
@@ -149,7 +155,7 @@ def test_loss_equals_the_formulas(mosaic):
     view, predictors = decode(model.model, "rna")
     theta = model.model.likelihoods["rna"].log_theta.exp()
     mu = view.counts.to_dense().sum(1, keepdim=True) * predictors["rate"].softmax(-1)
-    expected["rna"] = -scale * NegativeBinomial(mu, theta).log_prob(view.counts.to_dense()).sum()
+    expected["rna"] = -scale * nb(mu, theta, view.counts.to_dense()).sum()
 
     view, predictors = decode(model.model, "atac")
     likelihood = model.model.likelihoods["atac"]
@@ -163,11 +169,10 @@ def test_loss_equals_the_formulas(mosaic):
     loc, log_scale = likelihood.background_loc, likelihood.background_log_scale
     batch = view.codes[:, 0]
     size = view.library / mosaic.modalities["adt"].schema.library
-    low = size * background.exp()
-    mixture = NegativeBinomialMixture(
-        low, low * (1 + predictors["foreground"].exp()), likelihood.log_theta.exp(), predictors["mixing"]
-    )
-    expected["adt"] = -scale * mixture.log_prob(view.counts.to_dense()).sum()
+    low, counts, theta = size * background.exp(), view.counts.to_dense(), likelihood.log_theta.exp()
+    high, share = low * (1 + predictors["foreground"].exp()), predictors["mixing"].sigmoid()
+    mixture = share * nb(low, theta, counts).exp() + (1 - share) * nb(high, theta, counts).exp()
+    expected["adt"] = -scale * mixture.log().sum()
     _, posterior = decode(model.guide, "adt")
     q = torch.distributions.Normal(posterior["loc"], posterior["log_scale"].exp())
     prior = torch.distributions.Normal(loc[batch], log_scale[batch].exp())
@@ -179,8 +184,73 @@ def test_loss_equals_the_formulas(mosaic):
     torch.testing.assert_close(loss.detach(), sum(expected.values()).detach(), rtol=2e-4, atol=1e-2)
 
 
+def test_terms_of_the_options_equal_the_formulas(data):
+    """Private variables, a latent size, dispersion by batch, and the weights of an adversary."""
+    spec = ModalitySpec("zinb", batch_key="batch", dispersion="gene-batch")
+    mosaic = Mosaic.from_mudata(data, {"rna": spec, "atac": ModalitySpec("bernoulli", batch_key="batch")})
+    model = small(
+        mosaic,
+        n_private={"rna": 2, "atac": 3},
+        private_kl=2.5,
+        library="latent",
+        adversary=3.0,
+        left_out=0.0,
+        penalties=[MeanDistance(1.5)],
+    )
+    with torch.no_grad():
+        model.model.likelihoods["rna"].log_theta.normal_()
+    minibatch = measured(mosaic, np.arange(0, mosaic.n_cells, 5))
+    beta, scale = 0.3, mosaic.n_cells / len(minibatch)
+    elbo = MosaicELBO()
+    torch.manual_seed(1)
+    elbo.loss(model.model, model.guide, minibatch, beta)
+    torch.manual_seed(1)
+    sites = poutine.trace(model.guide).get_trace(minibatch, beta).nodes
+    shared, private = model.guide.posteriors(minibatch)
+    standard = torch.distributions.Normal(0.0, 1.0)
+    for name, width in (("rna", 2), ("atac", 3)):
+        view = minibatch.observed[name]
+        loc, sd = model.guide.encoders[name](view)
+        torch.testing.assert_close(shared[name].loc, loc[:, :4])
+        q = torch.distributions.Normal(loc[:, 4:], sd[:, 4:])
+        assert sites[f"z_{name}"]["value"].shape == (len(view.rows), 1, width)
+        expected = 2.5 * beta * scale * torch.distributions.kl_divergence(q, standard).sum()
+        torch.testing.assert_close(elbo.terms[f"z_{name}"], expected.detach(), msg=name)
+
+    view = minibatch.observed["rna"]
+    batch, totals = view.codes[:, 0], mosaic.modalities["rna"]
+    logs = np.log(totals.library[totals.present])
+    prior = [logs[totals.codes[totals.present, 0] == b] for b in (0, 1)]
+    moments = torch.tensor([[x.mean(), x.std()] for x in prior])[batch]
+    loc, sd = model.guide.size_encoders["rna"](view)
+    q = torch.distributions.Normal(view.library.log() + loc, sd)
+    p = torch.distributions.Normal(moments[:, :1], moments[:, 1:])
+    expected = beta * scale * torch.distributions.kl_divergence(q, p).sum()
+    torch.testing.assert_close(elbo.terms["rna_library"], expected.detach(), rtol=1e-3, atol=1e-3)
+
+    own = torch.cat([sites["z"]["value"][view.rows, 0], sites["z_rna"]["value"][:, 0]], dim=-1)
+    predictors = model.model.decoders["rna"](own, view)
+    mu = sites["rna_library"]["value"].exp() * predictors["rate"].softmax(-1)
+    theta, gate, counts = (
+        model.model.likelihoods["rna"].log_theta[batch].exp(),
+        predictors["gate"].sigmoid(),
+        view.dense_counts(),
+    )
+    density = (counts == 0) * gate + (1 - gate) * nb(mu, theta, counts).exp()
+    torch.testing.assert_close(elbo.terms["rna"], -scale * density.log().sum().detach(), rtol=1e-4, atol=1e-2)
+
+    distance = MeanDistance()(shared, minibatch) * mosaic.n_cells
+    torch.testing.assert_close(elbo.terms["penalty/mean_distance"], 1.5 * distance.detach())
+    adversary = model.guide.adversaries[0]
+    joint = sites["z"]["fn"]
+    whole = Posterior(torch.arange(len(minibatch)), joint.mean[:, 0], joint.stddev[:, 0])
+    torch.manual_seed(1)
+    misled = poutine.trace(adversary).get_trace({"z": whole}, minibatch).nodes["_RETURN"]["value"]
+    torch.testing.assert_close(elbo.terms["penalty/adversary"], 3.0 * mosaic.n_cells * misled.detach())
+
+
 def test_elbo_and_gradients_are_those_of_pyro(mosaic):
-    model = small(mosaic)
+    model = small(mosaic, n_private=1, adversary=1.0)
     minibatch = measured(mosaic, np.arange(60))
     results = []
     for elbo in (MosaicELBO(), TraceMeanField_ELBO()):
@@ -235,7 +305,7 @@ def test_leaving_modalities_out_changes_only_what_the_posterior_sees(mosaic):
         if isinstance(module, torch.nn.Dropout):
             module.eval()
     z = poutine.trace(model.guide).get_trace(minibatch).nodes["z"]["fn"].mean[:, 0]
-    posteriors = torch.stack([p.loc for p in model.guide.posteriors(minibatch).values()])
+    posteriors = torch.stack([p.loc for p in model.guide.posteriors(minibatch)[0].values()])
     matches = torch.isclose(posteriors, z, atol=1e-6).all(-1)
     assert (matches.sum(0) == 1).all(), "each cell is represented by exactly one of its modalities"
     assert matches.any(1).all(), "and each modality by some cell"
@@ -258,13 +328,216 @@ def test_discrepancy_is_zero_on_average_for_one_distribution_and_finite_when_col
 def test_jeffreys_needs_two_modalities_and_is_symmetric(mosaic):
     model = small(mosaic)
     minibatch = measured(mosaic, np.arange(70))
-    posteriors = model.guide.posteriors(minibatch)
+    posteriors, _ = model.guide.posteriors(minibatch)
     forward = Jeffreys()(posteriors, minibatch)
     backward = Jeffreys()(dict(reversed(posteriors.items())), minibatch)
     torch.testing.assert_close(forward, backward)
     assert forward > 0
     with pytest.raises(ValueError, match="at least 0"):
         Jeffreys(-1.0)
+
+
+# Alone it is scVI, PeakVI, totalVI
+
+
+@pytest.mark.parametrize(
+    ("modalities", "sites"),
+    [
+        (["rna"], {"z": (60, 1, 4), "rna": (60, 30)}),
+        (["atac"], {"z": (60, 1, 4), "atac": (60, 50)}),
+        (["rna", "adt"], {"z": (60, 1, 4), "rna": (60, 30), "adt_background": (60, 8), "adt": (60, 8)}),
+    ],
+)
+def test_fewer_modalities_are_the_same_program(data, modalities, sites):
+    cells = data[modalities[0]].obs_names.intersection(data[modalities[-1]].obs_names)[:60]
+    mosaic = Mosaic.from_anndata(
+        {name: data[name][cells].copy() for name in modalities}, match_cells=True, batch_key="batch"
+    )
+    model = small(mosaic)
+    trace = poutine.trace(model.model).get_trace(measured(mosaic, np.arange(60)))
+    shapes = {
+        name: tuple(site["fn"].batch_shape + site["fn"].event_shape)
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not name.endswith(("cells", "features"))
+    }
+    assert shapes == sites
+    elbo = MosaicELBO()
+    elbo.loss(model.model, model.guide, measured(mosaic, np.arange(60)))
+    assert {name for name in elbo.terms if not name.startswith("penalty/")} == set(sites)
+    if len(modalities) == 1:
+        assert all(elbo.terms[name] == 0 for name in elbo.terms if name.startswith("penalty/"))
+    model.train(1, **QUIET)
+
+
+def test_a_fourth_modality_of_another_kind(data):
+    image = anndata.AnnData(
+        np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32),
+        obs=pd.DataFrame(index=data["rna"].obs_names[:40]),
+        var=pd.DataFrame(index=[f"feature{i}" for i in range(6)]),
+    )
+    mosaic = Mosaic.from_anndata(
+        {**data.mod, "image": image},
+        {"rna": "nb", "atac": "bernoulli", "adt": "nb_mixture", "image": "normal"},
+        match_cells=True,
+    )
+    model = small(mosaic, fusion="product", adversary=1.0)
+    model.train(2, **QUIET)
+    assert np.isfinite(model.get_imputed_values("image", n_samples=2).mean).all().all()
+
+
+def test_counts_of_fragments_are_binarised_by_the_likelihood(data):
+    counts = data["atac"].copy()
+    binary = counts.copy()
+    binary.X = (counts.X > 0).astype(np.float32)
+    assert counts.X.max() > 1
+    cell_sizes = np.asarray(counts.X.sum(1)).ravel()
+    losses = []
+    for adata in (counts, binary):
+        adata.obs["size"] = cell_sizes
+        mosaic = Mosaic.from_anndata({"atac": adata}, size_factor_key="size")
+        model = small(mosaic)
+        torch.manual_seed(0)
+        losses.append(MosaicELBO().loss(model.model, model.guide, measured(mosaic, np.arange(50))))
+    assert losses[0] == losses[1]
+    assert counts.X.max() > 1
+
+
+# Private variables
+
+
+def test_without_private_dimensions_nothing_changes(mosaic):
+    minibatch = measured(mosaic, np.arange(60))
+    losses = []
+    for options in ({}, {"n_private": 0, "private_kl": 7.0}, {"n_private": {"rna": 0}}):
+        model = small(mosaic, **options)
+        torch.manual_seed(0)
+        losses.append(MosaicELBO().loss(model.model, model.guide, minibatch))
+        sites = poutine.trace(model.guide).get_trace(minibatch).nodes
+        assert not any(name.startswith("z_") for name in sites)
+        assert model.get_shared_share().empty
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_private_variables_follow_their_modality_or_the_prior(mosaic):
+    model = small(mosaic, n_private={"rna": 2, "adt": 1}, left_out=1.0)
+    cells = np.arange(0, 240, 4)
+    minibatch = to_predict(mosaic, cells, ("rna", "adt"))
+    sites = poutine.trace(model.guide).get_trace(minibatch).nodes
+    for name in ("rna", "adt"):
+        q = sites[f"z_{name}"]["fn"]
+        present = torch.from_numpy(mosaic.modalities[name].present[cells])
+        assert (q.mean[~present] == 0).all() and (q.stddev[~present] == 1).all()
+        assert (q.stddev[present] != 1).all()
+    # of two decoders, each sees its own private variable alone
+    inputs = [model.model.decoders[name].hidden[0].in_features - 2 for name in ("rna", "adt", "atac")]
+    assert inputs == [6, 5, 4]
+    encoded = to_predict(mosaic, np.flatnonzero(mosaic.patterns == "rna+adt"), ("adt",), encode=("rna",))
+    q = poutine.trace(model.guide).get_trace(encoded).nodes["z_adt"]["fn"]
+    assert (q.mean == 0).all() and (q.stddev == 1).all()
+    # a modality that is left out in training is left out here too
+    model.guide.train()
+    both = measured(mosaic, np.flatnonzero(mosaic.patterns == "rna+adt"))
+    sites = poutine.trace(model.guide).get_trace(both).nodes
+    prior = [(sites[f"z_{name}"]["fn"].stddev == 1).all(-1).squeeze(-1) for name in ("rna", "adt")]
+    assert (prior[0] ^ prior[1]).all() and prior[0].any() and prior[1].any()
+
+
+def test_imputation_is_less_sure_for_lack_of_the_private_variable(mosaic):
+    model = small(mosaic, n_private=3, private_kl=0.1)
+    with pytest.warns(UserWarning, match="shared latent space explains only"):
+        model.train(40, batch_size=64, learning_rate=5e-3, kl_warmup_epochs=0, **QUIET)
+    both = mosaic.obs_names[mosaic.patterns == "rna+adt"]
+    sd = [
+        np.log(model.get_imputed_values("rna", both, encode=encode, n_samples=30, library=100.0).sd).mean().mean()
+        for encode in (None, ["adt"])
+    ]
+    assert sd[1] > sd[0] + 0.3
+
+
+def test_share_of_the_shared_latent_variable(mosaic):
+    """1 where the private variable is ignored, 0 where the shared one is."""
+    model = small(mosaic, n_private={"rna": 2, "atac": 2}, private_kl=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.train(20, batch_size=64, learning_rate=5e-3, kl_warmup_epochs=0, **QUIET)
+    assert list(model.get_shared_share().index) == ["rna", "atac"]
+    for ignored, share in ((slice(4, 6), 1.0), (slice(0, 4), 0.0)):
+        other = copy.deepcopy(model)
+        for name in ("rna", "atac"):
+            with torch.no_grad():
+                other.model.decoders[name].hidden[0].weight[:, ignored] = 0.0
+        np.testing.assert_allclose(other.get_shared_share(), share, atol=1e-3)
+    everyone = model.get_shared_share(model.split.validation)
+    assert everyone.between(-1, 2).all()
+
+
+def test_private_dimensions_are_checked(mosaic):
+    with pytest.raises(ValueError, match="at least 0; found -1"):
+        small(mosaic, n_private=-1)
+    with pytest.raises(KeyError, match="no modality 'protein'"):
+        small(mosaic, n_private={"protein": 2})
+
+
+# Choices of the likelihood
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "zinb", "nb_mixture"])
+@pytest.mark.parametrize(("dispersion", "shape"), [("gene", (8,)), ("gene-batch", (2, 8)), ("gene-label", (4, 8))])
+def test_dispersion_by_batch_and_label(data, likelihood, dispersion, shape, tmp_path):
+    spec = ModalitySpec(likelihood, batch_key="batch", label_key="type", unlabelled="3", dispersion=dispersion)
+    shape = (3, 8) if dispersion == "gene-label" else shape
+    mosaic = Mosaic.from_mudata(data, {"adt": spec})
+    model = small(mosaic)
+    log_theta = model.model.likelihoods["adt"].log_theta
+    assert log_theta.shape == shape
+    with torch.no_grad():
+        log_theta.normal_()
+    view = measured(mosaic, np.arange(20)).observed["adt"]
+    theta = model.model.likelihoods["adt"].theta(view).log().expand(20, 8)
+    obs = data["adt"].obs.loc[mosaic.obs_names[:20]]
+    for i, (batch, label) in enumerate(zip(obs["batch"], obs["type"], strict=True)):
+        row = {"gene": None, "gene-batch": "ab".index(batch), "gene-label": int(label)}[dispersion]
+        expected = log_theta if row is None else log_theta.mean(0) if row == 3 else log_theta[row]
+        torch.testing.assert_close(theta[i], expected)
+    model.train(1, **QUIET)
+    model.save(tmp_path / "model")
+    loaded = MultiVI.load(tmp_path / "model", {"adt": data["adt"]})
+    draws = [m.posterior_predictive_sample("adt", list(obs.index), n_samples=2) for m in (model, loaded)]
+    np.testing.assert_array_equal(*draws)
+
+
+def test_dispersion_is_checked():
+    for spec, message in [
+        ({"likelihood": "nb", "dispersion": "cell"}, "found 'cell'"),
+        ({"likelihood": "bernoulli", "dispersion": "gene-batch", "batch_key": "b"}, "'bernoulli' has no inverse"),
+        ({"likelihood": "nb", "dispersion": "gene-batch"}, "takes a batch_key"),
+        ({"likelihood": "nb", "dispersion": "gene-label"}, "takes a label_key"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ModalitySpec(**spec)
+
+
+def test_cell_factors_of_rna_are_inferred_or_observed(data, mosaic, tmp_path):
+    observed, latent = small(mosaic), small(mosaic, library="latent")
+    latent.train(20, batch_size=64, learning_rate=5e-3, kl_warmup_epochs=0, **QUIET)
+    counts = data["rna"].to_df().sum(axis=1)
+    factors = latent.get_cell_factors()
+    assert list(factors.columns) == ["rna", "atac", "adt"]
+    assert (factors.notna() == mosaic.presence).all().all()
+    np.testing.assert_allclose(
+        observed.get_cell_factors()["rna"].dropna(), counts[factors["rna"].notna()[lambda x: x].index]
+    )
+    assert np.corrcoef(np.log(factors["rna"].dropna()), np.log(counts[factors["rna"].dropna().index]))[0, 1] > 0.9
+    assert factors["atac"].dropna().between(0, 1).all()
+    adt = factors["adt"].dropna()
+    np.testing.assert_allclose(adt, data["adt"].to_df().sum(axis=1)[adt.index] / mosaic.schema["adt"].library)
+    shares = latent.get_normalized_expression("rna")
+    np.testing.assert_allclose(shares.sum(axis=1), 1, rtol=1e-4)
+    latent.save(tmp_path / "model")
+    loaded = MultiVI.load(tmp_path / "model", data)
+    pd.testing.assert_frame_equal(loaded.get_cell_factors(), factors)
+    with pytest.raises(ValueError, match='"observed" or "latent"; found \'network\''):
+        small(mosaic, library="network")
 
 
 # Training
@@ -393,6 +666,32 @@ def test_early_stopping_returns_to_the_best_epoch(mosaic):
     pd.testing.assert_frame_equal(model.get_latent_representation(), again.get_latent_representation())
     with pytest.raises(ValueError, match="early stopping looks at validation cells"):
         small(mosaic).train(2, validation=0.0, early_stopping=2, **QUIET)
+
+
+def test_early_stopping_on_reconstruction(mosaic):
+    model = small(mosaic)
+    options = {"batch_size": 64, "learning_rate": 0.05, "schedule": "constant", "validation": 0.3}
+    model.train(300, early_stopping=3, monitor="reconstruction", kl_warmup_epochs=0, **options, **QUIET)
+    history = model.history
+    sites = ["rna", "atac", "adt"]
+    np.testing.assert_allclose(
+        history["validation_reconstruction"], history[[f"validation_{s}" for s in sites]].sum(axis=1), rtol=1e-5
+    )
+    assert len(history) < 300 and history["validation_reconstruction"].idxmin() == len(history) - 4
+    with pytest.raises(ValueError, match='"elbo" or "reconstruction"; found \'loss\''):
+        model.train(1, early_stopping=1, monitor="loss", **QUIET)
+
+
+def test_presets_are_options_of_model_and_training(mosaic):
+    options, training = MultiVI.presets["paper"]
+    model = MultiVI(mosaic, **options)
+    assert model.options["n_hidden"] is None
+    encoder = model.guide.encoders["rna"]
+    assert encoder.hidden[0].out_features == 7 and encoder.loc.out_features == 2  # of 50 regions
+    assert encoder.hidden[0].in_features == 30  # no covariates
+    model.train(**training | {"n_epochs": 3}, **QUIET)
+    assert {"train_rna_library", "train_penalty/adversary"} <= set(model.history)
+    assert "train_penalty/mmd" not in model.history
 
 
 def test_resume_from_a_checkpoint(mosaic, tmp_path):
@@ -536,11 +835,35 @@ def test_chunks_of_cells_do_not_matter(trained, monkeypatch):
     pd.testing.assert_frame_equal(trained.get_normalized_expression("rna"), whole, rtol=1e-4)
 
 
-def test_batches_can_be_exchanged(trained, mosaic):
+def test_batches_can_be_exchanged_and_averaged(trained, mosaic):
     a, b, own = (trained.get_normalized_expression("rna", batch=batch) for batch in ("a", "b", None))
+    pd.testing.assert_frame_equal(trained.get_normalized_expression("rna", batch=["a", "b"]), (a + b) / 2)
+    draws = [trained.get_accessibility_estimates(batch=batch, n_samples=3) for batch in ("a", "b", ["a", "b"])]
+    pd.testing.assert_frame_equal(draws[2], (draws[0] + draws[1]) / 2)
     is_a = (trained.mosaic.modalities["rna"].codes[:, 0] == 0) & mosaic.presence["rna"].to_numpy()
     pd.testing.assert_frame_equal(own[is_a], a[is_a])
     assert not np.allclose(a, b)
+
+
+def test_region_factors_and_foreground_probabilities(trained, mosaic, data):
+    factors = trained.get_region_factors()
+    assert list(factors.index) == list(data["atac"].var_names) and factors.between(0, 1).all()
+    foreground = trained.get_protein_foreground_probability()
+    assert foreground.shape == (240, 8) and ((foreground > 0) & (foreground < 1)).all().all()
+    one = trained.get_protein_foreground_probability(batch=["b"], features=["adt2"], cells=["c3"], n_samples=2)
+    assert one.shape == (1, 1)
+    signal = trained.get_normalized_expression("adt")
+    assert np.corrcoef(foreground.rank(axis=1).to_numpy().ravel(), signal.rank(axis=1).to_numpy().ravel())[0, 1] > 0.3
+    lacking = MultiVI(Mosaic.from_mudata(data, {"rna": "nb"}))
+    for call, message in [
+        (lambda: trained.get_region_factors("rna"), "modality 'rna' has no region factors"),
+        (lambda: trained.get_protein_foreground_probability("rna"), "modality 'rna' has no foreground"),
+        (lambda: trained.get_normalized_expression(batch=[]), "list of batches to average over is empty"),
+        (lambda: lacking.get_region_factors(), "none has a likelihood 'bernoulli'"),
+        (lambda: lacking.get_protein_foreground_probability(), "none has a likelihood 'nb_mixture'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_inference_from_some_modalities_only(trained, mosaic):
@@ -676,6 +999,63 @@ def test_import_is_quick_and_pulls_in_nothing_optional():
     assert out[1] == "[]"
 
 
+def test_parameters_of_the_story_are_recovered():
+    """Four types; every region is open for sure in one of them, so that its factor can be told from its accessibility.
+
+    Cells have all three modalities or one, and their sizes are known.
+    """
+    rng = np.random.default_rng(0)
+    n, n_genes, n_regions, n_proteins = 1500, 60, 80, 16
+    kind = rng.integers(4, size=n)
+
+    def counts(mu, theta):
+        return rng.poisson(mu * rng.gamma(theta, 1 / theta, mu.shape))
+
+    rate, theta = np.exp(rng.normal(0, 1, (4, n_genes))), np.exp(rng.normal(1, 0.7, n_genes))
+    size = 1500 * np.exp(rng.normal(0, 0.4, n))
+    rna = counts(size[:, None] * (rate / rate.sum(1, keepdims=True))[kind], theta)
+
+    logits = np.where(rng.random((4, n_regions)) < 0.6, 4.0, -4.0)
+    logits[rng.integers(4, size=n_regions), np.arange(n_regions)] = 4.0
+    region, cell = rng.uniform(0.3, 1, n_regions), rng.beta(8, 4, n)
+    opened = rng.random((n, n_regions)) < cell[:, None] * region / (1 + np.exp(-logits[kind]))
+
+    proteins = np.exp(rng.normal(0, 0.3, n))
+    loc, theta_proteins = rng.normal(1.5, 0.5, n_proteins), np.exp(rng.normal(1.8, 0.5, n_proteins))
+    mixing = rng.choice([0.1, 0.35, 0.65, 0.9], (4, n_proteins))
+    factor = np.where(rng.random((n, n_proteins)) < mixing[kind], 1, 1 + np.exp(rng.normal(2.5, 0.3, n_proteins)))
+    background = proteins[:, None] * np.exp(loc + 0.3 * rng.normal(size=(n, n_proteins)))
+
+    story = {
+        "rna": (rna, size),
+        "atac": (opened, 1000 * cell),
+        "adt": (counts(background * factor, theta_proteins), 100 * proteins),
+    }
+    pattern = rng.permutation(np.resize([7, 7, 7, 1, 2, 4], n))
+    data = {}
+    for i, (name, (x, sizes)) in enumerate(story.items()):
+        has = np.flatnonzero(pattern >> i & 1)
+        obs = pd.DataFrame({"size": sizes[has]}, index=[f"c{j}" for j in has])
+        data[name] = anndata.AnnData(x[has].astype(np.float32), obs=obs)
+    mosaic = Mosaic.from_anndata(data, match_cells=True, size_factor_key="size")
+    options = {"n_latent": 5, "n_hidden": 32, "dropout": 0.0, "left_out": 0.0, "mmd": 0.0, "jeffreys": 0.0}
+    model = MultiVI(mosaic, **options)
+    model.train(100, batch_size=128, learning_rate=6e-3, validation=0.0, **QUIET)
+
+    def agreement(found, truth) -> float:
+        return np.corrcoef(np.ravel(found), np.ravel(truth))[0, 1]
+
+    likelihoods = model.model.likelihoods
+    assert agreement(likelihoods["rna"].log_theta.detach(), np.log(theta)) > 0.9
+    assert agreement(likelihoods["adt"].log_theta.detach(), np.log(theta_proteins)) > 0.9
+    assert agreement(model.get_region_factors(), region) > 0.9
+    assert agreement(likelihoods["adt"].background_loc.detach(), loc) > 0.9
+    truth = mixing[kind[mosaic.obs_names.str[1:].astype(int)]]
+    background = 1 - model.get_protein_foreground_probability().to_numpy()
+    for cells in (mosaic.presence["adt"], ~mosaic.presence["adt"]):
+        assert agreement(background[cells], truth[cells]) > 0.9
+
+
 def test_pbmc_mosaic_integrates():
     """Sixty epochs on the packaged data already bring the modalities together and the types apart."""
     data, truth = hide(pbmc_mosaic(), {"adt": 200, "rna": 200}, seed=0)
@@ -689,3 +1069,16 @@ def test_pbmc_mosaic_integrates():
     hidden = truth["rna"].X.toarray()
     imputed = model.get_imputed_values("rna", truth["rna"].obs_names, library=1.0, n_samples=5).mean
     assert metrics.imputation_spearman(hidden, imputed * hidden.sum(1, keepdims=True)) > 0.3
+
+
+def test_the_log_takes_weights_of_divergences_out(mdata):
+    mosaic = Mosaic.from_mudata(mdata, batch_key="batch")
+    model = MultiVI(mosaic, n_latent=3, n_hidden=8, n_private=2, private_kl=3.0, library="latent")
+    minibatch, elbo, parts = measured(mosaic, np.arange(mosaic.n_cells)), MosaicELBO(), []
+    for kl_weight in (0.25, 1.0):
+        torch.manual_seed(0)
+        elbo.loss(model.model, model.guide, minibatch, kl_weight)
+        assert elbo.latent["z"] == kl_weight and elbo.latent["z_rna"] == 3 * kl_weight
+        assert elbo.latent["rna_library"] == 1.0
+        parts.append({name: float(elbo.terms[name]) / weight for name, weight in elbo.latent.items()})
+    assert parts[0] == pytest.approx(parts[1], rel=1e-5)

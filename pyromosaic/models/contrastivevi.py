@@ -18,14 +18,15 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pyromosaic.data import Cohorts, Minibatch, ModalitySchema, Mosaic, Schema, View, contrastive_loader, measured
+from pyromosaic.data import Cohorts, Minibatch, Mosaic, Schema, contrastive_loader, measured
 from pyromosaic.fusion import MeanFusion, Posterior, leave_out, presence
 from pyromosaic.likelihoods import LIKELIHOODS
 from pyromosaic.models.mosaic_model import Cells, MosaicModel, Preset
-from pyromosaic.nn import Decoder, Encoder, Size, unit_columns
+from pyromosaic.nn import Decoder, Encoder, unit_columns
 from pyromosaic.penalties import MMD, CohortMMD, Dependence, Jeffreys, Penalty, Wasserstein, apply
 from pyromosaic.priors import ARD, StandardNormal
-from pyromosaic.program import Program
+from pyromosaic.program import Program, weighted
+from pyromosaic.sizes import LatentSize, Size
 from pyromosaic.tasks import inference_mode
 from pyromosaic.tasks.differential import DELTAS, PORTION, Delta, Mode, check, decide, effect, effect_scale
 
@@ -89,7 +90,7 @@ class ContrastiveModel(Program):
 
     def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> None:
         """Sites: ``z``, ``s`` (or one a target group), one of each modality's name, and its latent size if it has."""
-        with pyro.plate("cells", minibatch.n_cells, subsample=minibatch.index, dim=-2), poutine.scale(scale=kl_weight):
+        with pyro.plate("cells", minibatch.n_cells, subsample=minibatch.index, dim=-2), weighted(kl_weight):
             latent = [pyro.sample("z", self.prior(minibatch))]
             for site, groups in self.parts:
                 has = belongs(minibatch, groups)
@@ -150,7 +151,7 @@ class ContrastiveGuide(Program):
         for compared, penalties in self.penalties.items():
             if any(penalty.weight for penalty in penalties):
                 apply(penalties, self.compare(compared, by_modality, z, s, minibatch), minibatch, kl_weight)
-        with pyro.plate("cells", minibatch.n_cells, subsample=minibatch.index, dim=-2), poutine.scale(scale=kl_weight):
+        with pyro.plate("cells", minibatch.n_cells, subsample=minibatch.index, dim=-2), weighted(kl_weight):
             latent = [pyro.sample("z", normal(*z))]
             each = zip(*(moment.chunk(len(self.parts), dim=-1) for moment in s), strict=True)
             for (site, groups), moments in zip(self.parts, each, strict=True):
@@ -160,7 +161,8 @@ class ContrastiveGuide(Program):
         for name, view in minibatch.decoded.items():
             with self.cells(name, minibatch):
                 if name in self.size_encoders and view.counts is not None:
-                    pyro.sample(f"{name}_library", dist.Normal(*self.size_encoders[name](view)))
+                    loc, scale = self.size_encoders[name](view)  # relative to the count
+                    pyro.sample(f"{name}_library", dist.Normal(view.library.log() + loc, scale))
                 if name in self.decoders:
                     predictors = self.decoders[name](torch.cat(latent, dim=-1)[..., view.rows, 0, :], view)
                     with pyro.plate(f"{name}_features", self.likelihoods[name].schema.n_features, dim=-1):
@@ -187,50 +189,6 @@ class ContrastiveGuide(Program):
 def normal(loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
     """Independent normals, one a cell, batch shape (B, 1)."""
     return dist.Normal(loc.unsqueeze(-2), scale.unsqueeze(-2)).to_event(1)
-
-
-class LatentSize(Size):
-    """Size of a cell as a latent variable: ``log l ~ Normal(m_b, s_b)``, with moments of the data's batch b.
-
-    Where the model is to predict, a size that is given is used, and a missing one expected as in `Size`.
-
-    Parameters
-    ----------
-    schema
-        The modality.
-    n_latent
-        Width of the latent space.
-    """
-
-    loc: Tensor
-    scale: Tensor
-
-    def __init__(self, name: str, schema: ModalitySchema, n_latent: int) -> None:
-        super().__init__(schema, n_latent)
-        self.name = name
-        n_batches = len(next(iter(schema.categories.values()))) if schema.spec.batch_key else 1
-        self.register_buffer("loc", torch.zeros(n_batches, 1))
-        self.register_buffer("scale", torch.ones(n_batches, 1))
-
-    @staticmethod
-    def batches(view: View, n: int) -> Tensor:
-        """Indicators of the batch, shape (b, batches)."""
-        return view.one_hot() if view.n_categories and n > 1 else view.library.new_ones(len(view.library), 1)
-
-    def start(self, view: View) -> None:
-        """Moments of the log size in each batch."""
-        batches = self.batches(view, len(self.loc))
-        logs, n = view.library.log(), batches.sum(0).clamp_min(1.0).unsqueeze(-1)
-        self.loc.copy_(batches.T @ logs / n)
-        self.scale.copy_((batches.T @ (logs - batches @ self.loc).square() / n).sqrt().clamp_min(1e-2))
-
-    def forward(self, z: Tensor, view: View) -> View:
-        """The view with drawn sizes, where there is something to explain."""
-        if view.counts is None:
-            return super().forward(z, view)
-        batches = self.batches(view, len(self.loc))
-        log_size = pyro.sample(f"{self.name}_library", dist.Normal(batches @ self.loc, batches @ self.scale))
-        return replace(view, library=log_size.exp())
 
 
 class ContrastiveVI(MosaicModel):
@@ -390,6 +348,7 @@ class ContrastiveVI(MosaicModel):
                     encoders[name].scaling.start(view)
             if name in self.guide.size_encoders:
                 self.model.sizes[name].start(view)
+                nn.init.constant_(self.guide.size_encoders[name].log_variance.bias, -4.0)  # a count says much of a size
             values = self.model.likelihoods[name].start(view)
             for decoders in (self.model.decoders, self.guide.decoders):
                 if name in decoders:

@@ -17,7 +17,6 @@ import pyro
 import torch
 from pyro import distributions as dist
 from pyro import poutine
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch, Mosaic, Schema, View, measured, separate
@@ -27,13 +26,14 @@ from pyromosaic.labels import Labels, check_labels
 from pyromosaic.likelihoods import LIKELIHOODS
 from pyromosaic.linkage import transport
 from pyromosaic.models.mosaic_model import Cells, MosaicModel
-from pyromosaic.nn import Decoder, Encoder, GraphEncoder, InnerProductDecoder, Size
+from pyromosaic.nn import Decoder, Encoder, GraphEncoder, InnerProductDecoder
 from pyromosaic.penalties import Anchors, Classifier, Penalty, Pull, Scores, Sinkhorn, apply
 from pyromosaic.priors import GaussianMixture, StandardNormal
-from pyromosaic.program import Program
+from pyromosaic.program import Program, weighted
+from pyromosaic.sizes import Size
 from pyromosaic.tasks import inference_mode
 
-#: Options of `DiagVI` that make the loss that of the seed, scvi-tools' DIAGVI with its default weights, once
+#: Options of `DiagVI` that make the loss that of the reference, scvi-tools' DIAGVI with its default weights, once
 #: divergences and alignment have full weight (with ``train(kl_warmup_epochs=0)`` throughout).
 REFERENCE: Mapping[str, Any] = {
     "n_latent": 50,
@@ -95,7 +95,7 @@ class Weights:
             share = self.kl * self.modality(view, minibatch) / self.per_feature[name]
             weight = weight.index_add(0, view.rows, weight.new_full((len(view.rows),), share))
         plate = pyro.plate("cells", minibatch.n_cells, subsample=minibatch.index, dim=-2)
-        with plate, poutine.scale(scale=kl_weight * weight.unsqueeze(-1)):
+        with plate, weighted(kl_weight), poutine.scale(scale=weight.unsqueeze(-1)):
             yield
 
     def own(self, name: str) -> float:
@@ -156,7 +156,7 @@ class DiagVIModel(Program):
             with poutine.scale(scale=weights.modality(view, minibatch)), self.cells(name, minibatch):
                 own = None
                 if self.n_private:
-                    with poutine.scale(scale=kl_weight * weights.own(name)):
+                    with weighted(kl_weight), poutine.scale(scale=weights.own(name)):
                         own = pyro.sample(f"z_{name}", dist.Normal(zero, 1.0).expand([self.n_private]).to_event(1))
                         own = own[..., 0, :]
                 predictors = decoders[name](shared, v[self.nodes[name]], own, view)
@@ -242,7 +242,7 @@ class DiagVIGuide(Program):
             with poutine.scale(scale=weights.modality(view, minibatch)), self.cells(name, minibatch):
                 if self.n_private:
                     loc, scale = self.private(private.get(name), view, minibatch)
-                    with poutine.scale(scale=kl_weight * weights.own(name)):
+                    with weighted(kl_weight), poutine.scale(scale=weights.own(name)):
                         own = pyro.sample(f"z_{name}", dist.Normal(loc, scale).to_event(1))
                     latent = torch.cat([latent, own[..., 0, :]], dim=-1)
                 if name in self.decoders:
@@ -283,7 +283,7 @@ class DiagVI(MosaicModel):
     n_latent
         Width of the shared latent space, in which modalities are aligned and cells are returned.
     n_private
-        Width of each modality's private latent space; 0, as in the seed, makes all that a modality can see shared.
+        Width of each modality's private latent space; 0, as in the reference, makes all that a modality can see shared.
     n_hidden, n_layers, dropout
         Shape of the encoders.
     encode_covariates
@@ -299,11 +299,11 @@ class DiagVI(MosaicModel):
     lam_data, lam_kl, lam_private, lam_graph, lam_sinkhorn, lam_anchors, lam_pull, lam_class
         Weights of the likelihoods, of the divergences of shared and private variables, of the graph (its likelihood
         and its divergence), of the Sinkhorn divergence, of anchors and pull to the linkage's scores, and of the
-        classifier of labels. `REFERENCE` holds the seed's.
+        classifier of labels. `REFERENCE` holds the reference's.
     kl_per_feature
-        Divide the divergences of a modality's cells by its number of features, as the seed does.
+        Divide the divergences of a modality's cells by its number of features, as the reference does.
     align_draws
-        Align draws from the posteriors, as the seed does, instead of their means.
+        Align draws from the posteriors, as the reference does, instead of their means.
     blur, reach
         Of the Sinkhorn divergence; None adapts them to the minibatch.
     linkage
@@ -569,74 +569,3 @@ class DiagVI(MosaicModel):
             {"prediction": names[best], "confidence": probability.to_numpy().max(axis=1)}, index=latent.index
         )
         return summary.join(probability)
-
-    def nearest_cells(self, modality: str, to: str, cells: Cells = None, *, n_neighbors: int = 15) -> pd.DataFrame:
-        """Counterparts of cells among those of another modality, and whether there are any.
-
-        Parameters
-        ----------
-        modality, to
-            Where the cells are from, and where to look.
-        cells
-            Names, numbers or a mask; None for all of the modality.
-        n_neighbors
-            Number of nearest cells to look at.
-
-        Returns
-        -------
-        pandas.DataFrame
-            For each cell the ``nearest`` cell of the other modality; the mean ``distance`` to its nearest cells there,
-            over what 95 % of the cells there stay within among themselves; and ``alone``, whether that is above 1: a
-            cell of a type, say, that the other modality has not seen.
-        """
-        query = self.get_latent_representation(cells, modality=modality)
-        distance, rows, reference = self._neighbours(query, to, n_neighbors)
-        among = NearestNeighbors(n_neighbors=min(n_neighbors, len(reference) - 1)).fit(reference.to_numpy())
-        usual = np.quantile(among.kneighbors()[0].mean(axis=1), 0.95)
-        relative = distance.mean(axis=1) / usual
-        columns = {"nearest": reference.index.to_numpy()[rows[:, 0]], "distance": relative, "alone": relative > 1}
-        return pd.DataFrame(columns, index=query.index)
-
-    def transfer_labels(
-        self, key: str, modality: str, to: str, cells: Cells = None, *, n_neighbors: int = 15
-    ) -> pd.DataFrame:
-        """Labels of one modality's cells, given to another's by a vote of the nearest.
-
-        Parameters
-        ----------
-        key
-            Column of `obs` with the labels, which may have been added after registration.
-        modality, to
-            Whose labels are known, and whose cells get them.
-        cells
-            Cells of `to`: names, numbers or a mask; None for all.
-        n_neighbors
-            Number of cells that vote; those without a label do not.
-
-        Returns
-        -------
-        pandas.DataFrame
-            Cells × ``prediction`` and ``confidence``, the share of the votes; of labels with equal votes the nearest
-            cell's wins.
-        """
-        labels = self._data(None).column(key)
-        known = labels.notna().to_numpy() & self._data(None).modalities[modality].present
-        if not known.any():
-            raise ValueError(f"no cell of modality {modality!r} has a value in column {key!r}")
-        query = self.get_latent_representation(cells, modality=to)
-        _, rows, reference = self._neighbours(query, modality, n_neighbors, np.flatnonzero(known))
-        codes, names = pd.factorize(labels[reference.index].astype(str))
-        votes = np.zeros((len(query), len(names)))
-        np.add.at(votes, (np.arange(len(query))[:, None], codes[rows]), 1 + 1e-6 * np.linspace(1, 0, rows.shape[1]))
-        best = votes.argmax(axis=1)
-        confidence = np.round(votes.max(axis=1)) / rows.shape[1]
-        return pd.DataFrame({"prediction": np.asarray(names)[best], "confidence": confidence}, index=query.index)
-
-    def _neighbours(
-        self, query: pd.DataFrame, modality: str, n_neighbors: int, cells: Cells = None
-    ) -> tuple[np.ndarray, np.ndarray, pd.DataFrame]:
-        """Distances and rows of the nearest cells of a modality, and these cells' latent variables."""
-        reference = self.get_latent_representation(cells, modality=modality)
-        search = NearestNeighbors(n_neighbors=min(n_neighbors, len(reference))).fit(reference.to_numpy())
-        distance, rows = search.kneighbors(query.to_numpy())
-        return distance, rows, reference

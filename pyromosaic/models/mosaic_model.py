@@ -15,6 +15,7 @@ from pyro import poutine
 from pyro.distributions import TorchDistribution
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -24,7 +25,7 @@ from pyromosaic.tasks import AtMean, Estimate, compare_groups, contrasts, draws,
 from pyromosaic.tasks.differential import Delta, Mode
 from pyromosaic.train import Optimisation, Schedule, fit
 
-FORMAT = 1  # version of the saved form
+FORMAT = 2  # version of the saved form
 CHUNK_ENTRIES = 20_000_000  # draws × cells × features in memory at once
 
 Cells = Sequence[str] | np.ndarray | pd.Index | None
@@ -717,6 +718,77 @@ class MosaicModel:
         if mosaic.schema != self.schema:
             raise ValueError("the data were not registered for this model: model.register(mdata) does that")
         return mosaic
+
+    def nearest_cells(self, modality: str, to: str, cells: Cells = None, *, n_neighbors: int = 15) -> pd.DataFrame:
+        """Counterparts of cells among those of another modality, and whether there are any.
+
+        Parameters
+        ----------
+        modality, to
+            Where the cells are from, and where to look.
+        cells
+            Names, numbers or a mask; None for all of the modality.
+        n_neighbors
+            Number of nearest cells to look at.
+
+        Returns
+        -------
+        pandas.DataFrame
+            For each cell the ``nearest`` cell of the other modality; the mean ``distance`` to its nearest cells there,
+            over what 95 % of the cells there stay within among themselves; and ``alone``, whether that is above 1: a
+            cell of a type, say, that the other modality has not seen.
+        """
+        query = self.get_latent_representation(cells, modality=modality)
+        distance, rows, reference = self._neighbours(query, to, n_neighbors)
+        among = NearestNeighbors(n_neighbors=min(n_neighbors, len(reference) - 1)).fit(reference.to_numpy())
+        usual = np.quantile(among.kneighbors()[0].mean(axis=1), 0.95)
+        relative = distance.mean(axis=1) / usual
+        columns = {"nearest": reference.index.to_numpy()[rows[:, 0]], "distance": relative, "alone": relative > 1}
+        return pd.DataFrame(columns, index=query.index)
+
+    def transfer_labels(
+        self, key: str, modality: str, to: str, cells: Cells = None, *, n_neighbors: int = 15
+    ) -> pd.DataFrame:
+        """Labels of one modality's cells, given to another's by a vote of the nearest.
+
+        Parameters
+        ----------
+        key
+            Column of `obs` with the labels, which may have been added after registration.
+        modality, to
+            Whose labels are known, and whose cells get them.
+        cells
+            Cells of `to`: names, numbers or a mask; None for all.
+        n_neighbors
+            Number of cells that vote; those without a label do not.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Cells × ``prediction`` and ``confidence``, the share of the votes; of labels with equal votes the nearest
+            cell's wins.
+        """
+        labels = self._data(None).column(key)
+        known = labels.notna().to_numpy() & self._data(None).modalities[modality].present
+        if not known.any():
+            raise ValueError(f"no cell of modality {modality!r} has a value in column {key!r}")
+        query = self.get_latent_representation(cells, modality=to)
+        _, rows, reference = self._neighbours(query, modality, n_neighbors, np.flatnonzero(known))
+        codes, names = pd.factorize(labels[reference.index].astype(str))
+        votes = np.zeros((len(query), len(names)))
+        np.add.at(votes, (np.arange(len(query))[:, None], codes[rows]), 1 + 1e-6 * np.linspace(1, 0, rows.shape[1]))
+        best = votes.argmax(axis=1)
+        confidence = np.round(votes.max(axis=1)) / rows.shape[1]
+        return pd.DataFrame({"prediction": np.asarray(names)[best], "confidence": confidence}, index=query.index)
+
+    def _neighbours(
+        self, query: pd.DataFrame, modality: str, n_neighbors: int, cells: Cells = None
+    ) -> tuple[np.ndarray, np.ndarray, pd.DataFrame]:
+        """Distances and rows of the nearest cells of a modality, and these cells' latent variables."""
+        reference = self.get_latent_representation(cells, modality=modality)
+        search = NearestNeighbors(n_neighbors=min(n_neighbors, len(reference))).fit(reference.to_numpy())
+        distance, rows = search.kneighbors(query.to_numpy())
+        return distance, rows, reference
 
     # Keeping
 

@@ -16,7 +16,8 @@ class MosaicELBO(TraceMeanField_ELBO):
 
     The loss is that of `TraceMeanField_ELBO`: minus the log-likelihood of observed sites, plus the Kullback-Leibler
     divergence of latent sites (analytic where there is a formula), plus the factors of the guide. After each call
-    `terms` maps every site to its part, detached, and `latent` names those that are divergences; penalties are the
+    `terms` maps every site to its part, detached, and `latent` those that are divergences to their weight
+    (`pyromosaic.program.weighted`); penalties are the
     sites whose name begins with ``"penalty/"``.
 
     As a latent site's analytic divergence takes scale and mask from the guide alone, scales that differ between model
@@ -24,11 +25,11 @@ class MosaicELBO(TraceMeanField_ELBO):
     """
 
     terms: dict[str, Tensor]
-    latent: set[str]
+    latent: dict[str, float]
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The loss, a scalar with gradient."""
-        self.terms, self.latent = {}, set()
+        self.terms, self.latent = {}, {}
         loss = torch.zeros(())
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
             for name, term in self._terms(model_trace, guide_trace).items():
@@ -59,8 +60,8 @@ class MosaicELBO(TraceMeanField_ELBO):
                 raise ValueError(
                     f"the model's latent site {name!r} (shape {tuple(site['value'].shape)}) is missing from the guide"
                 )
-            self.latent.add(name)
             guide_site = guide_trace.nodes[name]
+            self.latent[name] = guide_site["infer"].get("weight", 1.0)
             if is_validation_enabled():
                 check_fully_reparametrized(guide_site)
                 if not torch.equal(torch.as_tensor(site["scale"]), torch.as_tensor(guide_site["scale"])):

@@ -58,7 +58,12 @@ class Plan(lightning.LightningModule):
 
     What is minimised is the negative ELBO plus penalties, divided by the number of cells. Each epoch appends a row to
     `rows`: for training and validation cells the ``objective`` as it is minimised, the ``elbo`` (without penalties and
-    with full weight on the divergences) and every site's part of the negative ELBO, all per cell.
+    with full weight on the divergences), the ``reconstruction`` (the negative log-likelihood of what was measured) and
+    every site's part of the negative ELBO, all per cell.
+
+    A module with a method ``optimiser()``, an adversary say, is fitted by that; all other parameters by AdamW. One
+    backward pass serves both: no gradient may flow from the loss of one side to the parameters of the other.
+    `Optimisation` is about AdamW's parameters alone.
 
     Parameters
     ----------
@@ -80,13 +85,18 @@ class Plan(lightning.LightningModule):
         self.rows: list[dict[str, float]] = []
         self._sums: dict[str, dict[str, Tensor]] = {}
         self._last_good: dict[str, Tensor] = {}
+        self.own_optimisers: list[torch.optim.Optimizer] = []
+        self._own_states: list[dict[str, Any]] = []
 
     def configure_optimizers(self) -> Any:
-        """AdamW, and the schedule if there is one."""
+        """AdamW, and the schedule if there is one; beside them the optimisers that modules bring."""
         o = self.optimisation
-        optimiser = torch.optim.AdamW(
-            self.objective.parameters(), lr=o.learning_rate, weight_decay=o.weight_decay, fused=True
-        )
+        self.own_optimisers = [m.optimiser() for m in self.objective.modules() if hasattr(m, "optimiser")]
+        for own, state in zip(self.own_optimisers, self._own_states, strict=bool(self._own_states)):
+            own.load_state_dict(state)
+        elsewhere = {p for own in self.own_optimisers for group in own.param_groups for p in group["params"]}
+        parameters = [p for p in self.objective.parameters() if p not in elsewhere]
+        optimiser = torch.optim.AdamW(parameters, lr=o.learning_rate, weight_decay=o.weight_decay, fused=True)
         if o.schedule == "constant":
             return optimiser
         if o.schedule == "cosine":
@@ -113,21 +123,29 @@ class Plan(lightning.LightningModule):
                 f"the loss is not finite in epoch {self.current_epoch}, at {', '.join(map(repr, sites))}; the "
                 "parameters are back at the start of this epoch. A lower learning rate or gradient_clip helps"
             )
-        self._add("train", minibatch, loss.detach(), weight)
+        self._add("train", minibatch, loss.detach())
         return loss
+
+    def on_after_backward(self) -> None:
+        """Take the steps of the optimisers that modules bring; Lightning takes AdamW's, after clipping."""
+        for own in self.own_optimisers:
+            own.step()
+            own.zero_grad()
 
     def validation_step(self, minibatch: Minibatch, step: int) -> None:
         """Evaluate the bound on cells that take no part in training."""
         loss = self.objective(minibatch, 1.0) / minibatch.n_cells
-        self._add("validation", minibatch, loss, 1.0)
+        self._add("validation", minibatch, loss)
 
-    def _add(self, part: str, minibatch: Minibatch, loss: Tensor, kl_weight: float) -> None:
+    def _add(self, part: str, minibatch: Minibatch, loss: Tensor) -> None:
         """Add the parts of the loss to the epoch's sums, on the device."""
         sums = self._sums.setdefault(part, {})
         parts = {}
         for name, term in self.elbo.terms.items():  # each stands for n_cells cells
-            parts[name] = term / (minibatch.n_cells * (kl_weight if name in self.elbo.latent else 1.0))
-        parts["elbo"] = -torch.stack([v for k, v in parts.items() if not k.startswith("penalty/")]).sum()
+            parts[name] = term / (minibatch.n_cells * self.elbo.latent.get(name, 1.0))
+        bound = {name: value for name, value in parts.items() if not name.startswith("penalty/")}
+        parts["elbo"] = -torch.stack(list(bound.values())).sum()
+        parts["reconstruction"] = torch.stack([v for k, v in bound.items() if k not in self.elbo.latent]).sum()
         parts["objective"] = loss
         for name, value in parts.items():
             sums[name] = sums.get(name, torch.zeros_like(loss)) + len(minibatch) * value
@@ -152,25 +170,32 @@ class Plan(lightning.LightningModule):
         self.log_dict(others)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the history with a checkpoint."""
+        """Keep the history, and the state of the optimisers that modules bring, with a checkpoint."""
         checkpoint["rows"] = self.rows
+        checkpoint["own_optimisers"] = [own.state_dict() for own in self.own_optimisers]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the history of a checkpoint."""
+        """Go on with the history of a checkpoint; optimisers, which do not exist yet, get their state later."""
         self.rows = list(checkpoint["rows"])
+        self._own_states = checkpoint["own_optimisers"]
 
 
 class ReturnToBest(EarlyStopping):
-    """Early stopping on the validation ELBO that ends with the parameters of the best epoch.
+    """Early stopping on validation cells that ends with the parameters of the best epoch.
 
     Parameters
     ----------
     patience
         Epochs without a better value after which training stops.
+    monitor
+        The value: ``"elbo"`` or ``"reconstruction"``.
     """
 
-    def __init__(self, patience: int) -> None:
-        super().__init__("validation_elbo", patience=patience, mode="max", check_on_train_epoch_end=True)
+    def __init__(self, patience: int, monitor: str = "elbo") -> None:
+        if monitor not in ("elbo", "reconstruction"):
+            raise ValueError(f'early stopping monitors "elbo" or "reconstruction"; found {monitor!r}')
+        mode = "max" if monitor == "elbo" else "min"
+        super().__init__(f"validation_{monitor}", patience=patience, mode=mode, check_on_train_epoch_end=True)
         self.best: dict[str, Tensor] = {}
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, plan: lightning.LightningModule) -> None:
@@ -205,6 +230,7 @@ def fit(
     optimisation: Optimisation,
     *,
     early_stopping: int | None = None,
+    monitor: str = "elbo",
     checkpoint_dir: str | None = None,
     resume_from: str | None = None,
     progress_bar: bool = True,
@@ -225,7 +251,10 @@ def fit(
     optimisation
         How parameters are fitted.
     early_stopping
-        Stop after this many epochs without a better validation ELBO, and return to the best; None to train on.
+        Stop after this many epochs without a better value on validation cells, and return to the best; None to train
+        on.
+    monitor
+        The value that early stopping looks at: ``"elbo"``, or ``"reconstruction"``, the negative log-likelihood.
     checkpoint_dir
         Where to write Lightning checkpoints, the last of them ``last.ckpt``; None writes none.
     resume_from
@@ -252,7 +281,7 @@ def fit(
     plan = Plan(model, guide, optimisation, n_epochs)
     callbacks = list(callbacks)
     if early_stopping is not None:
-        callbacks.append(ReturnToBest(early_stopping))
+        callbacks.append(ReturnToBest(early_stopping, monitor))
     if checkpoint_dir is not None:
         callbacks.append(ModelCheckpoint(checkpoint_dir, save_last=True, filename="{epoch}"))
     if progress_bar:
