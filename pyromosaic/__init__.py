@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from pyromosaic.data import ModalitySpec, Mosaic, hide, pbmc_mosaic, protein_gene_links, simulate, unpair
-    from pyromosaic.models import ContrastiveVI, DiagVI, MultiVI
+    from pyromosaic.models import ContrastiveVI, DiagVI, MultiVI, ScModal
 
 # Imported when first used, so that `import pyromosaic` is quick.
 _HOME = {
@@ -16,6 +16,7 @@ _HOME = {
     "ModalitySpec": "data",
     "Mosaic": "data",
     "MultiVI": "models",
+    "ScModal": "models",
     "hide": "data",
     "pbmc_mosaic": "data",
     "protein_gene_links": "data",
@@ -36,6 +37,8 @@ _ROOMS = (
     "penalties",
     "plot",
     "priors",
+    "program",
+    "sizes",
     "tasks",
     "train",
 )
@@ -46,6 +49,7 @@ __all__ = [
     "ModalitySpec",
     "Mosaic",
     "MultiVI",
+    "ScModal",
     "hide",
     "pbmc_mosaic",
     "protein_gene_links",

@@ -4,5 +4,6 @@ from pyromosaic.models.contrastivevi import ContrastiveVI
 from pyromosaic.models.diagvi import DiagVI
 from pyromosaic.models.mosaic_model import MosaicModel
 from pyromosaic.models.multivi import MultiVI
+from pyromosaic.models.scmodal import ScModal
 
-__all__ = ["ContrastiveVI", "DiagVI", "MosaicModel", "MultiVI"]
+__all__ = ["ContrastiveVI", "DiagVI", "MosaicModel", "MultiVI", "ScModal"]

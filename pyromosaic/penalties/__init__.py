@@ -4,7 +4,10 @@ from pyromosaic.penalties.adversary import Adversary
 from pyromosaic.penalties.anchors import Anchors, Pull, Scores, mutual_neighbors
 from pyromosaic.penalties.classifier import Classifier
 from pyromosaic.penalties.cohorts import CohortMMD, Dependence, Wasserstein
+from pyromosaic.penalties.cycle import Cycle
 from pyromosaic.penalties.divergence import MMD, Jeffreys, MeanDistance, discrepancy
+from pyromosaic.penalties.geometry import Geometry, kernel_alignment, row_cosine
+from pyromosaic.penalties.pairs import Discriminator, Pairs
 from pyromosaic.penalties.penalty import Penalty, apply
 from pyromosaic.penalties.transport import Sinkhorn, sinkhorn_divergence
 
@@ -14,9 +17,13 @@ __all__ = [
     "Anchors",
     "Classifier",
     "CohortMMD",
+    "Cycle",
     "Dependence",
+    "Discriminator",
+    "Geometry",
     "Jeffreys",
     "MeanDistance",
+    "Pairs",
     "Penalty",
     "Pull",
     "Scores",
@@ -24,6 +31,8 @@ __all__ = [
     "Wasserstein",
     "apply",
     "discrepancy",
+    "kernel_alignment",
     "mutual_neighbors",
+    "row_cosine",
     "sinkhorn_divergence",
 ]
