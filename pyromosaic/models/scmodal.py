@@ -1,0 +1,535 @@
+"""scMODAL: modalities measured in different cells, aligned by adversaries, anchors, a latent cycle and geometry.
+
+After Wang et al., scMODAL: a general deep learning framework for comprehensive single-cell multi-omics data alignment
+with feature links (2025): an adversarial auto-encoder, whose terms are here parts of a Pyro program. Beyond it:
+posteriors and likelihoods of the measurements themselves, private latent variables, anchors by canonical correlation,
+and a geometry term that does not saturate.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import combinations, pairwise
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pandas as pd
+import pyro
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyromosaic.data import Minibatch, ModalitySchema, Mosaic, Schema, View, measured, separate
+from pyromosaic.fusion import MeanFusion, Posterior, alone, presence
+from pyromosaic.guidance import GuidanceGraph, shared_scores
+from pyromosaic.likelihoods import LIKELIHOODS, Likelihood, Predictors
+from pyromosaic.linkage import transport
+from pyromosaic.models.mosaic_model import MosaicModel, Preset
+from pyromosaic.nn import Decoder, Encoder, InputScaling
+from pyromosaic.penalties import (
+    Anchors,
+    Cycle,
+    Discriminator,
+    Geometry,
+    Pairs,
+    Penalty,
+    Pull,
+    Scores,
+    apply,
+    kernel_alignment,
+    row_cosine,
+)
+from pyromosaic.priors import StandardNormal
+from pyromosaic.program import Program, weighted
+from pyromosaic.sizes import Size
+
+REFERENCE = Preset(
+    options={
+        "n_latent": 20,
+        "n_private": 0,
+        "n_hidden": 512,
+        "deterministic": True,
+        "pairs": "chain",
+        "linkage": "features",
+        "n_neighbors": 30,
+        "lam_data": 10.0,
+        "lam_adversary": 1.0,
+        "n_adversary_steps": 5,
+        "lam_cycle": 10.0,
+        "lam_anchors": 1.0,
+        "lam_pull": 0.0,
+        "lam_geometry": 10.0,
+        "geometry": "cosine",
+    },
+    training={
+        "n_epochs": 10_000,
+        "max_steps": 10_000,
+        "batch_size": 1000,  # about 500 cells of each of two modalities
+        "learning_rate": 1e-3,
+        "weight_decay": 1e-3,
+        "kl_warmup_epochs": 0,
+        "schedule": "constant",
+        "gradient_clip": 5.0,
+        "validation": 0.0,
+    },
+)
+
+PAIRS: Mapping[str, Callable[[Iterable[str]], Iterable[tuple[str, str]]]] = {
+    "chain": pairwise,
+    "all": partial(combinations, r=2),
+}
+LIKENESS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"alignment": kernel_alignment, "cosine": row_cosine}
+
+
+@contextmanager
+def _cells(minibatch: Minibatch, kl_weight: float) -> Iterator[None]:
+    """Plate of the cells' shared latent variables: every modality counts alike, however many cells have it."""
+    weight = torch.zeros(len(minibatch), device=minibatch.index.device)
+    for view in minibatch.observed.values():
+        weight = weight.index_add(0, view.rows, weight.new_full((len(view.rows),), len(minibatch) / len(view.rows)))
+    plate = pyro.plate("cells", minibatch.n_cells, subsample=minibatch.index, dim=-2)
+    with plate, weighted(kl_weight), poutine.scale(scale=weight.unsqueeze(-1)):
+        yield
+
+
+@contextmanager
+def _modality(name: str, minibatch: Minibatch) -> Iterator[None]:
+    """Plate of the cells of a modality, weighted likewise."""
+    with poutine.scale(scale=len(minibatch) / len(minibatch.decoded[name].rows)), Program.cells(name, minibatch):
+        yield
+
+
+class ScModalModel(Program):
+    """The generative story.
+
+    Each cell has a latent variable z, and one more, z_<modality>, for what only its modality can see. The modality is
+    decoded from both and the cell's batch and covariates, and its likelihood gives the measurements.
+    """
+
+    def __init__(
+        self,
+        prior: nn.Module,
+        n_private: int,
+        private_kl: float,
+        sizes: Mapping[str, nn.Module],
+        decoders: Mapping[str, nn.Module],
+        likelihoods: Mapping[str, nn.Module],
+        lam_data: float,
+    ) -> None:
+        super().__init__()
+        self.prior, self.n_private, self.private_kl, self.lam_data = prior, n_private, private_kl, lam_data
+        self.sizes: Any = nn.ModuleDict(sizes)
+        self.decoders: Any = nn.ModuleDict(decoders)
+        self.likelihoods: Any = self.container(likelihoods)
+
+    def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> None:
+        """Sites: ``z``, ``z_<modality>``, and one of each modality's name."""
+        with _cells(minibatch, kl_weight):
+            z = pyro.sample("z", self.prior(minibatch))
+        decoders, likelihoods = self.decoders, self.likelihoods  # looked up once: Pyro notes every parameter each time
+        for name, view in minibatch.decoded.items():
+            own, likelihood = z[..., view.rows, 0, :], likelihoods[name]
+            view = self.sizes[name](own, view)
+            with _modality(name, minibatch):
+                if self.n_private:
+                    prior = dist.Normal(own.new_zeros(len(view.rows), 1, self.n_private), 1.0).to_event(1)
+                    with weighted(kl_weight * self.private_kl):
+                        own = torch.cat([own, pyro.sample(f"z_{name}", prior)[..., 0, :]], dim=-1)
+                predictors = decoders[name](own, view)
+                plate = pyro.plate(f"{name}_features", likelihood.schema.n_features, dim=-1)
+                with poutine.scale(scale=self.lam_data), plate:
+                    likelihood(name, predictors, view, kl_weight)
+
+
+class ScModalGuide(Program):
+    """The inference story.
+
+    Each modality is encoded to a normal posterior of z and of the private variable, or to a point. Penalties align the
+    modalities in z. Likelihoods with latent variables of their own have a decoder for their posteriors.
+    """
+
+    def __init__(
+        self,
+        encoders: Mapping[str, nn.Module],
+        deterministic: bool,
+        n_private: int,
+        private_kl: float,
+        penalties: Sequence[nn.Module],
+        decoders: Mapping[str, nn.Module],
+        likelihoods: Mapping[str, nn.Module],
+        lam_data: float,
+    ) -> None:
+        super().__init__()
+        self.encoders: Any = nn.ModuleDict(encoders)
+        self.fusion = MeanFusion()
+        self.deterministic, self.n_private, self.private_kl = deterministic, n_private, private_kl
+        self.penalties = nn.ModuleList(penalties)
+        self.decoders: Any = nn.ModuleDict(decoders)
+        self.likelihoods: dict[str, Any] = dict(likelihoods)  # the model owns their parameters
+        self.lam_data = lam_data
+
+    def posteriors(self, minibatch: Minibatch) -> tuple[dict[str, Posterior], dict[str, Posterior]]:
+        """Posteriors given each modality alone: of z, and of the modality's private variable."""
+        shared, private = {}, {}
+        encoders = self.encoders
+        for name, view in minibatch.observed.items():
+            q = Posterior(view.rows, *encoders[name](view))
+            shared[name] = q.dimensions(slice(q.loc.shape[-1] - self.n_private))
+            private[name] = q.dimensions(slice(q.loc.shape[-1] - self.n_private, None))
+        return shared, private
+
+    def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> None:
+        """Sites: those of the model that are not observed, and ``penalty/...``."""
+        shared, private = self.posteriors(minibatch)
+        apply(self.penalties, shared, minibatch, kl_weight)
+        used = presence(shared, len(minibatch))
+        seen = dict(zip(shared, used.T, strict=True))
+        if self.deterministic:
+            joint: Any = dist.Delta(self.fusion(shared, used)[0].unsqueeze(-2), event_dim=1)
+        else:
+            joint = self.fusion.posterior(shared, used)
+        with _cells(minibatch, kl_weight):
+            z = pyro.sample("z", joint)
+        for name, view in minibatch.decoded.items():
+            own = z[..., view.rows, 0, :]
+            with _modality(name, minibatch):
+                if self.n_private:
+                    q = alone(private.get(name), seen.get(name, used[:, 0]), self.n_private, view.rows)
+                    with weighted(kl_weight * self.private_kl):
+                        own = torch.cat([own, pyro.sample(f"z_{name}", q)[..., 0, :]], dim=-1)
+                if name in self.decoders:
+                    predictors, likelihood = self.decoders[name](own, view), self.likelihoods[name]
+                    plate = pyro.plate(f"{name}_features", likelihood.schema.n_features, dim=-1)
+                    with poutine.scale(scale=self.lam_data), plate:
+                        likelihood.posterior(name, predictors, kl_weight)
+
+
+class ScModal(MosaicModel):
+    """Integrate modalities that were measured in different cells, by adversarial alignment.
+
+    Parameters
+    ----------
+    data
+        The registered data, or the `Schema` of data to come, at least two modalities. Cells with several modalities
+        are taken apart: each measurement is a cell of its own, named ``"modality:cell"``.
+    graph
+        Linked features, for `linkage`: a `pyromosaic.guidance.GuidanceGraph`, a table of links (one column a
+        modality), or None to link features of equal names.
+    n_latent
+        Width of the shared latent space, in which modalities are aligned and cells are returned.
+    n_private
+        Width of each modality's private latent space; 0, as in the reference, makes all that a modality can see shared.
+    private_kl
+        Weight of the private variables' divergences.
+    n_hidden, n_layers, dropout, encode_covariates
+        Shape of the encoders, and whether they see batch and covariates.
+    deterministic
+        The reference's program in place of a probabilistic one: plain networks of one hidden layer of `n_hidden`
+        units; z a point, under a flat prior; mean squares of log-normalised, standardised measurements in place of
+        likelihoods of the measurements.
+    pairs
+        Modalities that are aligned with each other: ``"chain"``, each with the next in the order of the data; or
+        ``"all"``.
+    linkage
+        What anchors are found by: ``"cca"``, scores that all modalities share, computed from the graph's links before
+        training; ``"features"``, linked features themselves, as the reference does; a table of scores of your own, a
+        row a cell; or None for no anchors.
+    n_neighbors
+        Anchors are mutually among so many nearest in the minibatch.
+    lam_data, lam_adversary, lam_cycle, lam_anchors, lam_pull, lam_geometry
+        Weights of the likelihoods and of the penalties: `Discriminator`, `Cycle`, `Anchors`, `Pull` (to shared
+        scores) and `Geometry` of `pyromosaic.penalties`.
+    n_adversary_steps
+        Steps of the discriminators for each step of all else.
+    geometry
+        ``"alignment"`` (`kernel_alignment`), or ``"cosine"`` (`row_cosine`) as in the reference.
+    penalties
+        Further penalties, see `pyromosaic.penalties`.
+    seed
+        Seed of the networks' start values.
+
+    Attributes
+    ----------
+    presets
+        Other choices by name. ``"reference"``: those of scMODAL, except for minibatches (there 500 cells of each data
+        set drawn with replacement; here portions of all cells), scaling (there linked features of two modalities have
+        one target size, and values are cut off at 10), weight decay (there added to the gradient), and discriminators
+        that take their steps from one optimiser each. Nothing is uncertain there: imputed values have no spread.
+
+    Raises
+    ------
+    ValueError
+        In one sentence, if an option is out of range, a modality has a single cell, or features to find anchors by are
+        missing.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, ScModal, pbmc_mosaic, protein_gene_links
+    >>> from pyromosaic.guidance import GuidanceGraph
+    >>> mosaic = Mosaic.from_mudata(pbmc_mosaic(), batch_key="batch")
+    >>> table = protein_gene_links().rename(columns={"gene": "rna", "protein": "adt"})
+    >>> graph = GuidanceGraph.from_table(mosaic, table, drop_absent=True)
+    >>> model = ScModal(mosaic, graph)
+    >>> model.train(n_epochs=1, progress_bar=False)
+    >>> model.get_latent_representation(modality="adt").shape
+    (1200, 12)
+
+    As in the reference, but for fewer steps:
+
+    >>> options, training = ScModal.presets["reference"]
+    >>> model = ScModal(mosaic, graph, **options)
+    >>> model.train(**training | {"max_steps": 2}, progress_bar=False)
+    """
+
+    model: ScModalModel
+    guide: ScModalGuide
+    presets: ClassVar[Mapping[str, Preset]] = MappingProxyType({"reference": REFERENCE})
+
+    def __init__(
+        self,
+        data: Mosaic | Schema,
+        graph: Any = None,
+        *,
+        n_latent: int = 12,
+        n_private: int = 8,
+        private_kl: float = 2.0,
+        n_hidden: int = 128,
+        n_layers: int = 2,
+        dropout: float = 0.1,
+        encode_covariates: bool = True,
+        deterministic: bool = False,
+        pairs: Literal["chain", "all"] = "chain",
+        linkage: Literal["cca", "features"] | pd.DataFrame | None = "cca",
+        n_neighbors: int = 5,
+        lam_data: float = 1.0,
+        lam_adversary: float = 1.0,
+        n_adversary_steps: int = 5,
+        lam_cycle: float = 1.0,
+        lam_anchors: float = 2.0,
+        lam_pull: float = 4.0,
+        lam_geometry: float = 1.0,
+        geometry: Literal["alignment", "cosine"] = "alignment",
+        penalties: Sequence[Penalty] = (),
+        seed: int = 0,
+    ) -> None:
+        options = locals()
+        if n_latent < 1 or n_private < 0:
+            raise ValueError(f"n_latent is at least 1 and n_private at least 0; found {n_latent} and {n_private}")
+        if lam_data < 0 or private_kl < 0:
+            raise ValueError(f"weights are at least 0; found lam_data={lam_data} and private_kl={private_kl}")
+        if deterministic and n_private:
+            raise ValueError(f"a deterministic program has no private variables: n_private is 0; found {n_private}")
+        for value, known in ((pairs, PAIRS), (geometry, LIKENESS)):
+            if value not in known:
+                raise ValueError(f"there is no choice {value!r}; accepted: {', '.join(map(repr, known))}")
+        if isinstance(linkage, str) and linkage not in ("cca", "features"):
+            raise ValueError(f'linkage is "cca", "features", a table of scores, or None; found {linkage!r}')
+        if isinstance(data, Mosaic):
+            data = separate(data)
+        with self._construction(data, options, seed) as schema:
+            modalities, width = schema.modalities, n_latent + n_private
+            if len(modalities) < 2:
+                raise ValueError(f"alignment takes at least 2 modalities; found {', '.join(map(repr, modalities))}")
+            self.linkage, self.n_private, self.n_latent = linkage, n_private, n_latent
+            self.by_features = isinstance(linkage, str) and linkage == "features"
+            self.graph = GuidanceGraph.of(graph, schema) if isinstance(linkage, str) else None
+            self.options["graph"] = None if self.graph is None else self.graph.to_json()
+            self.options["linkage"] = linkage if isinstance(linkage, str) else None
+            self.scores = Scores()
+            chosen = list(PAIRS[pairs](modalities))
+            self.matches = {pair: Scores() if self.by_features else self.scores for pair in chosen}
+            encoders: dict[str, nn.Module]
+            decoders: dict[str, nn.Module]
+            likelihoods: dict[str, Likelihood]
+            if deterministic:
+                likelihoods = {name: MeanSquare(m) for name, m in modalities.items()}
+                encoders = {name: PlainEncoder(m, n_latent, n_hidden) for name, m in modalities.items()}
+                decoders = {name: PlainDecoder(m, n_latent, n_hidden) for name, m in modalities.items()}
+            else:
+                likelihoods = {name: LIKELIHOODS[m.spec.likelihood](m) for name, m in modalities.items()}
+                encoders = {
+                    name: Encoder(m, width, n_hidden, n_layers, dropout, encode_covariates)
+                    for name, m in modalities.items()
+                }
+                decoders = {
+                    name: Decoder(m, likelihoods[name].predictors, width, n_hidden) for name, m in modalities.items()
+                }
+            posterior_decoders = {
+                name: Decoder(modalities[name], likelihood.posterior_predictors, width, n_hidden)
+                for name, likelihood in likelihoods.items()
+                if likelihood.posterior_predictors
+            }
+            discriminators = {pair: Discriminator(1.0, n_latent, n_steps=n_adversary_steps) for pair in chosen}
+            cycle = Cycle(1.0, modalities, encoders, decoders, likelihoods, n_private)
+            if deterministic:
+                for network in (*encoders.values(), *decoders.values(), *discriminators.values()):
+                    for parameter in network.parameters():
+                        nn.init.normal_(parameter, std=0.1)
+            terms = [
+                Pairs(lam_adversary, discriminators, warms_up=not deterministic),
+                Pairs(lam_cycle, dict.fromkeys(chosen, cycle)),
+                Pairs(lam_anchors, {pair: Anchors(1.0, own, n_neighbors) for pair, own in self.matches.items()}),
+                Pull(lam_pull, self.scores),
+                Geometry(lam_geometry, encoders, LIKENESS[geometry]),
+                *penalties,
+            ]
+            self.model = ScModalModel(
+                Flat(n_latent) if deterministic else StandardNormal(n_latent),
+                n_private,
+                private_kl,
+                {name: Size(m, n_latent) for name, m in modalities.items()},
+                decoders,
+                likelihoods,
+                lam_data,
+            )
+            self.guide = ScModalGuide(
+                encoders, deterministic, n_private, private_kl, terms, posterior_decoders, likelihoods, lam_data
+            )
+
+    def _data(self, data: Mosaic | None) -> Mosaic:
+        return separate(super()._data(data))
+
+    def start(self, mosaic: Mosaic) -> None:
+        """Set input scaling, feature-level parameters and the decoders' biases from the data."""
+        for name, modality in mosaic.modalities.items():
+            n = int(modality.present.sum())
+            if n < 2:
+                raise ValueError(f"modality {name!r} has {n} cell{'s' * (n != 1)}; accepted: at least 2 to align")
+            view = measured(mosaic, modality.sample()).observed[name]
+            self.guide.encoders[name].scaling.start(view)
+            values = self.model.likelihoods[name].start(view)
+            for decoders in (self.model.decoders, self.guide.decoders):
+                if name in decoders and isinstance(decoders[name], Decoder):
+                    decoders[name].start({k: v for k, v in values.items() if k in decoders[name].heads})
+
+    def train(self, n_epochs: int = 150, **options: Any) -> None:
+        """Find what cells are matched by, then fit the parameters; see `MosaicModel.train`."""
+        mosaic = self._data(None)
+        if self.linkage is not None and not any(self.matches.values()):
+            for pair, scores in self.matches.items() if self.by_features else [((), self.scores)]:
+                values = self.linked_features(mosaic, *pair) if pair else self.link(mosaic)
+                scores.set(torch.from_numpy(values).to(self._device))
+        super().train(n_epochs, **options)
+
+    def link(self, mosaic: Mosaic) -> np.ndarray:
+        """Scores of the cells that all modalities share, shape (N, c)."""
+        if isinstance(self.linkage, pd.DataFrame):
+            missing = mosaic.obs_names.difference(self.linkage.index)
+            if len(missing):
+                raise ValueError(f"the linkage has no scores of cell {missing[0]!r}; accepted: a row for every cell")
+            return self.linkage.loc[mosaic.obs_names].to_numpy(dtype=np.float32)
+        assert self.graph is not None
+        # Types of cells may be in one modality only: not all mass need be matched.
+        return shared_scores(mosaic, self.graph, self.n_latent, match=partial(transport, reach=0.3))
+
+    def linked_features(self, mosaic: Mosaic, a: str, b: str) -> np.ndarray:
+        """Linked features of two modalities as the encoders see them, side by side, shape (N, links); 0 elsewhere.
+
+        A negative link's feature of the second modality has its sign turned. Links of a feature that does not vary are
+        left out.
+        """
+        assert self.graph is not None
+        links = self.graph.links(a, b)
+        values = np.zeros((mosaic.n_cells, len(links)), dtype=np.float32)
+        varies = np.ones(len(links), dtype=bool)
+        for name, sign in ((a, np.ones(len(links))), (b, links["sign"].to_numpy())):
+            columns = pd.Index(self.schema[name].features).get_indexer(pd.Index(links[name]))
+            cells = np.flatnonzero(mosaic.modalities[name].present)
+            for part in np.array_split(cells, -(-len(cells) // 1024)):
+                view = measured(mosaic, part).observed[name].to(self._device)
+                values[part] = self.guide.encoders[name].scaling(view).cpu().numpy()[:, columns] * sign
+            varies &= np.ptp(values[cells], axis=0) > 0
+        if not varies.any():
+            raise ValueError(
+                f"modalities {a!r} and {b!r} have no linked features that vary, out of {len(links)}; accepted: at "
+                'least one, or linkage="cca", which links modalities through others too'
+            )
+        return values[:, varies]
+
+    def finish(self, mosaic: Mosaic) -> None:
+        """Learn how the size of a cell depends on its latent variable, for cells in which it was not measured."""
+        for name, modality in mosaic.modalities.items():
+            cells = modality.sample()
+            z = torch.from_numpy(self.get_latent_representation(cells).to_numpy()).to(self._device)
+            self.model.sizes[name].fit(z, measured(mosaic, cells).observed[name].to(self._device))
+
+
+# What the reference is made of
+
+
+class Flat(StandardNormal):
+    """A prior that is the same everywhere; prior predictive draws are from a standard normal."""
+
+    def forward(self, minibatch: Minibatch) -> dist.TorchDistribution:
+        """The prior of every cell of the minibatch."""
+        return super().forward(minibatch).mask(False)
+
+
+class PlainEncoder(nn.Module):
+    """One hidden layer of rectified units, from scaled measurements to a point."""
+
+    def __init__(self, schema: ModalitySchema, n_latent: int, n_hidden: int) -> None:
+        super().__init__()
+        self.scaling = InputScaling(schema)
+        self.network = nn.Sequential(nn.Linear(schema.n_features, n_hidden), nn.ReLU(), nn.Linear(n_hidden, n_latent))
+
+    def posterior(self, x: Tensor, view: View) -> tuple[Tensor, Tensor]:
+        """The point, and standard deviations of 0, given scaled measurements, shape (b, features)."""
+        loc = self.network(x)
+        return loc, torch.zeros_like(loc)
+
+    def forward(self, view: View) -> tuple[Tensor, Tensor]:
+        """The point, and standard deviations of 0, each of shape (b, latent)."""
+        return self.posterior(self.scaling(view), view)
+
+
+class PlainDecoder(nn.Module):
+    """One hidden layer of rectified units, from z to scaled measurements."""
+
+    def __init__(self, schema: ModalitySchema, n_latent: int, n_hidden: int) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(n_latent, n_hidden), nn.ReLU(), nn.Linear(n_hidden, schema.n_features))
+
+    def forward(self, z: Tensor, view: View) -> dict[str, Tensor]:
+        """The predictor ``loc``, shape (..., b, features)."""
+        return {"loc": self.network(z)}
+
+
+class MeanSquare(Likelihood):
+    """Mean square over features of scaled measurements minus ``loc``, as a normal likelihood.
+
+    A variance of half the number of features makes it that, up to constants. It is a weight rather than the spread of
+    measurements: predicted is the point on the scale of the measurements to which ``loc`` belongs.
+    """
+
+    predictors = ("loc",)
+
+    def __init__(self, schema: ModalitySchema) -> None:
+        super().__init__(schema)
+        self.scaling = InputScaling(schema)
+
+    def start(self, view: View) -> dict[str, Tensor]:
+        """Learn the scaling."""
+        self.scaling.start(view)
+        return {}
+
+    def forward(self, name: str, predictors: Predictors, view: View, kl_weight: float = 1.0) -> None:
+        """The observed site, or a point to be predicted."""
+        if view.counts is None:
+            pyro.sample(name, self.distribution(predictors, view))
+        else:
+            scale = (self.schema.n_features / 2) ** 0.5
+            pyro.sample(name, dist.Normal(predictors["loc"], scale), obs=self.scaling(view))
+
+    def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
+        """The point, batch shape (..., b, features)."""
+        x = predictors["loc"] * self.scaling.sd + self.scaling.mean
+        if self.schema.spec.data_kind != "real":
+            x = x.expm1().clamp_min(0.0) * (view.library / self.schema.library)
+        return dist.Delta(x)
+
+    def seen(self, predictors: Predictors) -> Tensor:
+        """What an encoder sees of what is expected: ``loc`` itself."""
+        return predictors["loc"]

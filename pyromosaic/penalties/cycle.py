@@ -1,0 +1,87 @@
+"""Latent cycle: a cell that is decoded in another modality and encoded again is to come back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyromosaic.data import Minibatch, ModalitySchema, View
+from pyromosaic.fusion import Posterior
+from pyromosaic.penalties.penalty import Penalty
+from pyromosaic.tasks import AtMean
+
+
+class Cycle(Penalty):
+    """Mean squared distance, per latent dimension, between z and what the other modality's encoder makes of it.
+
+    z, the posterior mean, is decoded in the other modality, for a cell of median size of no known batch, and what is
+    expected there is encoded again. Both ways are summed (scMODAL; Wang et al. 2025).
+
+    Parameters
+    ----------
+    weight
+        What it is multiplied by.
+    schema
+        The modalities.
+    encoders, decoders, likelihoods
+        Those of guide and model, by modality. A likelihood with a method ``seen(predictors)`` says itself what an
+        encoder sees of what is expected.
+    n_private
+        Width of the modalities' private latent variables, which are 0 in what is decoded.
+    """
+
+    name = "cycle"
+
+    def __init__(
+        self,
+        weight: float,
+        schema: Mapping[str, ModalitySchema],
+        encoders: Mapping[str, Any],
+        decoders: Mapping[str, Any],
+        likelihoods: Mapping[str, Any],
+        n_private: int = 0,
+    ) -> None:
+        super().__init__(weight)
+        self.schema, self.n_private = schema, n_private
+        # model and guide own their parameters
+        self.encoders, self.decoders, self.likelihoods = dict(encoders), dict(decoders), dict(likelihoods)
+
+    def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
+        """The penalty, a scalar, of two modalities."""
+        (a, q), (b, r) = posteriors.items()
+        return (q.loc - self.there(b, q.loc)).square().mean() + (r.loc - self.there(a, r.loc)).square().mean()
+
+    def there(self, name: str, z: Tensor) -> Tensor:
+        """Posterior means given what a modality is expected to measure at z, shape (n, latent)."""
+        view = typical(self.schema[name], z)
+        predictors = self.decoders[name](torch.nn.functional.pad(z, (0, self.n_private)), view)
+        loc, _ = self.encoders[name].posterior(self.seen(name, predictors, view), view)
+        return loc[:, : z.shape[-1]]
+
+    def seen(self, name: str, predictors: Mapping[str, Tensor], view: View) -> Tensor:
+        """Expected measurements as the encoder sees them, shape (n, features)."""
+        likelihood = self.likelihoods[name]
+        if hasattr(likelihood, "seen"):
+            own: Tensor = likelihood.seen(predictors)
+            return own
+        with poutine.block(), AtMean():
+            mean = poutine.trace(likelihood).get_trace(name, predictors, view).nodes[name]["value"]
+        scaling = self.encoders[name].scaling
+        x = mean if self.schema[name].spec.data_kind == "real" else torch.log1p(mean)  # of a cell of median size
+        return (x - scaling.mean) / scaling.sd
+
+
+def typical(schema: ModalitySchema, like: Tensor) -> View:
+    """A modality in n cells of median size and average covariates, for a tensor with n rows."""
+    n, device = len(like), like.device
+    return View(
+        rows=torch.arange(n, device=device),
+        codes=torch.full((n, len(schema.categories)), -1, device=device),
+        n_categories=tuple(len(categories) for categories in schema.categories.values()),
+        continuous=like.new_zeros(n, len(schema.continuous)),
+        library=like.new_full((n, 1), schema.library),
+        counts=None,
+        labels=torch.full((n,), -1, device=device),
+    )
