@@ -91,6 +91,11 @@ class Pull(Penalty):
         What it is multiplied by.
     scores
         Scores of the cells, at most as many as there are latent dimensions: they pull the first ones.
+
+    Raises
+    ------
+    ValueError
+        If there are more scores than latent dimensions.
     """
 
     name = "pull"
@@ -105,5 +110,10 @@ class Pull(Penalty):
         for q in posteriors.values():
             if self.scores:
                 scores = self.scores.of(q, minibatch)
+                if scores.shape[1] > q.loc.shape[1]:
+                    raise ValueError(
+                        f"the linkage has {scores.shape[1]} scores a cell and the shared latent space "
+                        f"{q.loc.shape[1]} dimensions; take as many dimensions, or fewer scores"
+                    )
                 total = total + (q.loc[:, : scores.shape[1]] - scores).square().sum(-1).mean()
         return total
