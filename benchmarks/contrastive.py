@@ -21,6 +21,8 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "no penalties": NO_PENALTIES,
     "Wasserstein 10": {"wasserstein": 10.0},
     "ARD": {"salient_prior": "ard"},
+    "cohort MMD 20": {"cohort_mmd": 20.0},
+    "cohort MMD 0": {"cohort_mmd": 0.0},
 }
 
 
@@ -33,7 +35,16 @@ def load(options: Namespace, seed: int) -> Any:
     if options.data is not None:
         return anndata.read_h5ad(options.data)
     mdata, _ = simulate(
-        2000, {"rna": 500}, types=4, n_batches=1, treated=0.5, n_responses=2, n_salient=1, affected=0.2, seed=seed
+        options.cells,
+        {"rna": 500},
+        types=4,
+        treated_types=[0.45, 0.35, 0.2, 0.0] if options.deplete else None,
+        n_batches=1,
+        treated=0.5,
+        n_responses=2 * options.dimensions,
+        n_salient=options.dimensions,
+        affected=0.2,
+        seed=seed,
     )
     return mdata["rna"]
 
@@ -178,6 +189,11 @@ def contrastive_pca(options: Namespace, seed: int) -> Figures:
 def main() -> None:
     """Run the benchmark."""
     parser = arguments(__doc__.split("\n")[0])
+    parser.add_argument("--cells", type=int, default=2000, help="planted data: number of cells")
+    parser.add_argument("--dimensions", type=int, default=1, help="planted data: dimensions of the perturbation")
+    parser.add_argument(
+        "--deplete", action="store_true", help="planted data: one type is missing from the target cohort"
+    )
     parser.add_argument("--likelihood", default="nb")
     parser.add_argument("--condition-key", default="condition")
     parser.add_argument("--background", default="control")

@@ -83,7 +83,8 @@ def ours(options: Namespace, seed: int) -> Figures:
     adatas, labels, table = load(options, seed)
     mosaic = Mosaic.from_anndata(adatas, batch_key=options.batch_key)
     graph = GuidanceGraph.from_table(mosaic, table, drop_absent=True)
-    model = DiagVI(mosaic, graph, seed=seed, **(REFERENCE if options.reference else {}))
+    changes = {"linkage": None} if options.no_linkage else {}
+    model = DiagVI(mosaic, graph, seed=seed, **(REFERENCE if options.reference else changes))
     with measured_cost() as cost:
         model.train(options.epochs, seed=seed, progress_bar=False)
 
@@ -135,6 +136,7 @@ def main() -> None:
     parser.add_argument("--peer-epochs", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--reference", action="store_true", help="the reference's loss and weights instead of ours")
+    parser.add_argument("--no-linkage", action="store_true", help="without anchors and pull from the linkage")
     parser.add_argument("--control", action="store_true", help="shuffle every feature over cells: chance level")
     options = parser.parse_args()
     runs: dict[str, list[Figures]] = {"pyromosaic": []}

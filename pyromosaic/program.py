@@ -1,12 +1,13 @@
 """What a Pyro model or guide over a mosaic shares: its parameters are its own, and its plates have one form."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import pyro
 from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
@@ -34,6 +35,25 @@ class weighted(Messenger):
     def _pyro_sample(self, msg: Message) -> None:
         msg["scale"] = msg["scale"] * self.weight
         msg["infer"]["weight"] = msg["infer"].get("weight", 1.0) * self.weight
+
+
+class AtMean(Messenger):
+    """Effect handler: unobserved sites take the mean of their distribution instead of a draw.
+
+    Parameters
+    ----------
+    which
+        Says by a site's name whether it is to take its mean; by default all do.
+    """
+
+    def __init__(self, which: Callable[[str], bool] = lambda name: True) -> None:
+        super().__init__()
+        self.which = which
+
+    def _pyro_sample(self, msg: Message) -> None:
+        if not msg["is_observed"] and isinstance(msg["fn"], TorchDistributionMixin) and self.which(msg["name"] or ""):
+            msg["value"] = msg["fn"].mean
+            msg["done"] = True
 
 
 def _itself(parameter: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ from pyromosaic.models.mosaic_model import Cells, MosaicModel, Preset
 from pyromosaic.nn import Decoder, Encoder
 from pyromosaic.penalties import MMD, Adversary, Jeffreys, Penalty, apply
 from pyromosaic.priors import StandardNormal
-from pyromosaic.program import Program, weighted
+from pyromosaic.program import AtMean, Program, weighted
 from pyromosaic.sizes import LatentSize, Size
-from pyromosaic.tasks import AtMean, inference_mode
+from pyromosaic.tasks import inference_mode
 
 COLLAPSED = 0.2  # share below which the shared latent space is said to have collapsed
 

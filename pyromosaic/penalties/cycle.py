@@ -10,7 +10,7 @@ from torch import Tensor
 from pyromosaic.data import Minibatch, ModalitySchema, View
 from pyromosaic.fusion import Posterior
 from pyromosaic.penalties.penalty import Penalty
-from pyromosaic.tasks import AtMean
+from pyromosaic.program import AtMean
 
 
 class Cycle(Penalty):

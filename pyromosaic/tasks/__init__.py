@@ -1,7 +1,8 @@
 """What every trained model can do, written once against its Pyro program."""
 
+from pyromosaic.program import AtMean
 from pyromosaic.tasks.differential import compare, compare_groups, contrasts, estimate_delta
-from pyromosaic.tasks.inference import AtMean, inference_mode
+from pyromosaic.tasks.inference import inference_mode
 from pyromosaic.tasks.prediction import Estimate, draws, estimate
 
 __all__ = [

@@ -1,33 +1,11 @@
 """Running a trained program without changing it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pyro
 import torch
-from pyro.distributions.torch_distribution import TorchDistributionMixin
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import Message
 from torch import nn
-
-
-class AtMean(Messenger):
-    """Effect handler: unobserved sites take the mean of their distribution instead of a draw.
-
-    Parameters
-    ----------
-    which
-        Says by a site's name whether it is to take its mean; by default all do.
-    """
-
-    def __init__(self, which: Callable[[str], bool] = lambda name: True) -> None:
-        super().__init__()
-        self.which = which
-
-    def _pyro_sample(self, msg: Message) -> None:
-        if not msg["is_observed"] and isinstance(msg["fn"], TorchDistributionMixin) and self.which(msg["name"] or ""):
-            msg["value"] = msg["fn"].mean
-            msg["done"] = True
 
 
 @contextmanager

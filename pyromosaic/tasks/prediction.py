@@ -12,7 +12,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch
-from pyromosaic.tasks.inference import AtMean
+from pyromosaic.program import AtMean
 
 
 @dataclass(frozen=True)
