@@ -36,7 +36,7 @@ def load(options: Namespace, seed: int) -> Any:
         return anndata.read_h5ad(options.data)
     mdata, _ = simulate(
         options.cells,
-        {"rna": 500},
+        {"rna": options.genes},
         types=4,
         treated_types=[0.45, 0.35, 0.2, 0.0] if options.deplete else None,
         n_batches=1,
@@ -190,6 +190,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = arguments(__doc__.split("\n")[0])
     parser.add_argument("--cells", type=int, default=2000, help="planted data: number of cells")
+    parser.add_argument("--genes", type=int, default=500, help="planted data: number of genes")
     parser.add_argument("--dimensions", type=int, default=1, help="planted data: dimensions of the perturbation")
     parser.add_argument(
         "--deplete", action="store_true", help="planted data: one type is missing from the target cohort"

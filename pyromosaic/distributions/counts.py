@@ -12,9 +12,10 @@ from torch.types import _size
 
 LARGEST_RATE = 1e9  # Poisson samplers overflow 32-bit integers above about 4e9
 SMALLEST_MEAN = 1e-30  # keeps count / mean finite in float32 when a mean has underflowed to zero
+SMALL_COUNT = 24  # up to here a table of logarithms is cheaper than lgamma
 
-#: From a parameter, and a transform of it, to its transformed values at the entries concerned.
-Lookup = Callable[..., Tensor]
+#: From a parameter to its values at the entries concerned.
+Lookup = Callable[[Tensor], Tensor]
 
 
 class _CountDistribution(TorchDistribution):
@@ -35,10 +36,10 @@ class _CountDistribution(TorchDistribution):
         """Log-probability of a zero; ``at(parameter)`` is a parameter at the entries."""
         raise NotImplementedError
 
-    def _log_prob_positive(self, count: Tensor, at: Lookup) -> Tensor:
+    def _log_prob_positive(self, count: Tensor, at: "_Entries") -> Tensor:
         """Log-probability of positive counts, which are given in float64.
 
-        In float32 ``lgamma(count + theta) - lgamma(theta)`` cancels: ``at(parameter, Tensor.double)`` is in float64.
+        In float32 the terms of large counts cancel: ``at(parameter, Tensor.double)`` is in float64.
         """
         raise NotImplementedError
 
@@ -67,20 +68,18 @@ class _CountDistribution(TorchDistribution):
         shape = torch.Size(broadcast_shape(self.batch_shape, value.shape))
         if value.layout == torch.strided:
             value = value.expand(shape)
-            log_prob = self._log_prob_positive(value.double().clamp_min(1), _everywhere)
-            index = (value == 0).nonzero().T
-            rest = self._log_prob_zero(_lookup(index, shape))
-        elif value.shape == shape:
+            index = value.nonzero().T
+            count = value[tuple(index)]
+        elif value.shape != shape:
+            raise ValueError(f"A sparse value must have the shape {tuple(shape)}, not {tuple(value.shape)}.")
+        else:
             value = value.to_sparse().coalesce()
             index, count = value.indices(), value.values()
             if not count.all():  # a sparse tensor may store zeros
                 index, count = index[:, count != 0], count[count != 0]
-            log_prob = self._log_prob_zero(_everywhere)
-            rest = self._log_prob_positive(count.double(), _lookup(index, shape))
-        else:
-            raise ValueError(f"A sparse value must have the shape {tuple(shape)}, not {tuple(value.shape)}.")
-        position = _flat_position(index, shape)
-        return log_prob.expand(shape).reshape(-1).index_put((position,), rest).reshape(shape)
+        at = _Entries(index, shape)
+        log_prob = self._log_prob_zero(_everywhere).expand(shape).reshape(-1)
+        return log_prob.index_put((at.entry,), self._log_prob_positive(count.double(), at)).reshape(shape)
 
     def expand(self, batch_shape: _size, _instance: TorchDistribution | None = None) -> "_CountDistribution":
         """Return the same distribution with a larger ``batch_shape``; parameters are shared, not copied."""
@@ -158,7 +157,7 @@ class NegativeBinomial(_CountDistribution):
     def _log_prob_zero(self, at: Lookup) -> Tensor:
         return _log_zero(at(self.mu), at(self.theta))
 
-    def _log_prob_positive(self, count: Tensor, at: Lookup) -> Tensor:
+    def _log_prob_positive(self, count: Tensor, at: "_Entries") -> Tensor:
         return _log_positive(count, [self.mu], self.theta, at)[0]
 
 
@@ -230,7 +229,7 @@ class ZeroInflatedNegativeBinomial(_CountDistribution):
         structural = self.gate_logits.new_zeros(())
         return _log_mixture(at(self.gate_logits), structural, _log_zero(at(self.mu), at(self.theta)))
 
-    def _log_prob_positive(self, count: Tensor, at: Lookup) -> Tensor:
+    def _log_prob_positive(self, count: Tensor, at: "_Entries") -> Tensor:
         return logsigmoid(-at(self.gate_logits)) + _log_positive(count, [self.mu], self.theta, at)[0]
 
 
@@ -331,7 +330,7 @@ class NegativeBinomialMixture(_CountDistribution):
         background, foreground = (_log_zero(at(mu), theta) for mu in (self.mu_background, self.mu_foreground))
         return _log_mixture(at(self.mixture_logits), background, foreground)
 
-    def _log_prob_positive(self, count: Tensor, at: Lookup) -> Tensor:
+    def _log_prob_positive(self, count: Tensor, at: "_Entries") -> Tensor:
         means = [self.mu_background, self.mu_foreground]
         background, foreground = _log_positive(count, means, self.theta, at)
         logits = at(self.mixture_logits)
@@ -352,11 +351,10 @@ def _log_zero(mu: Tensor, theta: Tensor) -> Tensor:
     return -theta * torch.log1p(mu * theta.reciprocal())
 
 
-def _log_positive(count: Tensor, means: list[Tensor], theta: Tensor, at: Lookup) -> list[Tensor]:
+def _log_positive(count: Tensor, means: list[Tensor], theta: Tensor, at: "_Entries") -> list[Tensor]:
     """Negative binomial log-probability of positive counts under each mean; terms without a mean are computed once."""
-    shared = at(theta, lambda theta: torch.xlogy(theta.double(), theta.double()) - torch.lgamma(theta.double()))
     theta_at = at(theta, Tensor.double)
-    shared = shared + torch.lgamma(count + theta_at) - torch.lgamma(count + 1)
+    shared = _log_coefficient(count, theta, at) + at(theta, lambda theta: torch.xlogy(theta.double(), theta.double()))
     log_probs = []
     for mu in means:
         mean = at(mu, Tensor.double)
@@ -365,23 +363,50 @@ def _log_positive(count: Tensor, means: list[Tensor], theta: Tensor, at: Lookup)
     return log_probs
 
 
-def _everywhere(parameter: Tensor, transform: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """A transformed parameter at every entry, in a shape that broadcasts."""
-    return parameter if transform is None else transform(parameter)
+def _log_coefficient(count: Tensor, theta: Tensor, at: "_Entries") -> Tensor:
+    """Log of the binomial coefficient ``gamma(count + theta) / (gamma(theta) count!)`` at the entries.
+
+    Where a parameter serves many entries, that of a small count comes from a table of the sums of
+    ``log((theta + k) / (k + 1))`` over k < count.
+    """
+    if theta.numel() >= len(count):
+        return _log_coefficient_by_lgamma(count, at(theta, Tensor.double))
+    k = torch.arange(SMALL_COUNT, dtype=count.dtype, device=count.device).unsqueeze(-1)
+    table = torch.log((theta.double().reshape(-1) + k) / (k + 1)).cumsum(0)
+    position = at.position(theta)
+    row = count.long().clamp(max=SMALL_COUNT) - 1
+    coefficient = table.reshape(-1).index_select(0, row * theta.numel() + position)
+    large = (count > SMALL_COUNT).nonzero().squeeze(-1)
+    of_theta = theta.double().reshape(-1).index_select(0, position[large])
+    return coefficient.index_put((large,), _log_coefficient_by_lgamma(count[large], of_theta))
 
 
-def _lookup(index: Tensor, shape: torch.Size) -> Lookup:
-    """A function from a parameter to the transformed parameter at the given entries."""
-    entry = _flat_position(index, shape)
+def _log_coefficient_by_lgamma(count: Tensor, theta: Tensor) -> Tensor:
+    return torch.lgamma(count + theta) - torch.lgamma(theta) - torch.lgamma(count + 1)
 
-    def at(parameter: Tensor, transform: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        position = entry if parameter.shape == shape else _flat_position(index, parameter.shape)
+
+def _everywhere(parameter: Tensor) -> Tensor:
+    """A parameter at every entry, in a shape that broadcasts."""
+    return parameter
+
+
+class _Entries:
+    """A function from a parameter, and a transform of it, to its transformed values at some entries of a tensor."""
+
+    def __init__(self, index: Tensor, shape: torch.Size) -> None:
+        self.index, self.shape = index, shape
+        self.entry = _flat_position(index, shape)
+
+    def position(self, parameter: Tensor) -> Tensor:
+        """Row-major position of the entries in the parameter."""
+        return self.entry if parameter.shape == self.shape else _flat_position(self.index, parameter.shape)
+
+    def __call__(self, parameter: Tensor, transform: Callable[[Tensor], Tensor] = _everywhere) -> Tensor:
+        position = self.position(parameter)
         # The transform runs on the smaller of the two.
         if parameter.numel() < len(position):
-            return _everywhere(parameter, transform).reshape(-1).index_select(0, position)
-        return _everywhere(parameter.reshape(-1).index_select(0, position), transform)
-
-    return at
+            return transform(parameter).reshape(-1).index_select(0, position)
+        return transform(parameter.reshape(-1).index_select(0, position))
 
 
 def _log_mixture(logits: Tensor, log_first: Tensor, log_second: Tensor) -> Tensor:

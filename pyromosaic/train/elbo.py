@@ -4,15 +4,20 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceMeanField_ELBO
-from pyro.infer.util import check_fully_reparametrized, is_validation_enabled
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 from torch.distributions import kl_divergence
 
 
 class MosaicELBO(TraceMeanField_ELBO):
-    """`pyro.infer.TraceMeanField_ELBO` without its copies from device to host, and with the parts of the loss.
+    """`pyro.infer.TraceMeanField_ELBO` with the parts of the loss, and without what costs time.
+
+    That is copies from device to host, and log densities of latent variables where their divergence has a formula.
 
     The loss is that of `TraceMeanField_ELBO`: minus the log-likelihood of observed sites, plus the Kullback-Leibler
     divergence of latent sites (analytic where there is a formula), plus the factors of the guide. After each call
@@ -48,12 +53,25 @@ class MosaicELBO(TraceMeanField_ELBO):
         loss.backward()
         return float(loss)
 
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[poutine.Trace, poutine.Trace]:
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        if is_validation_enabled():
+            check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
+        return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+
     def _terms(self, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> dict[str, Tensor]:
+        model_trace.compute_log_prob(lambda name, site: site["is_observed"])
+        guide_trace.compute_log_prob(lambda name, site: name not in model_trace.nodes)
         terms = {}
+        for name, site in guide_trace.nodes.items():
+            if site["type"] == "sample" and not site["fn"].has_rsample:
+                raise NotImplementedError(f"site {name!r} of the guide has no reparametrised samples")
         for name, site in model_trace.nodes.items():
             if site["type"] != "sample":
                 continue
             if site["is_observed"]:
+                self._check(site)
                 terms[name] = -site["log_prob_sum"]
                 continue
             if name not in guide_trace.nodes:
@@ -63,19 +81,27 @@ class MosaicELBO(TraceMeanField_ELBO):
             guide_site = guide_trace.nodes[name]
             self.latent[name] = guide_site["infer"].get("weight", 1.0)
             if is_validation_enabled():
-                check_fully_reparametrized(guide_site)
                 if not torch.equal(torch.as_tensor(site["scale"]), torch.as_tensor(guide_site["scale"])):
                     raise ValueError(
                         f"site {name!r} is scaled by {site['scale']} in the model and by {guide_site['scale']} in the "
                         "guide; both must be the same"
                     )
             try:
+                if isinstance(guide_site["fn"], Delta):  # Pyro's formula leaves out the density that it may carry
+                    raise NotImplementedError
                 divergence = kl_divergence(guide_site["fn"], site["fn"])
             except NotImplementedError:
-                terms[name] = guide_site["score_parts"].entropy_term.sum() - site["log_prob_sum"]
-            else:
-                terms[name] = scale_and_mask(divergence, guide_site["scale"], guide_site["mask"]).sum()
+                divergence = guide_site["fn"].log_prob(guide_site["value"]) - site["fn"].log_prob(site["value"])
+            self._check({**site, "log_prob": divergence})
+            terms[name] = scale_and_mask(divergence, guide_site["scale"], guide_site["mask"]).sum()
         for name, site in guide_trace.nodes.items():
             if site["type"] == "sample" and name not in model_trace.nodes:
-                terms[name] = site["score_parts"].entropy_term.sum()
+                self._check(site)
+                terms[name] = site["log_prob_sum"]
+                if site["infer"].get("is_auxiliary"):  # of an automatic guide: the other part of a divergence
+                    self.latent[name] = 1.0
         return terms
+
+    def _check(self, site: Any) -> None:
+        if is_validation_enabled():
+            check_site_shape(site, self.max_plate_nesting)

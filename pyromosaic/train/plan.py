@@ -88,6 +88,10 @@ class Plan(lightning.LightningModule):
         self.own_optimisers: list[torch.optim.Optimizer] = []
         self._own_states: list[dict[str, Any]] = []
 
+    def transfer_batch_to_device(self, batch: Minibatch, device: torch.device, dataloader_idx: int) -> Minibatch:
+        """Move a minibatch; Lightning's own way looks into it field by field."""
+        return batch.to(device)
+
     def configure_optimizers(self) -> Any:
         """AdamW, and the schedule if there is one; beside them the optimisers that modules bring."""
         o = self.optimisation
@@ -166,8 +170,9 @@ class Plan(lightning.LightningModule):
             row |= {f"{part}_{name}": value / n for name, value in zip(names, values, strict=True) if name != "cells"}
         self.rows.append({"epoch": self.current_epoch, "kl_weight": self.kl_weight(), **row})
         self.log_dict({k: v for k, v in row.items() if k.endswith(("objective", "elbo"))}, prog_bar=True)
-        others = {k: v for k, v in row.items() if not k.endswith(("objective", "elbo"))}
-        self.log_dict(others)
+        self.log_dict({k: v for k, v in row.items() if k.endswith("reconstruction")})
+        for logger in self.loggers:  # Lightning's own bookkeeping of many figures takes longer than a small epoch
+            logger.log_metrics(row, self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the history, and the state of the optimisers that modules bring, with a checkpoint."""
