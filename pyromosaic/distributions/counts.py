@@ -69,7 +69,7 @@ class _CountDistribution(TorchDistribution):
         if value.layout == torch.strided:
             value = value.expand(shape)
             index = value.nonzero().T
-            count = value[tuple(index)]
+            count = value[value != 0]
         elif value.shape != shape:
             raise ValueError(f"A sparse value must have the shape {tuple(shape)}, not {tuple(value.shape)}.")
         else:
