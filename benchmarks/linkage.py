@@ -2,10 +2,13 @@
 
 Every cell with both modalities counts as two; FOSCTTM is over these copies, label transfer over all cells. What knows
 more than a linkage may is named so: ``labels (supervised)``, ``pairs (oracle)``. ``shuffled features`` is chance.
+``transport`` has all links, ``40 links`` to ``no links`` fewer of them; ``variational`` is linear, ``deep`` is not.
 ``--simulate`` measures time and memory on large sparse data instead.
 
     python benchmarks/linkage.py
     python benchmarks/linkage.py --data snare_cortex.h5mu --second atac --min-share 0.005 --label-key cell_class \
+        --leave-out Mis
+    python benchmarks/linkage.py --data snare_cortex.h5mu --second atac --activity --label-key cell_class \
         --leave-out Mis
     python benchmarks/linkage.py --simulate 100000 20000
 """
@@ -25,16 +28,23 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "start: links": {"start": "links"},
     "start: diagonal": {"start": "diagonal"},
     "start: geometry": {"start": "geometry"},
+    "40 links": {},
     "20 links": {},
+    "10 links": {},
     "no links": {},
     "shuffled features": {},
     "labels (supervised)": {},
     "pairs (oracle)": {},
+    "variational": {},
+    "deep": {"n_hidden": 64},
+    "variational, pairs (oracle)": {},
+    "deep, pairs (oracle)": {"n_hidden": 64},
 }
 
 
 def load(options: Namespace) -> tuple[Any, pd.DataFrame]:
     """The two modalities without the cells that have no label, and the table of links."""
+    import anndata
     import mudata
 
     from pyromosaic import pbmc_mosaic, protein_gene_links
@@ -45,6 +55,12 @@ def load(options: Namespace) -> tuple[Any, pd.DataFrame]:
         labels = whole.mod[name].obs[options.label_key].astype(str)
         parts[name] = whole.mod[name][(labels != options.leave_out).to_numpy()].copy()
     second = parts[options.second]
+    if options.activity:
+        at_gene = sparse.csr_matrix(second.varm.pop("gene_links"))
+        genes = pd.DataFrame(index=np.asarray(second.uns["gene_links_columns"]))
+        parts[options.second] = anndata.AnnData(sparse.csr_matrix(second.X @ at_gene), second.obs, genes)
+        shared = parts[options.first].var_names.intersection(genes.index)
+        return mudata.MuData(parts), pd.DataFrame({options.first: shared, options.second: shared})
     if options.min_share:
         opened = np.asarray((second.X > 0).mean(axis=0)).ravel()
         second = parts[options.second] = second[:, opened > options.min_share].copy()
@@ -69,25 +85,27 @@ def run(options: Namespace, system: str, seed: int) -> Figures:
     if system == "shuffled features":
         second = data.mod[options.second]
         second.X = sparse.csr_matrix(rng.permuted(second.X.toarray(), axis=0))
-    mosaic = Mosaic.from_mudata(data, batch_key=options.batch_key)
+    kinds = {options.first: "nb", options.second: "nb"} if options.activity else None
+    mosaic = Mosaic.from_mudata(data, kinds, batch_key=options.batch_key)
     cells = [mosaic.obs_names[mosaic.modalities[name].present] for name in modalities]
     labels = [data.mod[n].obs[options.label_key].astype(str).loc[c] for n, c in zip(modalities, cells, strict=True)]
     both = cells[0].intersection(cells[1])
     known = linkage.links_from_table(mosaic, modalities, table)
     hidden = rng.permutation(len(known)) < len(known) // 4
     arguments: dict[str, Any] = {"links": known, "seed": seed, **SYSTEMS[system]}
-    if system == "20 links":
-        arguments["links"] = known.take(rng.permutation(len(known))[:20])
+    if system.removesuffix(" links").isdigit():
+        arguments["links"] = known.take(rng.permutation(len(known))[: int(system.removesuffix(" links"))])
     elif system == "no links":
         arguments["links"] = None
     elif system == "labels (supervised)":
         arguments["correspondence"] = linkage.Correspondence.from_labels(*labels)
         arguments["n_components"] = min(labels[0].nunique(), labels[1].nunique()) - 1
-    elif system == "pairs (oracle)":
+    elif system.endswith("pairs (oracle)"):
         rows = [c.get_indexer(both) for c in cells]
         arguments["correspondence"] = linkage.Correspondence.from_pairs(*rows, (len(cells[0]), len(cells[1])))
+    method = linkage.variational_cca if system.startswith(("variational", "deep")) else linkage.cca
     with measured_cost() as cost:
-        link = linkage.cca(mosaic, modalities, **arguments)
+        link = method(mosaic, modalities, **arguments)
     x, y = (link.scores[name] for name in modalities)
     transfer = metrics.label_transfer_both_ways(x, labels[0], y, labels[1])
     figures = {
@@ -100,8 +118,8 @@ def run(options: Namespace, system: str, seed: int) -> Figures:
         figures["left-out links' correlation"] = max(max(a) for a in link.agreement.values())
         figures["rounds"] = max((max(a), int(np.argmax(a)) + 1) for a in link.agreement.values())[1]
     figures |= {"seconds": cost.seconds, "peak memory, MB": cost.peak_mb}
-    if system == "transport":
-        part = linkage.cca(mosaic, modalities, known.take(~hidden), seed=seed)
+    if system in ("transport", "variational"):
+        part = method(mosaic, modalities, known.take(~hidden), seed=seed)
         found = part.feature_links()
         partners = found[found["correlation"] > 0].groupby(options.first).head(5)  # the strongest come first
         precision, recall = linkage.link_recovery(partners, known.take(hidden))
@@ -157,6 +175,7 @@ def main() -> None:
     parser.add_argument(
         "--min-share", type=float, default=0.0, help="use features of the second seen in more than this share of cells"
     )
+    parser.add_argument("--activity", action="store_true", help="sum the regions at each gene: links by gene name")
     parser.add_argument("--batch-key", default="batch")
     parser.add_argument("--label-key", default="celltype")
     parser.add_argument("--leave-out", help="label of cells that are left out")

@@ -2,17 +2,24 @@
 
 Data are hidden as in `diagvi_unpaired.py`: every measurement is a cell of its own, in random order, without its labels.
 Beside the model stand the scores of the linkage from which its anchors come, and with ``--control`` the same with every
-feature's values shuffled over cells, which must come out at chance. Last, a training step of the reference is timed,
-with its kernels from inner products and from differences (cells × cells × features).
+feature's values shuffled over cells, which must come out at chance. With ``--leave-out`` a share of the links is kept
+from the model: their agreement between nearest cells judges it without pairs or labels, and they are looked for among
+the links that are inferred. Last, a training step of the reference is timed, and its memory measured, with kernels from
+inner products and from differences (cells × cells × features).
 
     python benchmarks/scmodal_unpaired.py
+    python benchmarks/scmodal_unpaired.py --leave-out 0.25 --options '{"lam_pull": 16}'
     python benchmarks/scmodal_unpaired.py --reference --steps 1000
 """
 
+import json
 import time
+import warnings
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from common import Figures, arguments, isolated, measured_cost, quiet, report
 from diagvi_unpaired import load, quality
@@ -23,28 +30,58 @@ def ours(options: Namespace, seed: int) -> Figures:
     quiet()
     import torch
 
-    from pyromosaic import Mosaic, ScModal
+    from pyromosaic import Mosaic, ScModal, linkage
     from pyromosaic.guidance import GuidanceGraph
 
     torch.set_num_threads(options.threads)
     adatas, labels, table = load(options, seed)
+    first, second = adatas
     mosaic = Mosaic.from_anndata(adatas, batch_key=options.batch_key)
-    graph = GuidanceGraph.from_table(mosaic, table, drop_absent=True)
+    links = linkage.links_from_table(mosaic, (first, second), table)
+    order = np.random.default_rng(seed).permutation(len(links))
+    left_out = order < round(options.leave_out * len(links))
+    kept = links.take(order < options.n_links) if options.n_links is not None else links.take(~left_out)
     settings: dict[str, Any] = {}
     training: dict[str, Any] = {"n_epochs": options.epochs}
     if options.reference:
         preset = ScModal.presets["reference"]
         settings, training = dict(preset.options), {**preset.training, "max_steps": options.steps}
-    model = ScModal(mosaic, graph, seed=seed, **settings)
-    with measured_cost() as cost:
-        model.train(**training, seed=seed, progress_bar=False)
+    if options.n_links == 0:
+        settings["linkage"] = None
+    graph = GuidanceGraph.from_table(mosaic, kept.pairs) if len(kept) else None
+    model = ScModal(mosaic, graph, seed=seed, **settings | json.loads(options.options))
 
     def by_cell(table: pd.DataFrame, name: str) -> pd.DataFrame:
         own = table[mosaic.modalities[name].present]
         return own.set_axis(own.index.str.removeprefix(f"{name}:"))
 
+    figures: Figures = {}
+    if options.every:
+
+        def judge(trainer: Any, plan: Any) -> None:
+            if trainer.global_step % options.every == 0 and f"FOSCTTM, step {trainer.global_step}" not in figures:
+                latent = model.get_latent_representation()
+                now = quality({name: by_cell(latent, name) for name in adatas}, labels)
+                figures.update({f"{k}, step {trainer.global_step}": v for k, v in now.items()})
+                print(figures, flush=True)
+
+        from lightning.pytorch.callbacks import LambdaCallback
+
+        training["callbacks"] = [LambdaCallback(on_train_batch_end=lambda trainer, plan, *_: judge(trainer, plan))]
+    with measured_cost() as cost:
+        model.train(**training, seed=seed, progress_bar=False)
     latent = {name: by_cell(model.get_latent_representation(), name) for name in adatas}
-    figures = quality(latent, labels)
+    figures |= quality(latent, labels)
+    if left_out.any():
+        others = links.take(left_out)
+        figures["agreement of left-out links"] = model.link_agreement(others.pairs)
+        found = model.feature_links(first, second, level=1.0)
+        partners = found[found["correlation"] > 0].groupby(first).head(5)  # the strongest come first
+        precision, recall = linkage.link_recovery(partners, others)
+        figures |= {"left-out links: precision of 5 best partners": precision, "  recall": recall}
+        beyond = model.feature_links(first, second)
+        precision, recall = linkage.link_recovery(beyond[beyond["correlation"] > 0], others)
+        figures |= {"pairs beyond chance": len(beyond), "  precision": precision, "  recall of them": recall}
     if model.scores:
         scores = pd.DataFrame(model.scores.values.numpy(), mosaic.obs_names)
         figures |= quality({name: by_cell(scores, name) for name in adatas}, labels, "linkage alone: ")
@@ -57,8 +94,10 @@ def steps(options: Namespace, seed: int, naive: bool) -> Figures:
     import torch
 
     from pyromosaic import Mosaic, ScModal
+    from pyromosaic.data import measured
     from pyromosaic.guidance import GuidanceGraph
     from pyromosaic.penalties import geometry
+    from pyromosaic.train import MosaicELBO
 
     torch.set_num_threads(options.threads)
     if naive:
@@ -74,7 +113,38 @@ def steps(options: Namespace, seed: int, naive: bool) -> Figures:
     with measured_cost() as cost:
         model.train(**training | {"max_steps": options.timed_steps})
     seconds = time.perf_counter() - start
-    return {"seconds a step": seconds / options.timed_steps, "peak memory, MB": cost.peak_mb}
+
+    rows = [np.flatnonzero(mosaic.modalities[name].present)[:500] for name in adatas]
+    minibatch = measured(mosaic, np.concatenate(rows))
+    model.model.train()
+    model.guide.train()
+    term = model.guide.penalties[-1]
+
+    def whole() -> None:
+        MosaicELBO().differentiable_loss(model.model, model.guide, minibatch).backward()
+
+    def kernels() -> None:
+        term(model.guide.posteriors(minibatch)[0], minibatch).backward()
+
+    return {
+        "seconds a step": seconds / options.timed_steps,
+        "whole step: peak above the level before, MB": peak(whole),
+        "geometry and encoders: peak above the level before, MB": peak(kernels),
+        "peak memory of the process, MB": cost.peak_mb,
+    }
+
+
+def peak(step: Callable[[], None]) -> float:
+    """Largest sum (MB) of what torch allocates on the CPU, less what it frees, during a step after a first one."""
+    import torch
+
+    step()
+    with warnings.catch_warnings(action="ignore"):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            step()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return float(np.cumsum([size for _, size in changes]).max()) / 2**20
 
 
 def main() -> None:
@@ -91,6 +161,10 @@ def main() -> None:
     parser.add_argument("--reference", action="store_true", help="the reference's program and weights instead of ours")
     parser.add_argument("--steps", type=int, default=10_000, help="training steps of the reference")
     parser.add_argument("--timed-steps", type=int, default=0, help="steps of the reference to time; 0 for none")
+    parser.add_argument("--every", type=int, default=0, help="judge after every so many steps too; 0 for the end alone")
+    parser.add_argument("--n-links", type=int, help="give the model so many of the links, chosen at random")
+    parser.add_argument("--leave-out", type=float, default=0.0, help="share of the links that the model is not given")
+    parser.add_argument("--options", default="{}", help="other options of the model, as JSON")
     parser.add_argument("--control", action="store_true", help="shuffle every feature over cells: chance level")
     options = parser.parse_args()
     name = "the PBMC mosaic" if options.data is None else options.data.stem

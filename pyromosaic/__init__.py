@@ -24,6 +24,7 @@ _HOME = {
     "unpair": "data",
 }
 _ROOMS = (
+    "checks",
     "data",
     "distributions",
     "fusion",

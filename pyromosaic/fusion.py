@@ -24,6 +24,13 @@ class Posterior:
         Positions in the minibatch of the b cells that have the modality, shape (b,).
     loc, scale
         Mean and standard deviation, shape (b, latent).
+
+    Examples
+    --------
+    >>> import torch
+    >>> q = Posterior(rows=torch.tensor([0, 2]), loc=torch.zeros(2, 5), scale=torch.ones(2, 5))
+    >>> q.dimensions(slice(3)).loc.shape
+    torch.Size([2, 3])
     """
 
     rows: Tensor
@@ -83,6 +90,16 @@ class MeanFusion(Fusion):
 
     With weights w that are 1, or 0 for a modality that is left out, the mean of independent normals has mean
     ``sum(w mu) / sum(w)`` and variance ``sum(w^2 sigma^2) / sum(w)^2``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> rna = Posterior(torch.tensor([0, 1]), torch.zeros(2, 1), torch.ones(2, 1))
+    >>> adt = Posterior(torch.tensor([1]), torch.ones(1, 1), torch.ones(1, 1))  # the second cell has both
+    >>> posteriors = {"rna": rna, "adt": adt}
+    >>> loc, scale = MeanFusion()(posteriors, presence(posteriors, 2))
+    >>> loc[:, 0], scale[:, 0]
+    (tensor([0.0000, 0.5000]), tensor([1.0000, 0.7071]))
     """
 
     def weights(self, names: Iterable[str], used: Tensor, index: Tensor | None) -> Tensor:
@@ -105,6 +122,13 @@ class GlobalFusion(MeanFusion):
     """Weighted mean, with weights that are learnt per modality (MultiVI, Methods).
 
     Within each cell the weights are a softmax over the modalities that it has.
+
+    Examples
+    --------
+    >>> import torch
+    >>> fusion = GlobalFusion(["rna", "adt"])
+    >>> fusion.weights(["rna", "adt"], torch.tensor([[1.0, 0.0], [1.0, 1.0]]), None).tolist()
+    [[1.0, 0.0], [0.5, 0.5]]
     """
 
     def __init__(self, modalities: Sequence[str]) -> None:
@@ -173,6 +197,16 @@ class ProductFusion(Fusion):
 
     The precision is ``1 + sum(1 / sigma^2)``, the mean ``sum(mu / sigma^2)`` over it. The prior expert is standard
     normal whatever the model's prior.
+
+    Examples
+    --------
+    >>> import torch
+    >>> rna = Posterior(torch.tensor([0, 1]), torch.zeros(2, 1), torch.ones(2, 1))
+    >>> adt = Posterior(torch.tensor([1]), torch.ones(1, 1), torch.ones(1, 1))  # the second cell has both
+    >>> posteriors = {"rna": rna, "adt": adt}
+    >>> loc, scale = ProductFusion()(posteriors, presence(posteriors, 2))
+    >>> loc[:, 0], scale[:, 0]
+    (tensor([0.0000, 0.3333]), tensor([0.7071, 0.5774]))
     """
 
     def forward(
@@ -192,6 +226,16 @@ class MixtureFusion(Fusion):
 
     A draw comes from one of a cell's modalities, chosen at random; its log density is that of the whole mixture, so
     the objective is the ELBO of the mixture. Shares are fixed, so gradients through the draw are unbiased.
+
+    Examples
+    --------
+    >>> import torch
+    >>> rna = Posterior(torch.tensor([0, 1]), torch.zeros(2, 1), torch.ones(2, 1))
+    >>> adt = Posterior(torch.tensor([1]), torch.ones(1, 1), torch.ones(1, 1))  # the second cell has both
+    >>> posteriors = {"rna": rna, "adt": adt}
+    >>> loc, scale = MixtureFusion()(posteriors, presence(posteriors, 2))
+    >>> loc[:, 0], scale[:, 0]
+    (tensor([0.0000, 0.5000]), tensor([1.0000, 1.1180]))
     """
 
     def forward(
@@ -237,7 +281,13 @@ FUSIONS: Mapping[str, type[Fusion]] = {
 
 
 def fusion_of(fusion: str | Fusion, modalities: Sequence[str]) -> Fusion:
-    """A fusion by its name, or as it is given."""
+    """A fusion by its name, or as it is given.
+
+    Examples
+    --------
+    >>> fusion_of("product", ["rna", "adt"])
+    ProductFusion()
+    """
     if not isinstance(fusion, str):
         return fusion
     if fusion not in FUSIONS:
@@ -284,7 +334,17 @@ def _hashes(names: pd.Index) -> np.ndarray:
 
 
 def presence(posteriors: Mapping[str, Posterior], n_cells: int) -> Tensor:
-    """Which cell has which modality, shape (n_cells, modalities), 0 or 1."""
+    """Which cell has which modality, shape (n_cells, modalities), 0 or 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> rna, adt = (Posterior(torch.tensor(rows), torch.zeros(2, 1), torch.ones(2, 1)) for rows in ([0, 1], [1, 2]))
+    >>> presence({"rna": rna, "adt": adt}, 3)
+    tensor([[1., 0.],
+            [1., 1.],
+            [0., 1.]])
+    """
     first = next(iter(posteriors.values())).loc
     columns = [first.new_zeros(n_cells).index_fill(0, q.rows, 1.0) for q in posteriors.values()]
     return torch.stack(columns, dim=-1)
@@ -295,6 +355,12 @@ def leave_out(present: Tensor, share: float) -> Tensor:
 
     The model still has to explain all that was measured: so the posterior given one modality learns to predict the
     others, and how well it can. The objective stays a lower bound of the evidence, as it is for any posterior.
+
+    Examples
+    --------
+    >>> import torch
+    >>> leave_out(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), share=1.0).sum(-1)
+    tensor([1., 1.])
     """
     chosen = (torch.rand_like(present) + present).argmax(-1)
     single = torch.nn.functional.one_hot(chosen, present.shape[-1]).to(present.dtype)

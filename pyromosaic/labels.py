@@ -21,6 +21,13 @@ class Labels(nn.Module):
     ----------
     names
         All labels.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, pbmc_mosaic
+    >>> labels = Labels(Mosaic.from_mudata(pbmc_mosaic(), label_key="celltype").schema)
+    >>> len(labels), labels.names[0]
+    (8, 'B')
     """
 
     def __init__(self, schema: Schema) -> None:

@@ -4,9 +4,13 @@ A likelihood names the predictors it needs (the decoder has one head each), owns
 where training should start given the data. `Likelihood.forward` stands in the model, inside the plates of the
 modality's cells (dim -2) and features (dim -1); a likelihood with latent variables of its own also has
 `Likelihood.posterior`, which stands in the guide.
+
+A likelihood of your own is a subclass of `Likelihood`, or of one of those below; `pyromosaic.ModalitySpec` takes the
+class in place of a name.
 """
 
 from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import pyro
@@ -16,10 +20,11 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
-from pyromosaic.data import ModalitySchema, View
+from pyromosaic.data import ModalitySchema, Schema, View
 from pyromosaic.distributions import (
     AccessibilityBernoulli,
     Log1pNormal,
+    Multinomial,
     NegativeBinomial,
     NegativeBinomialMixture,
     ZeroInflatedGamma,
@@ -43,8 +48,24 @@ class Likelihood(PyroModule):
     ----------
     schema
         The modality.
+
+    Examples
+    --------
+    Methylation: methylated counts out of a coverage, which is another layer of the data.
+
+    >>> from pyro import distributions as dist
+    >>> from pyromosaic import ModalitySpec
+    >>> class Binomial(Likelihood):
+    ...     data_kind = "count"
+    ...     predictors = ("level",)
+    ...
+    ...     def distribution(self, predictors, view):
+    ...         return dist.Binomial(view.exposure, logits=predictors["level"])
+    >>> spec = ModalitySpec(Binomial, exposure_layer="coverage")
     """
 
+    family: ClassVar[str] = ""  # the name that `pyromosaic.ModalitySpec` takes; empty for a likelihood of one's own
+    data_kind: ClassVar[str] = "real"  # what the data are checked against: "count", "nonnegative" or "real"
     predictors: tuple[str, ...] = ()  # heads of the model's decoder
     posterior_predictors: tuple[str, ...] = ()  # heads of the guide's decoder, for latent variables of its own
 
@@ -100,6 +121,8 @@ class CountLikelihood(Likelihood):
 class NB(CountLikelihood):
     """RNA counts: ``x ~ NB(mean = l * softmax(rate), theta)``, l the cell's size, theta per gene (MultiVI, Methods)."""
 
+    family = "nb"
+    data_kind = "count"
     predictors: tuple[str, ...] = ("rate",)
 
     def start(self, view: View) -> dict[str, Tensor]:
@@ -119,6 +142,7 @@ class NB(CountLikelihood):
 class ZINB(NB):
     """RNA counts with structural zeros, of probability ``sigmoid(gate)``; else as `NB`."""
 
+    family = "zinb"
     predictors = ("rate", "gate")
 
     def start(self, view: View) -> dict[str, Tensor]:
@@ -132,6 +156,23 @@ class ZINB(NB):
         )
 
 
+class MultinomialLikelihood(NB):
+    """Counts given a cell's total: ``x ~ Multinomial(l, softmax(rate))`` (Cobolt; Gong et al. 2021).
+
+    Nothing but the shares is modelled: no dispersion, and no chance in the total.
+    """
+
+    family = "multinomial"
+
+    def __init__(self, schema: ModalitySchema) -> None:
+        super().__init__(schema)
+        del self.log_theta
+
+    def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
+        """Multinomial of every cell."""
+        return Multinomial(view.library, predictors["rate"])
+
+
 class NBMixture(CountLikelihood):
     """Antibody counts: background or foreground (totalVI; MultiVI, Methods).
 
@@ -141,6 +182,8 @@ class NBMixture(CountLikelihood):
     cell's. The posterior of b given the latent variable is normal, by a decoder of the guide.
     """
 
+    family = "nb_mixture"
+    data_kind = "count"
     predictors = ("foreground", "mixing")
     posterior_predictors = ("loc", "log_scale")
 
@@ -151,10 +194,15 @@ class NBMixture(CountLikelihood):
         self.background_log_scale = nn.Parameter(torch.zeros(n_batches, schema.n_features))
 
     def start(self, view: View) -> dict[str, Tensor]:
-        """Background, foreground and mixing as in a two-component normal fit of log1p counts, per batch and protein."""
+        """Background, foreground and mixing as in a two-component normal fit of log1p counts, per batch and protein.
+
+        theta starts at 10: antibodies are far less dispersed than genes, and as a logarithm theta goes no further than
+        its number of steps takes it. Predictive intervals of held-out counts are too wide where it lags behind.
+        """
         x = torch.log1p(view.dense_counts() * self.schema.library / view.library).numpy()
         batches = view.one_hot().argmax(-1).numpy() if self.schema.spec.batch_key else np.zeros(len(x), dtype=int)
         with torch.no_grad():
+            self.log_theta.fill_(np.log(10.0))
             for batch in np.unique(batches):
                 loc, scale = two_normals(x[batches == batch])[:2]
                 # x is log1p, the parameter is a log mean.
@@ -245,6 +293,8 @@ class Bernoulli(Likelihood):
     cell's depth, the log of its fragment count relative to the median cell's.
     """
 
+    family = "bernoulli"
+    data_kind = "count"
     predictors = ("accessibility",)
 
     def __init__(self, schema: ModalitySchema) -> None:
@@ -283,6 +333,7 @@ class Bernoulli(Likelihood):
 class Normal(Likelihood):
     """Real values: ``x ~ Normal(loc, sigma)``, sigma per feature."""
 
+    family = "normal"
     predictors = ("loc",)
 
     def __init__(self, schema: ModalitySchema) -> None:
@@ -308,6 +359,9 @@ class Normal(Likelihood):
 class Log1pNormalLikelihood(Normal):
     """Non-negative values: ``log(1 + x) ~ Normal(loc, sigma)``."""
 
+    family = "log1p_normal"
+    data_kind = "nonnegative"
+
     def transform(self, x: Tensor) -> Tensor:
         """``log(1 + x)``."""
         return torch.log1p(x)
@@ -320,6 +374,8 @@ class Log1pNormalLikelihood(Normal):
 class ZILN(Likelihood):
     """Non-negative values with exact zeros: 0 with probability ``sigmoid(gate)``, else ``LogNormal(loc, sigma)``."""
 
+    family = "ziln"
+    data_kind = "nonnegative"
     predictors = ("loc", "gate")
 
     def __init__(self, schema: ModalitySchema) -> None:
@@ -346,6 +402,8 @@ class ZILN(Likelihood):
 class ZIG(Likelihood):
     """Non-negative values with exact zeros: of probability ``sigmoid(gate)``, else ``Gamma(softplus(shape), rate)``."""
 
+    family = "zig"
+    data_kind = "nonnegative"
     predictors = ("shape", "gate")
 
     def __init__(self, schema: ModalitySchema) -> None:
@@ -372,12 +430,15 @@ class ZIG(Likelihood):
 
 #: The likelihood behind each name that a `ModalitySpec` accepts.
 LIKELIHOODS: Mapping[str, type[Likelihood]] = {
-    "nb": NB,
-    "zinb": ZINB,
-    "nb_mixture": NBMixture,
-    "bernoulli": Bernoulli,
-    "normal": Normal,
-    "log1p_normal": Log1pNormalLikelihood,
-    "ziln": ZILN,
-    "zig": ZIG,
+    likelihood.family: likelihood
+    for likelihood in (NB, ZINB, MultinomialLikelihood, NBMixture, Bernoulli, Normal, Log1pNormalLikelihood, ZILN, ZIG)
 }
+
+
+def likelihoods_of(schema: Schema) -> dict[str, Any]:
+    """The likelihood of each modality, by its name or of the user's class."""
+    made: dict[str, Any] = {}
+    for name, modality in schema.modalities.items():
+        likelihood: Any = modality.spec.likelihood
+        made[name] = LIKELIHOODS[likelihood](modality) if isinstance(likelihood, str) else likelihood(modality)
+    return made

@@ -11,7 +11,13 @@ from pyromosaic.data import ModalitySchema, View
 
 
 def layers(n_in: int, n_hidden: int, n_layers: int, dropout: float) -> nn.Sequential:
-    """Fully connected layers, each followed by LayerNorm without affine part, LeakyReLU and dropout."""
+    """Fully connected layers, each followed by LayerNorm without affine part, LeakyReLU and dropout.
+
+    Examples
+    --------
+    >>> layers(50, 128, 2, dropout=0.1)(torch.zeros(3, 50)).shape
+    torch.Size([3, 128])
+    """
     modules: list[nn.Module] = []
     for i in range(n_layers):
         modules += [nn.Linear(n_in if i == 0 else n_hidden, n_hidden)]
@@ -23,13 +29,24 @@ class InputScaling(nn.Module):
     """Measurements as the encoder sees them: size-normalised, on a log scale, standardised per feature.
 
     Counts are divided by the cell's size and multiplied by the median size, then ``log1p``; accessibility is
-    binarised first; real values are only standardised. The mean and standard deviation are those of the training
-    cells and are kept with the weights.
+    binarised first; real values are only standardised; what was measured out of an exposure is a rate. The mean and
+    standard deviation are those of the training cells and are kept with the weights.
 
     Parameters
     ----------
     schema
         The modality.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], batch_key="batch")
+    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
+    >>> scaling = InputScaling(mosaic.schema["rna"])
+    >>> scaling.start(view)
+    >>> bool(scaling(view).mean().abs() < 1e-5)
+    True
     """
 
     mean: Tensor
@@ -46,7 +63,9 @@ class InputScaling(nn.Module):
         x = view.dense_counts()
         if self.schema.spec.data_kind == "real":
             return x
-        if self.schema.spec.likelihood == "bernoulli":
+        if view.exposure is not None:
+            return view.rates(x)
+        if self.schema.spec.family == "bernoulli":
             x = (x > 0).to(x.dtype)
         return torch.log1p(x * (self.schema.library / view.library.clamp_min(1e-8)))
 
@@ -72,6 +91,16 @@ class Encoder(nn.Module):
         Width of the latent space and shape of the network.
     covariates
         Whether the encoder sees the covariates too.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], batch_key="batch")
+    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
+    >>> loc, scale = Encoder(mosaic.schema["rna"], n_latent=10)(view)
+    >>> loc.shape, scale.shape
+    (torch.Size([40, 10]), torch.Size([40, 10]))
     """
 
     def __init__(
@@ -113,6 +142,16 @@ class Decoder(nn.Module):
         Names of the heads, each as wide as the modality has features.
     n_latent, n_hidden, n_layers, dropout
         Width of the latent space and shape of the network.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], batch_key="batch")
+    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
+    >>> decoder = Decoder(mosaic.schema["rna"], ("rate",), n_latent=10)
+    >>> decoder(torch.zeros(40, 10), view)["rate"].shape
+    torch.Size([40, 50])
     """
 
     def __init__(
@@ -133,8 +172,8 @@ class Decoder(nn.Module):
     def start(self, biases: Mapping[str, Tensor]) -> None:
         """Begin training at these biases, the data's mean profile say, rather than at random ones."""
         with torch.no_grad():
-            for name, bias in biases.items():
-                self.heads[name].bias.copy_(bias)
+            for name in biases.keys() & self.heads.keys():
+                self.heads[name].bias.copy_(biases[name])
 
     def forward(self, z: Tensor, view: View) -> dict[str, Tensor]:
         """Predictors by name, each of shape (..., b, features), for z of shape (..., b, latent)."""
@@ -244,8 +283,8 @@ class InnerProductDecoder(nn.Module):
     def start(self, biases: Mapping[str, Tensor]) -> None:
         """Begin training at these biases, the data's mean profile say."""
         with torch.no_grad():
-            for name, bias in biases.items():
-                self.bias[name].copy_(bias.expand_as(self.bias[name]))
+            for name in biases.keys() & self.bias.keys():
+                self.bias[name].copy_(biases[name].expand_as(self.bias[name]))
 
     def forward(self, z: Tensor, v: Tensor, private: Tensor | None, view: View) -> dict[str, Tensor]:
         """Predictors by name, each of shape (..., b, features).
@@ -255,13 +294,13 @@ class InnerProductDecoder(nn.Module):
         z
             Shared latent variable, shape (..., b, latent).
         v
-            Embeddings of the modality's features, shape (features, latent).
+            Embeddings of the modality's features, shape (..., features, latent).
         private
             Private latent variable, shape (..., b, n_private), if there is one.
         view
             The cells.
         """
-        signal = z @ v.T if private is None else z @ v.T + private @ self.loadings.T
+        signal = z @ v.mT if private is None else z @ v.mT + private @ self.loadings.T
         design = view.design()
         batch = design[:, : self.n_batches] if self.n_batches else torch.ones_like(view.library)
         effects = design[:, self.n_batches :]

@@ -1,8 +1,11 @@
 """Priors of the latent variable: callables from a minibatch to a distribution.
 
 Any `torch.nn.Module` whose call returns a distribution with batch shape (B, 1) or () and event shape (latent,) can
-take their place.
+take their place. It may draw what the distribution depends on by `pyro.sample` (inside the plate of cells), and have
+global latent variables, see `pyromosaic.program.Program`.
 """
+
+from typing import Any
 
 import torch
 from pyro import distributions as dist
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch
 from pyromosaic.labels import Labels
+from pyromosaic.penalties.cycle import typical
 
 
 class StandardNormal(nn.Module):
@@ -30,6 +34,29 @@ class StandardNormal(nn.Module):
     def forward(self, minibatch: Minibatch) -> dist.TorchDistribution:
         """The prior of every cell of the minibatch."""
         return dist.Normal(self.zero, 1.0).expand([len(minibatch), 1, len(self.zero)]).to_event(1)
+
+
+class StudentT(nn.Module):
+    """Independent Student's t in every latent dimension: cells far from the rest cost less than under a normal.
+
+    Parameters
+    ----------
+    n_latent
+        Width of the latent space.
+    df
+        Degrees of freedom; the fewer, the heavier the tails.
+    """
+
+    zero: Tensor
+
+    def __init__(self, n_latent: int, df: float = 5.0) -> None:
+        super().__init__()
+        self.df = df
+        self.register_buffer("zero", torch.zeros(n_latent), persistent=False)
+
+    def forward(self, minibatch: Minibatch) -> dist.TorchDistribution:
+        """The prior of every cell of the minibatch."""
+        return dist.StudentT(self.df, self.zero, 1.0).expand([len(minibatch), 1, len(self.zero)]).to_event(1)
 
 
 class ARD(nn.Module):
@@ -92,3 +119,38 @@ class GaussianMixture(nn.Module):
         return dist.MixtureSameFamily(
             dist.Categorical(logits=logits), components.expand([len(minibatch), 1, len(self.logits)])
         )
+
+
+class VampPrior(nn.Module):
+    """Mixture of the posteriors of pseudo-cells, whose measurements are learnt.
+
+    ``p(z) = sum_k pi_k q(z | u_k)``, with the encoder that infers z from one modality: the prior is where posteriors
+    are. It is made from the encoder of a model that is there, and takes the place of that model's prior.
+
+    Parameters
+    ----------
+    encoder
+        A modality's, ``model.guide.encoders["rna"]`` say.
+    n_latent
+        Width of the latent space.
+    n_components
+        Number of pseudo-cells.
+
+    References
+    ----------
+    Tomczak and Welling, VAE with a VampPrior, 2018.
+    """
+
+    def __init__(self, encoder: Any, n_latent: int, n_components: int = 50) -> None:
+        super().__init__()
+        self.encoder, self.n_latent = (encoder,), n_latent  # the guide owns the encoder's parameters
+        self.inputs = nn.Parameter(torch.randn(n_components, encoder.scaling.schema.n_features))  # as it sees them
+        self.logits = nn.Parameter(torch.zeros(n_components))
+
+    def forward(self, minibatch: Minibatch) -> dist.TorchDistribution:
+        """The prior of every cell of the minibatch."""
+        (encoder,) = self.encoder
+        loc, scale = encoder.posterior(self.inputs, typical(encoder.scaling.schema, self.inputs))
+        components = dist.Normal(loc[:, : self.n_latent], scale[:, : self.n_latent]).to_event(1)
+        shape = [len(minibatch), 1, len(self.logits)]
+        return dist.MixtureSameFamily(dist.Categorical(logits=self.logits.expand(shape)), components.expand(shape))

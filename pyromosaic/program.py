@@ -1,13 +1,16 @@
 """What a Pyro model or guide over a mosaic shares: its parameters are its own, and its plates have one form."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import pyro
+import torch
+from pyro import distributions as dist
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.infer.autoguide import AutoNormal, init_to_median
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
@@ -60,16 +63,48 @@ def _itself(parameter: Tensor) -> Tensor:
     return parameter
 
 
+class Slots(PyroModule[nn.ModuleDict]):
+    """Modules by modality, in which Pyro finds parameters and global latent variables."""
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)  # by which Pyro takes note of a plain module's parameters
+
+
 class Program(PyroModule):
     """A model or a guide: a `pyro.nn.PyroModule` called with a minibatch and a KL weight.
 
     Parameters stay local to the module whatever Pyro's ``module_local_params`` setting is elsewhere in the process, so
     several models, and a user's own programs, never share parameters by accident.
+
+    A prior, decoder or likelihood may have global latent variables, as `pyro.nn.PyroSample` attributes. They are drawn
+    first, outside every plate, and each is one and the same for all cells. Their posterior stands in the guide as
+    ``global_posterior``, any of Pyro's automatic guides of ``model.globals``; by default independent normals.
+
+    Parameters
+    ----------
+    name
+        What the names of parameters begin with, so that those of a guide are not taken for the model's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "") -> None:
         with pyro.settings.context(module_local_params=True):
-            super().__init__()
+            super().__init__(name)
+        self.register_forward_pre_hook(lambda program, inputs: program.globals())
+
+    def globals(self) -> None:
+        """Draw the global latent variables."""
+        with self._pyro_context:
+            if "global_posterior" in self._modules:
+                self.global_posterior()
+            for module in self.modules():
+                for name in getattr(module, "_pyro_samples", ()):
+                    getattr(module, name)
+
+    def match(self, model: "Program") -> None:
+        """Give this guide a posterior for the global latent variables of a model, if it has any."""
+        if list(poutine.trace(model.globals).get_trace().stochastic_nodes):
+            self.global_posterior = AutoNormal(model.globals, init_loc_fn=init_to_median(num_samples=50))
+            self.globals()  # makes its parameters
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program."""
@@ -81,9 +116,9 @@ class Program(PyroModule):
             return super().__call__(*args, **kwargs)
 
     @staticmethod
-    def container(modules: Mapping[str, nn.Module]) -> nn.ModuleDict:
-        """A dictionary of modules in which Pyro finds priors and parameters."""
-        return PyroModule[nn.ModuleDict](modules)
+    def container(modules: Mapping[str, nn.Module]) -> Slots:
+        """A dictionary of modules in which Pyro finds parameters and global latent variables."""
+        return Slots(modules)
 
     @staticmethod
     @contextmanager
@@ -99,3 +134,118 @@ class Program(PyroModule):
         """Plates of the cells that have a modality (dim -2) and of its features (dim -1), scaled to all cells."""
         with Program.cells(name, minibatch), pyro.plate(f"{name}_features", n_features, dim=-1):
             yield
+
+
+class SiteError(ValueError):
+    """A model and a guide that do not fit each other or the data, with the site at fault."""
+
+
+class Inspection(Messenger):
+    """Effect handler: remembers the sites of a program, and refuses one that does not fit its plates or its value.
+
+    Parameters
+    ----------
+    part
+        ``"model"`` or ``"guide"``, for the message.
+    unchecked
+        Names of sites whose values may lie outside the support.
+    """
+
+    def __init__(self, part: str, unchecked: Collection[str] = ()) -> None:
+        super().__init__()
+        self.part, self.unchecked = part, unchecked
+        self.sites: dict[str, Message] = {}
+        self.names: set[str | None] = set()
+
+    def _pyro_post_sample(self, msg: Message) -> None:
+        fn, name = msg["fn"], msg["name"]
+        if not isinstance(fn, TorchDistributionMixin):
+            return
+        here = f"site {name!r} of the {self.part}"
+        if name in self.names:
+            raise SiteError(f"{here} is there twice; the name of a site, of a penalty say, is used once")
+        self.names.add(name)
+        if isinstance(fn, dist.Unit):
+            if fn.log_factor.dim():
+                raise SiteError(f"{here} is to be a scalar; found shape {tuple(fn.log_factor.shape)}")
+            return
+        plates = {frame.dim: frame for frame in msg["cond_indep_stack"] if frame.vectorized}
+        for dim, size in enumerate(reversed(fn.batch_shape), start=1):
+            if size != 1 and -dim not in plates:
+                known = ", ".join(f"{f.name!r} ({f.size} at dim {f.dim})" for f in plates.values()) or "none"
+                raise SiteError(
+                    f"{here} has batch shape {tuple(fn.batch_shape)} and event shape {tuple(fn.event_shape)} in plates "
+                    f"{known}; a dimension of no plate belongs to the event: .to_event() says so"
+                )
+        if msg["is_observed"]:
+            _fits(here, fn, msg["value"], "measurements", name not in self.unchecked)
+        self.sites[name] = msg
+
+
+def _fits(here: str, fn: Any, value: Tensor, kind: str, supported: bool = True) -> None:
+    """Refuse values of another shape than the distribution's, or outside its support."""
+    shape = tuple(fn.shape())
+    if tuple(value.shape) != shape:
+        raise SiteError(f"{here} has shape {shape}; the {kind} have shape {tuple(value.shape)}")
+    support, value = fn.support, value.to_dense() if value.is_sparse else value
+    while isinstance(support, dist.constraints.independent):
+        support = support.base_constraint
+    inside = support.check(value)
+    if supported and not inside.all():
+        family = fn
+        while isinstance(family, dist.Independent | dist.MaskedDistribution):
+            family = family.base_dist
+        first = value[~inside].reshape(-1)[0].item()
+        accepted = str(support) if len(str(support)) < 60 else type(support).__name__
+        raise SiteError(
+            f"{here}, {type(family).__name__} of shape {shape}, accepts {accepted}; among the {kind} is {first:.4g}"
+        )
+
+
+def _inspected(look: Inspection, program: Program, minibatch: Minibatch) -> SiteError | None:
+    try:
+        with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False), look:
+            program(minibatch)
+    except SiteError as error:
+        return error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        last = next((f"site {name!r}" for name in reversed(look.sites)), "its beginning")
+        reason = str(error).splitlines()[0] if str(error) else ""
+        return SiteError(f"the {look.part} fails after {last}: {type(error).__name__}: {reason}")
+    return None
+
+
+def check(model: Program, guide: Program, minibatch: Minibatch, unchecked: Collection[str] = ()) -> None:
+    """Run model and guide once, and refuse what does not fit.
+
+    Parameters
+    ----------
+    model, guide
+        The Pyro program.
+    minibatch
+        A few cells to run it with.
+    unchecked
+        Names of sites whose values may lie outside the support.
+
+    Raises
+    ------
+    SiteError
+        In one sentence with the name of the site: if a latent site is in one of the two programs only, if a shape does
+        not fit the plates, the other program or the measurements, or if values lie outside a support.
+    """
+    story, inference = Inspection("model", unchecked), Inspection("guide")
+    failures = [_inspected(look, program, minibatch) for look, program in ((story, model), (inference, guide))]
+    for name, site in inference.sites.items():
+        if name in story.sites:
+            _fits(f"site {name!r} of the model", story.sites[name]["fn"], site["value"], "draws of the guide")
+    for failure in failures:
+        if failure is not None:
+            raise failure
+    for name, site in story.sites.items():
+        if not site["is_observed"] and name not in inference.sites:
+            shape = tuple(site["value"].shape)
+            raise SiteError(f"site {name!r} of the model, of shape {shape}, is latent and missing from the guide")
+    for name, site in inference.sites.items():
+        if name not in story.sites and not site["infer"].get("is_auxiliary"):
+            shape = tuple(site["value"].shape)
+            raise SiteError(f"site {name!r} of the guide, of shape {shape}, is not in the model")

@@ -11,13 +11,15 @@ from pyromosaic.data import ModalitySchema, View
 
 
 class Size(nn.Module):
-    """Size of a cell in which a modality was not measured: log-linear in the latent variable and the covariates.
+    """Size of a cell in which a modality was not measured: ``log l ~ Normal(m, residual)``.
 
-    Fitted by ridge regression once the model is trained; before, it is the median size.
+    m is linear in the latent variable and the covariates, and the residual is what they leave open. Both are from a
+    ridge regression once the model is trained; before, it is the median size. A size is drawn with the measurements;
+    expected measurements are those at the expected size.
 
     Parameters
     ----------
-    schema
+    name, schema
         The modality.
     n_latent
         Width of the latent space.
@@ -25,11 +27,14 @@ class Size(nn.Module):
 
     weight: Tensor
     bias: Tensor
+    residual: Tensor
 
-    def __init__(self, schema: ModalitySchema, n_latent: int) -> None:
+    def __init__(self, name: str, schema: ModalitySchema, n_latent: int) -> None:
         super().__init__()
+        self.name = name
         self.register_buffer("weight", torch.zeros(n_latent + schema.n_covariates, 1))
         self.register_buffer("bias", torch.full((1,), schema.library).log())
+        self.register_buffer("residual", torch.full((1,), 1e-6))
 
     @staticmethod
     def _inputs(z: Tensor, view: View) -> Tensor:
@@ -43,24 +48,27 @@ class Size(nn.Module):
         weight = torch.linalg.solve(centred.T @ centred + ridge, centred.T @ (y - y.mean(0)))
         self.weight.copy_(weight)
         self.bias.copy_(y.mean(0) - x.mean(0) @ weight)
+        n_free = max(1, len(x) - x.shape[1] - 1)
+        self.residual.copy_(((y - x @ weight - self.bias).square().sum() / n_free).sqrt().clamp_min(1e-6))
 
     def forward(self, z: Tensor, view: View) -> View:
-        """The view with missing sizes filled in, for z of shape (..., b, latent)."""
+        """The view with missing sizes filled in by the site ``<name>_size``, for z of shape (..., b, latent)."""
         missing = view.library.isnan()
         if not missing.any():
             return view
-        predicted = (self._inputs(z, view) @ self.weight + self.bias).exp()
-        return replace(view, library=torch.where(missing, predicted, view.library))
+        loc = self._inputs(z, view) @ self.weight + self.bias
+        size = pyro.sample(f"{self.name}_size", dist.LogNormal(loc, self.residual))
+        return replace(view, library=torch.where(missing, size, view.library))
 
 
 class LatentSize(Size):
     """Size of a cell as a latent variable: ``log l ~ Normal(m_b, s_b)``, with moments of the data's batch b.
 
-    Where the model is to predict, a size that is given is used, and a missing one expected as in `Size`.
+    Where the model is to predict, a size that is given is used, and a missing one is as in `Size`.
 
     Parameters
     ----------
-    schema
+    name, schema
         The modality.
     n_latent
         Width of the latent space.
@@ -70,8 +78,7 @@ class LatentSize(Size):
     scale: Tensor
 
     def __init__(self, name: str, schema: ModalitySchema, n_latent: int) -> None:
-        super().__init__(schema, n_latent)
-        self.name = name
+        super().__init__(name, schema, n_latent)
         n_batches = len(next(iter(schema.categories.values()))) if schema.spec.batch_key else 1
         self.register_buffer("loc", torch.zeros(n_batches, 1))
         self.register_buffer("scale", torch.ones(n_batches, 1))

@@ -6,12 +6,17 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from mudata import MuData
 from numpy.testing import assert_allclose, assert_array_equal
-from scipy import sparse, stats
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from scipy import linalg, sparse, stats
+from torch import nn
 
 from pyromosaic import Mosaic, linkage, metrics, pbmc_mosaic, protein_gene_links, simulate
-from pyromosaic.linkage import Correspondence
+from pyromosaic.linkage import Correspondence, variational
+from pyromosaic.linkage.canonical import canonical_variables
 from pyromosaic.linkage.matching import cosine
 from pyromosaic.linkage.preprocess import Smoother, Standardiser, metacells, principal_components
 
@@ -437,6 +442,225 @@ def test_precision_and_recall_count_pairs(mdata):
     links = linkage.links_from_table(mosaic_of(mdata), ("rna", "adt"), table)
     found = pd.DataFrame({"rna": ["gene1", "gene1", "gene9"], "adt": ["protein1", "protein2", "protein1"]})
     assert linkage.link_recovery(found, links) == (0.5, 0.5)
+
+
+# --------------------------------------------------------------------------------------------------- variational
+
+
+def scaled(values):
+    return ((values - values.mean(axis=0)) / values.std(axis=0)).astype(np.float32)
+
+
+@pytest.fixture
+def exact():
+    """A linear model of 5 and 4 variables at arbitrary parameters, and the guide that is its exact posterior."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    widths = {"rna": 5, "adt": 4}
+    model, guide = linkage.VariationalCCAModel(widths, 2, 0), linkage.VariationalCCAGuide(widths, 2, 0)
+    parameters = {}
+    for name, p in widths.items():
+        private, log_noise, mean = rng.normal(size=(p, p)), rng.normal(size=p) / 3, rng.normal(size=p)
+        within = private @ private.T + np.diag(np.exp(2 * log_noise))
+        precision = rng.uniform(0.5, 3, size=2)  # of the expert, diagonal
+        weight = linalg.sqrtm(within) @ stats.ortho_group.rvs(p, random_state=1)[:, :2] * np.sqrt(precision)
+        with torch.no_grad():
+            model.private[name].copy_(torch.tensor(private))
+            model.log_noise[name].copy_(torch.tensor(log_noise))
+            model.decoders[name].linear.weight.copy_(torch.tensor(weight))
+            model.decoders[name].linear.bias.copy_(torch.tensor(mean))
+            expert = (weight / precision).T @ np.linalg.inv(within)
+            linear = guide.encoders[name].linear
+            linear.weight.copy_(torch.tensor(np.vstack([expert, np.zeros_like(expert)])))
+            linear.bias.copy_(torch.tensor(np.concatenate([-expert @ mean, -0.5 * np.log(precision)])))
+        parameters[name] = weight, within, mean
+    x, y = (torch.tensor(rng.normal(size=(6, p)), dtype=torch.float32) for p in widths.values())
+    # Cells 0 to 3 have both, 4 and 5 the first modality, 6 and 7 the second.
+    views = {"rna": (torch.arange(6), x), "adt": (torch.tensor([0, 1, 2, 3, 6, 7]), y)}
+    return model, guide, views, parameters
+
+
+def marginal(views, parameters):
+    """Log likelihood of the linear model, cell by cell, with z and h integrated out."""
+    (w_x, within_x, mean_x), (w_y, within_y, mean_y) = parameters.values()
+    (_, x), (_, y) = views.values()
+    xx, yy = w_x @ w_x.T + within_x, w_y @ w_y.T + within_y
+    joint = np.block([[xx, w_x @ w_y.T], [w_y @ w_x.T, yy]])
+    both = stats.multivariate_normal(np.concatenate([mean_x, mean_y]), joint).logpdf(np.hstack([x[:4], y[:4]]))
+    alone = stats.multivariate_normal(mean_x, xx).logpdf(x[4:]), stats.multivariate_normal(mean_y, yy).logpdf(y[4:])
+    return np.concatenate([both, *alone])
+
+
+def test_bound_of_the_linear_model_is_the_exact_marginal_likelihood_at_the_exact_posterior(exact):
+    model, guide, views, parameters = exact
+    expected = marginal(views, parameters).mean()
+    # log p(x, z) - log q(z) is the same whatever z is drawn.
+    for _ in range(3):
+        assert_allclose(-Trace_ELBO().loss(model, guide, views, 8), expected, rtol=1e-4)
+    with torch.no_grad():
+        guide.encoders["rna"].linear.bias += 1.0
+    assert -np.mean([Trace_ELBO().loss(model, guide, views, 8) for _ in range(30)]) < expected - 0.1
+
+
+def test_posterior_is_the_exact_one_and_narrower_with_both_modalities(exact):
+    model, guide, views, parameters = exact
+    with torch.no_grad():
+        loc, scale = guide.posterior(views, 8)
+    (w_x, within_x, mean_x), (w_y, within_y, mean_y) = parameters.values()
+    joint = np.vstack([w_x, w_y])
+    gain = joint.T @ np.linalg.inv(joint @ joint.T + linalg.block_diag(within_x, within_y))
+    x, y = (values.numpy() for _, values in views.values())
+    residuals = np.hstack([x[:4] - mean_x, y[:4] - mean_y])
+    assert_allclose(loc[:4], residuals @ gain.T, atol=1e-4)
+    assert_allclose(scale[:4] ** 2, np.tile(np.diag(np.eye(2) - gain @ joint), (4, 1)), rtol=1e-4)
+    gain = w_x.T @ np.linalg.inv(w_x @ w_x.T + within_x)
+    assert_allclose(loc[4:6], (x[4:] - mean_x) @ gain.T, atol=1e-4)
+    assert_allclose(scale[4:6] ** 2, np.tile(np.diag(np.eye(2) - gain @ w_x), (2, 1)), rtol=1e-4)
+    assert scale[:4].max(0).values.lt(scale[4:].min(0).values).all()
+
+
+def test_every_term_of_the_bound_of_a_deep_model():
+    torch.manual_seed(1)
+    widths = {"rna": 3, "adt": 2}
+    model, guide = linkage.VariationalCCAModel(widths, 2, 4), linkage.VariationalCCAGuide(widths, 2, 4)
+    for curve in [*model.decoders.values(), *guide.encoders.values()]:
+        nn.init.normal_(curve.bend[2].weight)
+    views = {"rna": (torch.arange(3), torch.randn(3, 3)), "adt": (torch.tensor([0, 3]), torch.randn(2, 2))}
+    with torch.no_grad():
+        q = poutine.trace(guide).get_trace(views, 4)
+        p = poutine.trace(poutine.replay(model, trace=q)).get_trace(views, 4)
+        p.compute_log_prob()
+        z = q.nodes["z"]["value"]
+        loc, scale = guide.posterior(views, 4)
+        for name, (rows, values) in views.items():
+            layer, (first, _, last) = model.decoders[name].linear, model.decoders[name].bend
+            mean = layer(z) + last(torch.relu(first(z)))
+            within = model.private[name] @ model.private[name].T + torch.diag(torch.exp(2 * model.log_noise[name]))
+            by_hand = [stats.multivariate_normal(mean[r], within).logpdf(v) for r, v in zip(rows, values, strict=True)]
+            assert_allclose(p.nodes[name]["log_prob_sum"], sum(by_hand) / 4, rtol=1e-4)
+        divergence = 0.5 * (scale**2 + loc**2 - 1 - 2 * scale.log()).sum() / 4
+        torch.manual_seed(2)
+        loss = TraceMeanField_ELBO().loss(model, guide, views, 4)
+        torch.manual_seed(2)
+        q = poutine.trace(guide).get_trace(views, 4)
+        p = poutine.trace(poutine.replay(model, trace=q)).get_trace(views, 4)
+        p.compute_log_prob()
+        assert_allclose(loss, divergence - sum(p.nodes[n]["log_prob_sum"] for n in views), rtol=1e-5)
+
+
+def test_from_a_random_start_with_true_pairs_it_finds_canonical_correlations():
+    from sklearn.cross_decomposition import CCA
+
+    rng, correlations = np.random.default_rng(0), np.array([0.95, 0.8])
+    shared = rng.normal(size=(2000, 2))
+    other = correlations * shared + np.sqrt(1 - correlations**2) * rng.normal(size=(2000, 2))
+    x = np.hstack([shared, rng.normal(size=(2000, 2))]) @ rng.normal(size=(4, 4))
+    y = np.hstack([other, rng.normal(size=(2000, 1))]) @ rng.normal(size=(3, 3))
+    data = {
+        name: (np.linalg.qr(v - v.mean(axis=0))[0] * np.sqrt(2000)).astype(np.float32)
+        for name, v in (("rna", x), ("adt", y))
+    }
+    torch.manual_seed(0)
+    widths = {name: v.shape[1] for name, v in data.items()}
+    model, guide = linkage.VariationalCCAModel(widths, 2, 0), linkage.VariationalCCAGuide(widths, 2, 0)
+    tensors = {name: torch.from_numpy(v) for name, v in data.items()}
+    drawn = variational.minibatches(tensors, pairs(2000), {"rna": 0.0, "adt": 0.0}, 400, 256, 0)
+    variational.train(model, guide, drawn, 0.05, 400)
+    expected = linkage.canonical_correlation(*data.values(), pairs(2000), ridge=0).keep(2)
+    implied = canonical_variables([np.eye(4), np.eye(3)], variational.implied_covariance(model))
+    assert_allclose(implied.correlations[:2], expected.correlations, atol=0.04)
+    reference = CCA(n_components=2, scale=False, max_iter=5000).fit(*data.values()).transform(*data.values())
+    for k, (name, v) in enumerate(data.items()):
+        weight = model.decoders[name].linear.weight.detach().double().numpy()
+        assert linalg.subspace_angles(weight, expected.coefficients[k]).max() < 0.06
+        # Given one modality, z is its canonical variables, known but for 1 - rho of its variance.
+        z, sd = variational.encoded(guide, {name: (np.arange(2000), v)}, 2000)
+        order = sd.mean(axis=0).argsort()
+        assert_allclose((sd**2).mean(axis=0)[order], 1 - expected.correlations, atol=0.05)
+        for i in range(2):
+            assert abs(np.corrcoef(z[:, order[i]], reference[k][:, i])[0, 1]) > 0.98
+
+
+def test_the_closed_form_is_a_maximum(planted):
+    data = {name: scaled(values) for name, values in zip(("rna", "adt"), planted, strict=True)}
+    covariances = {name: np.cov(v, rowvar=False, bias=True) for name, v in data.items()}
+    canonical = canonical_variables(list(covariances.values()), pairs(2000).cross_covariance(*data.values())).keep(6)
+    widths = {name: v.shape[1] for name, v in data.items()}
+    model, guide = linkage.VariationalCCAModel(widths, 6, 0), linkage.VariationalCCAGuide(widths, 6, 0)
+    variational.start(model, guide, canonical, covariances)
+    views = {name: (torch.arange(2000), torch.from_numpy(v)) for name, v in data.items()}
+    # With as many components as there are, the maximum of the likelihood is that of a normal without constraint.
+    both = np.hstack(list(data.values())).astype(float)
+    best = stats.multivariate_normal(np.zeros(14), both.T @ both / 2000).logpdf(both).mean()
+    assert_allclose(-Trace_ELBO().loss(model, guide, views, 2000), best, atol=2e-3)
+
+
+def test_networks_find_what_is_not_linear():
+    rng = np.random.default_rng(0)
+    angle = rng.uniform(0, 2 * np.pi, 500)  # sin t and cos t are uncorrelated with sin 2t and cos 2t, but tell them
+    curves = {"first": [np.cos(angle), np.sin(angle)], "second": [np.cos(angle), np.sin(2 * angle), np.cos(2 * angle)]}
+    parts = {}
+    for name, curve in curves.items():
+        values = np.array(curve).T @ rng.normal(size=(len(curve), 12)) + 0.1 * rng.normal(size=(500, 12))
+        parts[name] = anndata.AnnData(values.astype(np.float32), pd.DataFrame(index=[f"c{i}" for i in range(500)]))
+    mosaic = Mosaic.from_anndata(parts, {"first": "normal", "second": "normal"})
+    options = {"correspondence": pairs(500), "n_components": 2, "n_pcs": 3, "ridge": 0.02, "batch_size": 256}
+    explained = []
+    for n_hidden in (0, 32):
+        link = linkage.variational_cca(
+            mosaic, ("first", "second"), n_hidden=n_hidden, n_steps=200, learning_rate=0.03, **options
+        )
+        x, y = (values / link._scale[name] for name, (_, values) in link.components(mosaic).items())
+        z, _ = variational.encoded(link.guide, {"first": (np.arange(500), x)}, 500)
+        predicted = link.model.decoders["second"](torch.from_numpy(z)).detach().numpy()
+        explained.append(1 - ((y - predicted) ** 2).sum() / ((y - y.mean(axis=0)) ** 2).sum())
+    assert explained[0] < 0.36 and explained[1] > 0.5  # by a line a third is explained at most: cos t of three
+
+
+def test_pairs_are_drawn_as_they_correspond():
+    rng = np.random.default_rng(0)
+    groups = np.array([0, 2, 1, 0]), np.array([1, 0, 1])
+    plan = np.array([[0.1, 0.2], [0.0, 0.4], [0.3, 0.0]])
+    pi = Correspondence(plan, groups)
+    size = [np.bincount(g) for g in groups]
+    expected = plan[np.ix_(*groups)] / np.outer(size[0][groups[0]], size[1][groups[1]])
+    for same in (pi, Correspondence(sparse.csr_array(plan), groups)):
+        first, second = same.draw(20_000, rng)
+        counts = np.zeros((4, 3))
+        np.add.at(counts, (first, second), 1)
+        assert counts[expected == 0].sum() == 0
+        observed = counts[expected > 0]
+        assert stats.chisquare(observed, 20_000 * expected[expected > 0]).pvalue > 1e-3
+
+
+def test_variational_linkage_of_blood_cells_has_all_that_a_linkage_has():
+    mdata = pbmc_mosaic()
+    mosaic = mosaic_of(mdata)
+    classical = linkage.cca(mosaic, ("rna", "adt"), protein_gene_links())
+    link = linkage.variational_cca(mosaic, ("rna", "adt"), protein_gene_links(), n_steps=100)
+    assert isinstance(link, linkage.Linkage)
+    assert metrics.foscttm(*copies(mdata, link.scores)) <= 0.056
+    x, y = link.scores["rna"], link.scores["adt"]
+    labels = mdata.mod["rna"].obs["celltype"].loc[x.index], mdata.mod["adt"].obs["celltype"].loc[y.index]
+    there, back = metrics.label_transfer_both_ways(x, labels[0], y, labels[1])
+    assert there >= 0.94 and back >= 0.92
+    assert_allclose(link.correlations, classical.correlations, atol=0.08)
+    mean, sd = link.posterior(mosaic)
+    assert list(mean.index) == list(mosaic.obs_names) and (sd < 1).all(axis=None)
+    both = mosaic.presence.all(axis=1)
+    assert (sd[both].mean() < sd[~both].mean()).all()
+    new = link.transform(mosaic_of(MuData({"adt": mdata.mod["adt"][:40].copy()})))
+    assert list(new) == ["adt"]
+    assert_allclose(new["adt"], link.scores["adt"].loc[new["adt"].index], atol=1e-5)
+    expected, found = (table.feature_links().iloc[:200] for table in (classical, link))
+    assert len(found.merge(expected, on=["rna", "adt"])) > 150
+    given = {"correspondence": classical.correspondence, "n_steps": 100}
+    again = linkage.variational_cca(mosaic, ("rna", "adt"), protein_gene_links(), **given)
+    assert_array_equal(again.scores["rna"], link.scores["rna"])
+    with pytest.raises(ValueError, match="batch_size a multiple of 4 and ridge above 0; found 0, 300, 6 and 0.2"):
+        linkage.variational_cca(mosaic, ("rna", "adt"), protein_gene_links(), batch_size=6)
+    with pytest.raises(ValueError, match="there is no modality 'atac'"):
+        linkage.variational_cca(mosaic, ("rna", "atac"))
 
 
 # ------------------------------------------------------------------------------------------------------- leakage

@@ -19,6 +19,7 @@ from pyromosaic import ModalitySpec, Mosaic, MultiVI, hide, metrics, pbmc_mosaic
 from pyromosaic.data import loader, measured, split, to_predict
 from pyromosaic.fusion import Posterior
 from pyromosaic.penalties import Jeffreys, MeanDistance, discrepancy
+from pyromosaic.program import AtMean
 from pyromosaic.sizes import Size
 from pyromosaic.train import MosaicELBO, NonFiniteLossError
 
@@ -781,13 +782,21 @@ def test_size_of_unmeasured_cells_is_log_linear_in_the_latent_variable(mosaic):
     view = measured(mosaic, np.flatnonzero(mosaic.presence["adt"])).observed["adt"]
     z = torch.randn(len(view.rows), 3, generator=rng)
     slope, shift = torch.tensor([[0.5], [-1.0], [0.0]]), torch.tensor([[0.2], [-0.2]])
-    size = Size(mosaic.schema["adt"], 3)
+    size = Size("adt", mosaic.schema["adt"], 3)
     unknown = replace(view, library=torch.full_like(view.library, float("nan")))
-    torch.testing.assert_close(size(z, unknown).library, torch.full_like(view.library, mosaic.schema["adt"].library))
+    median = torch.full_like(view.library, mosaic.schema["adt"].library)
+    torch.testing.assert_close(size(z, unknown).library, median, rtol=1e-4, atol=0.0)
     truth = (6 + z @ slope + view.one_hot() @ shift).exp()
     size.fit(z, replace(view, library=truth))
     torch.testing.assert_close(size(z, unknown).library, truth, rtol=0.05, atol=0.0)
     assert size(z, view) is view
+    noise = torch.randn(truth.shape, generator=rng)
+    size.fit(z, replace(view, library=truth * (0.4 * noise).exp()))
+    assert abs(float(size.residual) - 0.4) < 0.05
+    many = torch.stack([size(z, unknown).library for _ in range(2000)])
+    torch.testing.assert_close(many.log().std(0), size.residual.expand_as(truth), rtol=0.1, atol=0.0)
+    with AtMean():
+        torch.testing.assert_close(size(z, unknown).library, many.mean(0), rtol=0.05, atol=0.0)
 
 
 def test_imputed_counts_have_the_size_that_such_cells_have(trained, mosaic, data):

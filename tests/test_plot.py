@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex, to_rgb, to_rgba
 from scipy import sparse
 from scipy.stats import spearmanr
 
-from pyromosaic import plot
+from pyromosaic import checks, plot
 
 CELLS = [f"cell{i}" for i in range(60)]
 
@@ -238,3 +238,80 @@ def test_overview_has_a_panel_for_everything(coordinates, training, imputed, tmp
     edges = plt.imread(tmp_path / "overview.png")[:, [0, -1], :3]
     assert (edges == 1).all()  # nothing is cut off at the sides
     assert figure.get_facecolor() == to_rgba("white")
+
+
+# Checks of models
+
+
+@pytest.fixture
+def check():
+    """A check of 4 genes, two of them outside their intervals, and one pair."""
+    genes = ["g0", "g1", "g2", "g3"]
+    observed = np.array([0.5, 1.0, 20.0, 300.0])
+    mean = pd.DataFrame({"observed": observed, "mean": [0.5, 2.0, 20.0, 100.0]}, genes)
+    mean = mean.assign(lower=0.9 * mean["mean"], upper=1.1 * mean["mean"], p_value=[1.0, 0.05, 0.9, 0.05])
+    pair = pd.DataFrame([[-0.2, 0.1, 0.0, 0.2, 0.1]], ["g0 ~ p0"], mean.columns)
+    tables = {("rna", "mean"): mean, ("rna", "variance"): 2 * mean, ("rna ~ adt", "correlation"): pair}
+    levels = ["modality", "statistic"]
+    overall = pd.DataFrame(
+        {"p_value": [0.05, 0.5, 0.1], "outside": [0.5, 0.5, 1.0], "n": [4, 4, 1]},
+        pd.MultiIndex.from_tuples(list(tables), names=levels),
+    )
+    return checks.PredictiveCheck(pd.concat(tables, names=[*levels, "name"]), overall, True, 19)
+
+
+def test_predictive_shows_what_lies_outside(check, ax):
+    before = check.table.copy()
+    assert plot.predictive(check, "rna", "mean", ax) is ax
+    inside, outside = (np.asarray(dots.get_offsets()) for dots in ax.collections[1:])
+    np.testing.assert_allclose(inside, [[0.5, 0.5], [20, 20]])
+    np.testing.assert_allclose(outside, [[1, 2], [300, 100]])
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    assert [text.get_text() for text in ax.texts] == ["50% of 4 outside\np ≤ 0.05"]
+    assert "counts" in ax.get_title() and "prior" in ax.get_ylabel()
+    pair = plot.predictive(check, "rna ~ adt", "correlation")
+    assert pair.get_xscale() == "linear" and pair.texts[0].get_text().endswith("p = 0.1")
+    pd.testing.assert_frame_equal(check.table, before)
+
+
+def test_mean_variance_has_the_data_and_the_draws(check, ax):
+    plot.mean_variance(check, "rna", ax)
+    data, draws = (np.asarray(dots.get_offsets()) for dots in ax.collections)
+    np.testing.assert_allclose(data[:, 1], 2 * data[:, 0])
+    np.testing.assert_allclose(draws[:, 0], [0.5, 2.0, 20.0, 100.0])
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["data", "drawn"]
+
+
+def test_predictive_checks_has_a_panel_for_every_statistic(check, tmp_path):
+    figure = plot.predictive_checks(check)
+    titles = [ax.get_title().split(":")[0] for ax in figure.axes]
+    assert titles == ["rna", "rna", "rna", "rna ~ adt"]
+    figure.savefig(tmp_path / "checks.png", dpi=40)
+
+
+def of_ranks(below, n_samples=99):
+    columns = pd.MultiIndex.from_product([["z"], [str(i) for i in range(below.shape[1])]], names=["variable", "name"])
+    below = pd.DataFrame(below.astype(float), columns=columns)
+    return checks.Ranks(below, 0 * below, n_samples)
+
+
+@pytest.mark.parametrize("n_dimensions", [1, 3, 40])
+def test_ranks_are_a_histogram(n_dimensions, ax):
+    below = np.random.default_rng(0).integers(0, 100, (500, n_dimensions))
+    assert plot.ranks(of_ranks(below), ax=ax) is ax
+    heights = ax.patches[-1 if n_dimensions == 40 else 0].get_data().values
+    np.testing.assert_allclose(heights.mean(), 1.0)
+    assert np.abs(heights - 1).max() < 0.6 / np.sqrt(n_dimensions)
+    assert "99 draws" in ax.get_xlabel() and ax.get_title() == "z"
+    band = [patch for patch in ax.patches if not hasattr(patch, "get_data")]
+    assert len(band) == (n_dimensions <= 30)
+
+
+def test_coverage_lies_below_the_diagonal_where_intervals_are_too_narrow(ax):
+    rng = np.random.default_rng(0)
+    narrow = np.where(rng.random((2000, 1)) < 0.5, 0, 99)
+    plot.coverage(of_ranks(narrow), ax)
+    assert ax.lines[1].get_ydata().max() < 0.1
+    fine = plot.coverage(of_ranks(rng.integers(0, 100, (2000, 1))))
+    np.testing.assert_allclose(fine.lines[1].get_ydata(), fine.lines[1].get_xdata(), atol=0.04)
+    assert [text.get_text() for text in fine.get_legend().get_texts()] == ["z"]

@@ -1,10 +1,13 @@
 import warnings
+from dataclasses import replace
+from itertools import combinations
 
 import anndata
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
 from torch.nn.functional import mse_loss, relu, softplus
@@ -13,6 +16,7 @@ from pyromosaic import ModalitySpec, Mosaic, ScModal, metrics, simulate
 from pyromosaic.data import measured
 from pyromosaic.fusion import Posterior
 from pyromosaic.guidance import GuidanceGraph
+from pyromosaic.linkage import link_recovery, links_from_table
 from pyromosaic.penalties import (
     Anchors,
     Discriminator,
@@ -494,6 +498,211 @@ def test_three_modalities_form_a_chain_or_all_pairs():
     assert np.isfinite(model.history["train_objective"]).all()
 
 
+def test_three_data_sets_in_a_chain_are_aligned_pair_by_pair():
+    sizes = {"adt": 150, "rna": 100, "image": 40}
+    kinds = {"adt": "nb_mixture", "rna": "nb", "image": "normal"}
+    mdata, truth = simulate(
+        200,
+        sizes,
+        likelihoods=kinds,
+        patterns=["adt+rna+image"],
+        types=12,
+        links={"adt": 1.0, "image": 1.0},
+        separation=2.0,
+        depth=10.0,
+        seed=3,
+    )
+    mosaic = unpaired(mdata, modalities=kinds)
+    model = small(mosaic, linked(mosaic, truth), n_latent=12, n_hidden=64, n_adversary_steps=1)
+    assert list(model.matches) == [("adt", "rna"), ("rna", "image")]
+    model.train(20, batch_size=100, learning_rate=5e-3, kl_warmup_epochs=5, **QUIET)
+    latent = model.get_latent_representation()
+    cells = {name: latent.loc[_named(latent.index, name, mdata[name].obs_names)] for name in sizes}
+    for a, b in combinations(sizes, 2):
+        assert metrics.foscttm(cells[a], cells[b]) < 0.05, (a, b)
+
+
+# No answer leaks in
+
+
+def test_the_linkage_follows_rows_that_are_permuted(mosaic, graph, data):
+    adatas = {name: adata.copy() for name, adata in data[0].mod.items()}
+    order = np.random.default_rng(0).permutation(adatas["adt"].n_obs)
+    adatas["adt"] = adatas["adt"][order].copy()
+    permuted = Mosaic.from_anndata(adatas, batch_key="batch")
+    scores = [pd.DataFrame(small(m, graph).link(m), m.obs_names) for m in (mosaic, permuted)]
+    np.testing.assert_allclose(scores[1].loc[mosaic.obs_names], scores[0], atol=1e-4)
+
+
+def test_labels_have_no_influence(data, graph):
+    latents = []
+    for columns in (["batch", "celltype"], ["batch"]):
+        adatas = {name: adata[::2].copy() for name, adata in data[0].mod.items()}
+        for adata in adatas.values():
+            adata.obs = adata.obs[columns]
+        model = small(Mosaic.from_anndata(adatas, batch_key="batch"), graph)
+        model.train(2, batch_size=64, **QUIET)
+        latents.append(model.get_latent_representation())
+    pd.testing.assert_frame_equal(*latents)
+
+
+def test_shuffled_features_come_out_at_chance(simulated):
+    rng = np.random.default_rng(0)
+    adatas = {name: adata.copy() for name, adata in simulated[0].mod.items()}
+    for adata in adatas.values():
+        adata.X = rng.permuted(_values(adata.X), axis=0)
+    mosaic = Mosaic.from_anndata(adatas)
+    model = small(mosaic, linked(mosaic, simulated[1]), n_adversary_steps=1)
+    model.train(8, batch_size=200, **QUIET)
+    assert abs(aligned(model, simulated[0]) - 0.5) < 0.06
+
+
+def test_the_same_matrix_on_both_sides_is_refused(data):
+    rna = data[0]["rna"].copy()
+    mosaic = Mosaic.from_anndata({"rna": rna, "again": rna.copy()}, modalities={"rna": "nb", "again": "nb"})
+    with pytest.raises(ValueError, match="same matrix on both sides"):
+        small(mosaic, None).train(1, **QUIET)
+    model = small(mosaic, None, linkage=None)
+    latent = model.get_latent_representation(modality="rna")
+    with pytest.raises(ValueError, match="same matrix"):
+        metrics.foscttm(latent, latent)
+
+
+# Anchors by the embedding, attention, links
+
+
+def test_anchors_are_sought_anew_by_scores_and_embedding(mosaic, graph):
+    model = small(mosaic, graph, refresh_every=2)
+    seen = []
+    watch = LambdaCallback(on_train_epoch_end=lambda *_: seen.append(model.matches["rna", "adt"].values.clone()))
+    model.train(4, batch_size=128, callbacks=[watch], **QUIET)
+    torch.testing.assert_close(seen[0], model.scores.values)
+    torch.testing.assert_close(seen[1], model.scores.values)
+    width = model.scores.values.shape[1]
+    torch.testing.assert_close(seen[2][:, :width], torch.nn.functional.normalize(model.scores.values))
+    assert seen[2].shape == (mosaic.n_cells, width + 4) and torch.equal(seen[2], seen[3])
+    z = seen[2][:, width:]
+    torch.testing.assert_close(z.norm(dim=1), torch.ones(len(z)))
+    again = small(mosaic, graph, refresh_every=2)
+    again.train(3, batch_size=128, **QUIET)
+    assert again.matches["rna", "adt"].values.shape == seen[2].shape
+    again.train(1, batch_size=128, **QUIET)  # begins at the linkage again
+    torch.testing.assert_close(again.matches["rna", "adt"].values, again.scores.values)
+
+
+def test_attention_sees_all_features_and_trains(mosaic, graph):
+    model = small(mosaic, graph, encoder="attention")
+    encoder = model.guide.encoders["rna"]
+    view = measured(mosaic, np.arange(0, mosaic.n_cells, 8)).observed["rna"]
+    loc, scale = encoder(view)
+    assert loc.shape == scale.shape == (len(view.rows), 6) and (scale > 0).all()
+    x = encoder.scaling(view).requires_grad_()
+    encoder.posterior(x, view)[0].sum().backward()
+    assert (x.grad != 0).any(0).all()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in encoder.hidden.parameters())
+    half = encoder.posterior(x[:5], _rows(view, 5))[0]
+    torch.testing.assert_close(half, loc[:5], rtol=1e-4, atol=1e-5)  # cells do not see each other
+    cells = measured(mosaic, np.arange(mosaic.n_cells))
+    before = MosaicELBO().loss(model.model, model.guide, cells)
+    model.train(15, batch_size=128, **QUIET)
+    assert MosaicELBO().loss(model.model, model.guide, cells) < before
+    assert np.isfinite(model.get_latent_representation()).all(axis=None)
+
+
+def _rows(view, n):
+    return replace(view, rows=view.rows[:n], codes=view.codes[:n], continuous=view.continuous[:n])
+
+
+@pytest.fixture(scope="module")
+def part():
+    """A model that was given two thirds of the links, and the other third."""
+    mdata, truth = simulate(
+        300,
+        {"rna": 60, "adt": 60},
+        patterns=["rna+adt"],
+        types=10,
+        links={"adt": 0.8},
+        separation=2.0,
+        depth=10.0,
+        seed=3,
+    )
+    mosaic = unpaired(mdata, batch_key="batch")
+    links = linked(mosaic, truth).links("rna", "adt")
+    out = np.random.default_rng(0).permutation(len(links)) < len(links) // 3
+    graph = GuidanceGraph.from_table(mosaic, links[~out].reset_index(drop=True))
+    model = small(mosaic, graph, n_latent=8, n_hidden=32, n_adversary_steps=1)
+    model.train(20, batch_size=200, learning_rate=5e-3, kl_warmup_epochs=5, **QUIET)
+    return model, links[out].reset_index(drop=True)
+
+
+def test_links_that_were_left_out_are_found(part):
+    model, left_out = part
+    table = model.feature_links("rna", "adt")
+    assert table.columns.tolist() == ["rna", "adt", "correlation", "mutual"]
+    everything = model.feature_links("rna", "adt", level=1.0)
+    assert 0 < len(table) < len(everything) == 60 * 60
+    assert table["correlation"].abs().is_monotonic_decreasing
+    signed = everything.assign(rank=everything["correlation"].rank(pct=True)).merge(left_out, on=["rna", "adt"])
+    assert len(signed) == len(left_out) == 16
+    assert (np.sign(signed["correlation"]) == signed["sign"]).mean() > 0.9
+    assert (signed["sign"] == 1).all() and signed["rank"].mean() > 0.7  # by chance 0.5 ± 0.07
+    best = everything[everything["correlation"] > 0].groupby("adt").head(5)
+    precision, recall = link_recovery(best, links_from_table(model.mosaic, ("rna", "adt"), left_out[["rna", "adt"]]))
+    assert recall > 0.25 and precision > 0.15  # by chance 5 of 60, and 1 of 16
+
+
+def test_unrelated_latent_spaces_have_no_links(part, monkeypatch):
+    model, _ = part
+    turn = torch.linalg.qr(normals(5, 8, 8)).Q
+    z = torch.from_numpy(model.get_latent_representation().to_numpy())
+    spread = torch.linalg.cholesky(torch.cov(z.T))
+    expected = model.cycle.expected
+
+    def turned(name, values):
+        centre = z.mean(0)
+        white = torch.linalg.solve_triangular(spread, (values - centre).T, upper=False)
+        return expected(name, values if name == "rna" else centre + (spread @ turn @ white).T)
+
+    aligned_links = len(model.feature_links("rna", "adt"))
+    monkeypatch.setattr(model.cycle, "expected", turned)
+    assert len(model.feature_links("rna", "adt")) <= 1 < aligned_links
+
+
+def test_agreement_of_links_tells_an_aligned_model(part):
+    model, left_out = part
+    mosaic = model.mosaic
+    value = model.link_agreement(left_out[["rna", "adt", "sign"]], n_neighbors=7)
+    z = model.get_latent_representation().to_numpy()
+    scaled, rows, r = {}, {}, []
+    for name, modality in mosaic.modalities.items():
+        rows[name] = np.flatnonzero(modality.present)
+        view = measured(mosaic, rows[name]).observed[name]
+        scaled[name] = model.guide.encoders[name].scaling(view).numpy()
+    for a, b in (("rna", "adt"), ("adt", "rna")):
+        distances = ((z[rows[a]][:, None] - z[rows[b]]) ** 2).sum(-1)
+        near = distances.argsort(1)[:, :7]
+        for link in left_out.itertuples():
+            column = {name: mosaic.schema[name].features.index(getattr(link, name)) for name in (a, b)}
+            mean = scaled[b][:, column[b]][near].mean(1) * link.sign
+            r.append(np.corrcoef(scaled[a][:, column[a]], mean)[0, 1])
+    assert value == pytest.approx(np.mean(r), abs=1e-3)
+    untrained = small(mosaic, model.graph, n_latent=8, n_hidden=32)
+    assert value > 0.15 > abs(untrained.link_agreement(left_out[["rna", "adt", "sign"]]))
+
+
+def test_the_reference_says_what_it_cannot_answer(mosaic, graph, data):
+    model = reference(mosaic, graph)
+    with pytest.raises(ValueError, match="modality 'adt' has no foreground here"):
+        model.get_protein_foreground_probability()
+    assert np.isfinite(model.get_normalized_expression("adt")).all(axis=None)
+    assert np.isfinite(model.get_cell_factors()["rna"].dropna()).all()
+    regions = Mosaic.from_anndata({"rna": data[0]["rna"].copy(), "atac": data[0]["adt"].copy()})
+    open_or_not = reference(regions, None, linkage=None)
+    with pytest.raises(ValueError, match="modality 'atac' has no region factors here"):
+        open_or_not.get_region_factors()
+    assert np.isfinite(open_or_not.get_accessibility_estimates()).all(axis=None)
+
+
 # Bad input
 
 
@@ -507,9 +716,11 @@ def test_bad_input_is_answered_in_one_sentence(mosaic, graph, data):
         small(mosaic, None)
     with pytest.raises(ValueError, match="a deterministic program has no private variables"):
         reference(mosaic, graph, n_private=2)
-    for wrong in ({"pairs": "ring"}, {"geometry": "flat"}):
+    for wrong in ({"pairs": "ring"}, {"geometry": "flat"}, {"encoder": "graph"}):
         with pytest.raises(ValueError, match="there is no choice"):
             small(mosaic, graph, **wrong)
+    with pytest.raises(ValueError, match="refresh_every is a number of epochs"):
+        small(mosaic, graph, refresh_every=-1)
     with pytest.raises(ValueError, match="linkage is"):
         small(mosaic, graph, linkage="labels")
     with pytest.raises(ValueError, match="weights are at least 0"):

@@ -27,6 +27,11 @@ def pbmc_mosaic() -> "MuData":
     ----------
     Hao et al., Integrated analysis of multimodal single-cell data, Cell 2021 (GEO GSE164378); the excerpt is the one
     that the `scmidas` 0.3.0 package ships under the MIT licence.
+
+    Examples
+    --------
+    >>> {name: adata.shape for name, adata in pbmc_mosaic().mod.items()}
+    {'rna': (1200, 500), 'adt': (1200, 224)}
     """
     import mudata
 
@@ -36,6 +41,12 @@ def pbmc_mosaic() -> "MuData":
 
 
 def protein_gene_links() -> pd.DataFrame:
-    """Which gene encodes the target of which antibody of `pbmc_mosaic`: columns ``protein`` and ``gene``."""
+    """Which gene encodes the target of which antibody of `pbmc_mosaic`: columns ``protein`` and ``gene``.
+
+    Examples
+    --------
+    >>> protein_gene_links().shape
+    (240, 2)
+    """
     with as_file(FILES / "protein_gene_links.csv") as path:
         return pd.read_csv(path)

@@ -34,6 +34,9 @@ class View:
         Measurements, shape (b, features), strided or sparse COO; None where the model is to predict them.
     labels
         Label numbers of the modality, shape (b,); -1 where unknown.
+    exposure
+        What each measurement was made out of (trials, coverage), shape (b, features); the median where nothing was
+        measured. None unless the modality has an exposure layer.
     """
 
     rows: Tensor
@@ -43,12 +46,18 @@ class View:
     library: Tensor
     counts: Tensor | None
     labels: Tensor | None = None
+    exposure: Tensor | None = None
 
     def dense_counts(self) -> Tensor:
         """Measurements as a strided tensor, shape (b, features)."""
         if self.counts is None:
             raise ValueError("this view holds no measurements: it asks the model to predict them")
         return self.counts.to_dense() if self.counts.is_sparse else self.counts
+
+    def rates(self, counts: Tensor) -> Tensor:
+        """Measurements per exposure, ``(x + 1/2) / (exposure + 1)``, so that none is far off where it was small."""
+        assert self.exposure is not None
+        return (counts + 0.5) / (self.exposure + 1)
 
     def one_hot(self, column: int = 0) -> Tensor:
         """Categories of one column as indicators, shape (b, categories); an unknown category is their average."""
@@ -108,6 +117,15 @@ class Minibatch:
         """Cells that each cell of the minibatch stands for."""
         return self.n_cells / len(self)
 
+    def dense(self) -> "Minibatch":
+        """The same with strided measurements, for tools of Pyro that know no others."""
+
+        def strided(views: dict[str, View]) -> dict[str, View]:
+            known = {k: v for k, v in views.items() if v.counts is not None}
+            return views | {k: replace(v, counts=v.dense_counts()) for k, v in known.items()}
+
+        return replace(self, observed=strided(self.observed), decoded=strided(self.decoded))
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Minibatch":
         """The same minibatch on another device."""
         observed = {k: v.to(device, non_blocking) for k, v in self.observed.items()}
@@ -130,6 +148,14 @@ def measured(mosaic: Mosaic, index: np.ndarray, n_cells: int | None = None) -> M
         Numbers of the cells, shape (B,).
     n_cells
         Number of cells that the minibatch stands for (default: all of the mosaic).
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> mosaic = Mosaic.from_mudata(simulate(90, {"rna": 50, "adt": 5})[0], batch_key="batch")
+    >>> minibatch = measured(mosaic, np.arange(10))
+    >>> len(minibatch), list(minibatch.observed), minibatch.scale
+    (10, ['rna', 'adt'], 9.0)
     """
     views = {}
     for name, modality in mosaic.modalities.items():
@@ -144,6 +170,7 @@ def measured(mosaic: Mosaic, index: np.ndarray, n_cells: int | None = None) -> M
                 library=torch.from_numpy(modality.library[cells, None]),
                 counts=modality.tensor(cells),
                 labels=torch.from_numpy(modality.labels[cells]),
+                exposure=modality.exposure(cells),
             )
     groups = None if mosaic.groups is None else torch.from_numpy(mosaic.groups[index])
     return Minibatch(torch.from_numpy(index), mosaic.n_cells if n_cells is None else n_cells, views, views, groups)
@@ -179,6 +206,14 @@ def to_predict(
     ------
     ValueError
         If there is no such modality or batch.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> mosaic = Mosaic.from_mudata(simulate(90, {"rna": 50, "adt": 5})[0], batch_key="batch")
+    >>> minibatch = to_predict(mosaic, np.arange(10), decode=("adt",), encode=None)
+    >>> minibatch.decoded["adt"].counts is None, len(minibatch.decoded["adt"].rows)
+    (True, 10)
     """
     for name in (*decode, *(encode or ())):
         if name not in mosaic.modalities:
@@ -201,6 +236,7 @@ def to_predict(
             library=torch.from_numpy(size[:, None]),
             counts=None,
             labels=torch.from_numpy(modality.labels[index]),
+            exposure=modality.exposure(index),
         )
     return Minibatch(seen.index, len(index), observed, views, seen.groups)
 
@@ -259,6 +295,13 @@ def loader(
     ------
     ValueError
         If there is no cell, or `batch_size` is below 1.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> mosaic = Mosaic.from_mudata(simulate(90, {"rna": 50, "adt": 5})[0], batch_key="batch")
+    >>> [len(minibatch) for minibatch in loader(mosaic, mosaic.find(None), batch_size=40, seed=0)]
+    [30, 30, 30]
     """
     if len(cells) == 0 or batch_size < 1:
         raise ValueError(f"minibatches need at least one cell and a size of 1; found {len(cells)} and {batch_size}")
@@ -345,6 +388,14 @@ def contrastive_loader(
     ------
     ValueError
         If a cohort has no cell, or `batch_size` is below 1.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> mosaic = Mosaic.from_mudata(simulate(90, {"rna": 50}, treated=1 / 3)[0])
+    >>> mosaic = mosaic.with_cohorts("condition", background="control")
+    >>> [minibatch.groups.bincount().tolist() for minibatch in contrastive_loader(mosaic, mosaic.find(None), 20)]
+    [[20, 20], [20, 20], [20, 20]]
     """
     if mosaic.groups is None:
         raise ValueError("the mosaic has no cohorts; mosaic.with_cohorts says which cells are background and target")
@@ -392,6 +443,14 @@ def split(mosaic: Mosaic, validation: float = 0.1, test: float = 0.0, seed: int 
     ------
     ValueError
         If the shares are negative or leave nothing to train on.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> mosaic = Mosaic.from_mudata(simulate(90, {"rna": 50, "adt": 5})[0], batch_key="batch")
+    >>> parts = split(mosaic, validation=0.1, test=0.1)
+    >>> len(parts.train), len(parts.validation), len(parts.test)
+    (72, 9, 9)
     """
     if validation < 0 or test < 0 or validation + test >= 1:
         raise ValueError(

@@ -28,6 +28,7 @@ class _Source:
     features: pd.Index
     obs: pd.DataFrame
     measured: np.ndarray | None = None  # rows that are not holes; None for all
+    exposures: Any = None
 
 
 @dataclass
@@ -54,6 +55,8 @@ class Modality:
         Label numbers, shape (N,); -1 where unknown.
     dense
         Whether minibatches are strided tensors rather than sparse ones.
+    exposures
+        What each measurement was made out of, rows as in `matrix`; None if the likelihood needs no such thing.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Modality:
     library: np.ndarray
     labels: np.ndarray
     dense: bool
+    exposures: Matrix | None = None
 
     @property
     def spec(self) -> ModalitySpec:
@@ -84,6 +88,16 @@ class Modality:
     def tensor(self, cells: np.ndarray) -> torch.Tensor:
         """Measurements of cells that have the modality, shape (len(cells), features)."""
         return self.matrix.tensor(self.rows[cells], self.dense)
+
+    def exposure(self, cells: np.ndarray) -> torch.Tensor | None:
+        """What each measurement was made out of, shape (len(cells), features), the median where there is none."""
+        if self.exposures is None:
+            return None
+        exposure = torch.full((len(cells), self.schema.n_features), self.schema.exposure)
+        has = self.rows[cells] >= 0
+        if has.any():
+            exposure[torch.from_numpy(has)] = self.exposures.tensor(self.rows[cells][has], dense=True)
+        return exposure
 
     def read(self, cells: np.ndarray) -> Any:
         """Measurements of cells that have the modality, as a CSR matrix or a NumPy array."""
@@ -144,7 +158,7 @@ class Mosaic:
     def __repr__(self) -> str:
         lines = [f"Mosaic of {self.n_cells} cells"]
         for name, m in self.modalities.items():
-            line = f"  {name}: {m.present.sum()} cells × {m.schema.n_features} features, {m.spec.likelihood}"
+            line = f"  {name}: {m.present.sum()} cells × {m.schema.n_features} features, {m.spec.likelihood_name}"
             if m.spec.batch_key:
                 line += f", batch {m.spec.batch_key!r} ({m.n_categories[0]})"
             lines.append(line)
@@ -280,6 +294,7 @@ class Mosaic:
         modalities: Mapping[str, ModalitySpec | str] | None = None,
         *,
         schema: Schema | None = None,
+        new_batches: str = "refuse",
         **shared: Any,
     ) -> "Mosaic":
         """Read a MuData as it is: a cell that is missing from a modality is a hole.
@@ -295,6 +310,9 @@ class Mosaic:
         schema
             The schema of a trained model; the data are then checked against it and features put in its order. One of
             the model's modalities may be missing: no cell has it then.
+        new_batches
+            What becomes of batches that the schema does not know: ``"refuse"``; ``"average"``, they are treated as an
+            average of those it knows; ``"add"``, the schema of the mosaic knows them, see `MosaicModel.adapt`.
         **shared
             Fields of `ModalitySpec` for all modalities given by a likelihood's name, ``batch_key="batch"`` say.
 
@@ -303,8 +321,8 @@ class Mosaic:
         ValueError
             With one sentence that names the modality, column, cell or feature at fault.
         """
-        sources = {name: lambda layer, n=name, a=adata: _source(n, a, layer) for name, adata in mdata.mod.items()}
-        return cls._register(sources, modalities, schema, shared, mdata.obs)
+        sources = {name: lambda spec, n=name, a=adata: _source(n, a, spec) for name, adata in mdata.mod.items()}
+        return cls._register(sources, modalities, schema, shared, mdata.obs, new_batches)
 
     @classmethod
     def from_anndata(
@@ -314,6 +332,7 @@ class Mosaic:
         *,
         match_cells: bool = False,
         schema: Schema | None = None,
+        new_batches: str = "refuse",
         **shared: Any,
     ) -> "Mosaic":
         """Read one AnnData a modality.
@@ -325,7 +344,7 @@ class Mosaic:
         match_cells
             Whether cells of the same name are the same cell. If not, every row is a cell of its own; should a name
             occur in two modalities, cells are named ``"modality:name"``.
-        modalities, schema, **shared
+        modalities, schema, new_batches, **shared
             As in `from_mudata`.
 
         Raises
@@ -336,10 +355,10 @@ class Mosaic:
         names = pd.Index(np.concatenate([np.asarray(a.obs_names) for a in adatas.values()])) if adatas else pd.Index([])
         prefix = not match_cells and names.has_duplicates
         sources = {
-            name: lambda layer, n=name, a=adata: _source(n, a, layer, f"{n}:" if prefix else "")
+            name: lambda spec, n=name, a=adata: _source(n, a, spec, f"{n}:" if prefix else "")
             for name, adata in adatas.items()
         }
-        return cls._register(sources, modalities, schema, shared, None)
+        return cls._register(sources, modalities, schema, shared, None, new_batches)
 
     @classmethod
     def from_obsm(
@@ -349,6 +368,7 @@ class Mosaic:
         modalities: Mapping[str, ModalitySpec | str] | None = None,
         *,
         schema: Schema | None = None,
+        new_batches: str = "refuse",
         **shared: Any,
     ) -> "Mosaic":
         """Read one AnnData whose `X` is one modality and whose `obsm` holds the others.
@@ -360,7 +380,7 @@ class Mosaic:
         blocks
             For each modality the key in `obsm`, or None for `X`. A row that is missing (NaN) throughout is a hole.
             Feature names are the columns of a DataFrame, else ``"modality_0"``, ``"modality_1"``, …
-        modalities, schema, **shared
+        modalities, schema, new_batches, **shared
             As in `from_mudata`.
 
         Raises
@@ -369,12 +389,12 @@ class Mosaic:
             With one sentence that names the modality, column, cell or feature at fault.
         """
 
-        def block(name: str, key: str | None, layer: str | None) -> _Source:
+        def block(name: str, key: str | None, spec: ModalitySpec) -> _Source:
             if key is None:
-                source = _source(name, adata, layer)
+                source = _source(name, adata, spec)
             elif key not in adata.obsm:
                 raise ValueError(f"modality {name!r}: obsm has no key {key!r}; it has {_words(adata.obsm.keys())}")
-            elif layer is not None:
+            elif (layer := spec.layer or spec.exposure_layer) is not None:
                 raise ValueError(f"modality {name!r}: a block of obsm has no layer, but its ModalitySpec has {layer!r}")
             else:
                 values: Any = adata.obsm[key]
@@ -386,8 +406,8 @@ class Mosaic:
                 source.measured = pd.DataFrame(source.matrix).notna().any(axis=1).to_numpy()
             return source
 
-        sources = {name: lambda layer, n=name, k=key: block(n, k, layer) for name, key in blocks.items()}
-        return cls._register(sources, modalities, schema, shared, adata.obs)
+        sources = {name: lambda spec, n=name, k=key: block(n, k, spec) for name, key in blocks.items()}
+        return cls._register(sources, modalities, schema, shared, adata.obs, new_batches)
 
     @classmethod
     def _register(
@@ -397,10 +417,13 @@ class Mosaic:
         schema: Schema | None,
         shared: Mapping[str, Any],
         obs: pd.DataFrame | None,
+        new_batches: str,
     ) -> "Mosaic":
+        if new_batches not in ("refuse", "average", "add"):
+            raise ValueError(f'new_batches is "refuse", "average" or "add"; found {new_batches!r}')
         specs = _specifications(list(sources), modalities, schema, shared)
         known = {} if schema is None else schema.modalities
-        read = {name: sources[name](spec.layer) for name, spec in specs.items() if name in sources}
+        read = {name: sources[name](spec) for name, spec in specs.items() if name in sources}
         for name, source in read.items():
             if source.matrix.dtype.kind not in "biuf":
                 raise ValueError(f"modality {name!r}: values of type {source.matrix.dtype}; accepted: real numbers")
@@ -434,7 +457,10 @@ class Mosaic:
             cells = obs.index[~lost]  # without cells of modalities that were left out on purpose
         read |= {name: _absent(known[name]) for name in specs if name not in sources}
         tables = _columns(specs, read, cells, obs)
-        registered = {n: _modality(n, s, read[n], cells, tables[n], known.get(n)) for n, s in specs.items()}
+        if new_batches == "add":
+            known = {name: _with_batches(m, read[name].cells, tables[name]) for name, m in known.items()}
+        average = new_batches == "average"
+        registered = {n: _modality(n, s, read[n], cells, tables[n], known.get(n), average) for n, s in specs.items()}
         whole = () if obs is None else ((obs.index, obs),)
         mosaic = cls(cells, registered, (*whole, *((source.cells, source.obs) for source in read.values())))
         if schema is not None and schema.cohorts is not None:
@@ -450,14 +476,16 @@ def _first_duplicate(names: pd.Index) -> str:
     return str(names[names.duplicated()][0])
 
 
-def _source(name: str, adata: "AnnData", layer: str | None, prefix: str = "") -> _Source:
-    if layer is not None and layer not in adata.layers:
-        raise ValueError(f"modality {name!r}: there is no layer {layer!r}; it has {_words(adata.layers.keys())}")
-    matrix = adata.X if layer is None else adata.layers[layer]
+def _source(name: str, adata: "AnnData", spec: ModalitySpec, prefix: str = "") -> _Source:
+    for layer in (spec.layer, spec.exposure_layer):
+        if layer is not None and layer not in adata.layers:
+            raise ValueError(f"modality {name!r}: there is no layer {layer!r}; it has {_words(adata.layers.keys())}")
+    matrix = adata.X if spec.layer is None else adata.layers[spec.layer]
     if matrix is None:
         raise ValueError(f"modality {name!r}: X is empty; name the layer that holds the values")
     cells = adata.obs_names if not prefix else pd.Index(prefix + adata.obs_names.astype(str))
-    return _Source(matrix, cells, adata.var_names, adata.obs)
+    exposures = None if spec.exposure_layer is None else adata.layers[spec.exposure_layer]
+    return _Source(matrix, cells, adata.var_names, adata.obs, exposures=exposures)
 
 
 def _absent(known: ModalitySchema) -> _Source:
@@ -541,8 +569,24 @@ def _columns(
     return tables
 
 
+def _with_batches(known: ModalitySchema, cells: pd.Index, table: pd.DataFrame) -> ModalitySchema:
+    """The schema with the batches of these cells behind those that it knows."""
+    key = known.spec.batch_key
+    if key is None:
+        return known
+    batches = known.categories[key]
+    new = sorted(set(table.loc[cells, key].dropna().astype(str)) - set(batches))
+    return replace(known, categories={**known.categories, key: (*batches, *new)})
+
+
 def _modality(
-    name: str, spec: ModalitySpec, source: _Source, cells: pd.Index, table: pd.DataFrame, known: ModalitySchema | None
+    name: str,
+    spec: ModalitySpec,
+    source: _Source,
+    cells: pd.Index,
+    table: pd.DataFrame,
+    known: ModalitySchema | None,
+    average_new_batches: bool = False,
 ) -> Modality:
     """Check one modality and bring it into the mosaic's order of cells (and the schema's order of features)."""
     features, columns = source.features.astype(str), None
@@ -580,7 +624,7 @@ def _modality(
         else:
             categories[key] = known.categories[key]
             unseen = present & ~words.isin(categories[key]).to_numpy()
-            if unseen.any():
+            if unseen.any() and not (average_new_batches and key == spec.batch_key):
                 raise ValueError(
                     f"modality {name!r}: cell {cells[unseen][0]!r} has {key} {words[unseen].iloc[0]!r}, "
                     f"which the model has not seen; seen: {_words(categories[key])}"
@@ -602,6 +646,10 @@ def _modality(
         continuous[:, i] = np.where(np.isfinite(numbers), (numbers - moments[key][0]) / moments[key][1], 0)
 
     labels, label_names = _labels(name, spec, table, cells, present, known)
+    exposures, exposure = None, 1.0
+    if source.exposures is not None:
+        exposures = Matrix(source.exposures, columns)
+        exposure = _exposure(name, spec, exposures, rows[present], cells[present], features)
     schema = known or ModalitySchema(
         spec=spec,
         features=tuple(features),
@@ -609,9 +657,20 @@ def _modality(
         continuous=moments,
         labels=label_names,
         library=float(np.nanmedian(library)),
+        exposure=exposure,
     )
-    dense = DATA_KINDS[spec.likelihood] != "count" or density > DENSE_ABOVE
-    return Modality(name, schema, matrix, rows, codes, continuous, library, labels, dense)
+    # A likelihood of the user's own need not know of sparse tensors.
+    dense = not isinstance(spec.likelihood, str) or DATA_KINDS[spec.likelihood] != "count" or density > DENSE_ABOVE
+    return Modality(name, schema, matrix, rows, codes, continuous, library, labels, dense, exposures)
+
+
+def _exposure(
+    name: str, spec: ModalitySpec, exposures: Matrix, rows: np.ndarray, cells: pd.Index, features: pd.Index
+) -> float:
+    """Median exposure above 0 in a sample of the cells, once all are seen to be finite and not negative."""
+    check_values(exposures, rows, "nonnegative", f"{name}, layer {spec.exposure_layer}", cells, features)
+    some = exposures.tensor(rows[:: 1 + len(rows) // 1000], dense=True)
+    return float(some[some > 0].median()) if (some > 0).any() else 1.0
 
 
 def _library(
@@ -628,7 +687,7 @@ def _library(
     if bad.any() and (spec.needs_library or spec.size_factor_key is not None):
         raise ValueError(
             f"modality {name!r}: cell {cells[bad][0]!r} has size {library[bad][0]} ({source}), but likelihood "
-            f"{spec.likelihood!r} takes a finite size above 0; remove the cell from this modality"
+            f"{spec.likelihood_name!r} takes a finite size above 0; remove the cell from this modality"
         )
     return library.astype(np.float32)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from types import MappingProxyType
 from typing import Any
 
 from pyromosaic.data.cohorts import Cohorts
@@ -11,6 +12,7 @@ DATA_KINDS: Mapping[str, str] = {
     "nb": "count",
     "zinb": "count",
     "nb_mixture": "count",
+    "multinomial": "count",
     "bernoulli": "count",
     "normal": "real",
     "log1p_normal": "nonnegative",
@@ -33,8 +35,9 @@ class ModalitySpec:
     Parameters
     ----------
     likelihood
-        Name of the likelihood: ``"nb"``, ``"zinb"``, ``"nb_mixture"``, ``"bernoulli"`` (all for raw counts;
-        ``"bernoulli"`` reads a count above 0 as open), ``"normal"``, ``"log1p_normal"``, ``"ziln"`` or ``"zig"``.
+        Name of the likelihood: ``"nb"``, ``"zinb"``, ``"nb_mixture"``, ``"multinomial"``, ``"bernoulli"`` (all for raw
+        counts; ``"bernoulli"`` reads a count above 0 as open), ``"normal"``, ``"log1p_normal"``, ``"ziln"`` or
+        ``"zig"``; or a subclass of `pyromosaic.likelihoods.Likelihood`.
     layer
         Layer that holds the values; None for `X`.
     batch_key
@@ -52,9 +55,12 @@ class ModalitySpec:
     dispersion
         The inverse dispersion of a negative binomial likelihood is one number per feature, ``"gene"``, or one per
         feature and batch, ``"gene-batch"``, or per feature and label, ``"gene-label"``.
+    exposure_layer
+        Layer that holds what each value was measured out of (trials, coverage, exposure), for likelihoods that need it;
+        0 where nothing was measured.
     """
 
-    likelihood: str
+    likelihood: str | type
     layer: str | None = None
     batch_key: str | None = None
     categorical_covariates: tuple[str, ...] = ()
@@ -64,10 +70,16 @@ class ModalitySpec:
     size_factor_key: str | None = None
     allow_non_integer: bool = False
     dispersion: str = "gene"
+    exposure_layer: str | None = None
 
     def __post_init__(self) -> None:
-        if self.likelihood not in DATA_KINDS:
-            raise ValueError(f"there is no likelihood {self.likelihood!r}; accepted: {', '.join(DATA_KINDS)}")
+        own = isinstance(self.likelihood, type) and hasattr(self.likelihood, "data_kind")
+        if not own and self.likelihood not in DATA_KINDS:
+            names = ", ".join(DATA_KINDS)
+            raise ValueError(
+                f"there is no likelihood {self.likelihood!r}; accepted: {names}, or a subclass of "
+                "pyromosaic.likelihoods.Likelihood"
+            )
         for name in ("categorical_covariates", "continuous_covariates"):
             columns = getattr(self, name)
             if isinstance(columns, str):
@@ -81,22 +93,34 @@ class ModalitySpec:
         if self.dispersion not in ("gene", "gene-batch", "gene-label"):
             raise ValueError(f'dispersion is "gene", "gene-batch" or "gene-label"; found {self.dispersion!r}')
         if self.dispersion != "gene" and not self.needs_library:
-            raise ValueError(f"likelihood {self.likelihood!r} has no inverse dispersion to be {self.dispersion!r}")
+            raise ValueError(f"likelihood {self.likelihood_name!r} has no inverse dispersion to be {self.dispersion!r}")
         if self.dispersion == "gene-batch" and self.batch_key is None:
             raise ValueError("dispersion 'gene-batch' takes a batch_key; found none")
         if self.dispersion == "gene-label" and self.label_key is None:
             raise ValueError("dispersion 'gene-label' takes a label_key; found none")
 
     @property
+    def likelihood_name(self) -> str:
+        """Name of the likelihood, or of its class."""
+        return self.likelihood if isinstance(self.likelihood, str) else self.likelihood.__name__
+
+    @property
+    def family(self) -> str:
+        """The likelihood among those with a name that this is, or derives from; empty if there is none."""
+        return self.likelihood if isinstance(self.likelihood, str) else self.likelihood.family  # type: ignore[attr-defined]
+
+    @property
     def data_kind(self) -> str:
         """``"count"``, ``"nonnegative"`` or ``"real"``."""
-        kind = DATA_KINDS[self.likelihood]
+        kind = (
+            DATA_KINDS[self.likelihood] if isinstance(self.likelihood, str) else self.likelihood.data_kind  # type: ignore[attr-defined]
+        )
         return "nonnegative" if kind == "count" and self.allow_non_integer else kind
 
     @property
     def needs_library(self) -> bool:
         """Whether the likelihood's mean is proportional to the cell's size."""
-        return self.likelihood in ("nb", "zinb", "nb_mixture")
+        return self.family in ("nb", "zinb", "nb_mixture", "multinomial")
 
     @property
     def categorical(self) -> tuple[str, ...]:
@@ -123,6 +147,8 @@ class ModalitySchema:
         Label categories.
     library
         Median size of a cell, in counts.
+    exposure
+        Median exposure of a value that was measured, at which others are predicted.
     """
 
     spec: ModalitySpec
@@ -131,6 +157,7 @@ class ModalitySchema:
     continuous: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     library: float = 1.0
+    exposure: float = 1.0
 
     @property
     def n_features(self) -> int:
@@ -164,24 +191,28 @@ class Schema:
         return self.modalities[name]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings."""
+        """Plain lists, numbers and strings; of a likelihood's class the name."""
         modalities = {name: asdict(modality) for name, modality in self.modalities.items()}
+        for name, modality in self.modalities.items():
+            modalities[name]["spec"]["likelihood"] = modality.spec.likelihood_name
         return {"modalities": modalities, "cohorts": None if self.cohorts is None else asdict(self.cohorts)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Schema":
-        """The inverse of `to_json`."""
+    def from_json(cls, data: Mapping[str, Any], likelihoods: Mapping[str, type] = MappingProxyType({})) -> "Schema":
+        """The inverse of `to_json`, given the classes of likelihoods that are not the package's by their names."""
         modalities = {}
         for name, entry in data["modalities"].items():
             known = {f.name for f in fields(ModalitySpec)}
-            spec = ModalitySpec(**{k: v for k, v in entry["spec"].items() if k in known})
+            given = {k: v for k, v in entry["spec"].items() if k in known}
+            given["likelihood"] = likelihoods.get(given["likelihood"], given["likelihood"])
             modalities[name] = ModalitySchema(
-                spec=spec,
+                spec=ModalitySpec(**given),
                 features=tuple(entry["features"]),
                 categories={k: tuple(v) for k, v in entry["categories"].items()},
                 continuous={k: (float(v[0]), float(v[1])) for k, v in entry["continuous"].items()},
                 labels=tuple(entry["labels"]),
                 library=float(entry["library"]),
+                exposure=float(entry.get("exposure", 1.0)),
             )
         cohorts = data["cohorts"]
         if cohorts is None:

@@ -56,6 +56,13 @@ def hide(mdata: "MuData", n_hidden: Mapping[str, int], seed: int = 0) -> "tuple[
     ------
     ValueError
         If there are too few cells with all modalities, a number is negative, or a modality does not exist.
+
+    Examples
+    --------
+    >>> from pyromosaic import pbmc_mosaic
+    >>> shown, hidden = hide(pbmc_mosaic(), {"adt": 200})
+    >>> shown["adt"].n_obs, hidden["adt"].n_obs
+    (1000, 200)
     """
     for name, n in n_hidden.items():
         if name not in mdata.mod:
@@ -99,6 +106,12 @@ def unpair(mdata: "MuData", share: float, seed: int = 0) -> "MuData":
     ------
     ValueError
         If `share` is not between 0 and 1.
+
+    Examples
+    --------
+    >>> from pyromosaic import pbmc_mosaic
+    >>> unpair(pbmc_mosaic(), 0.5).n_obs  # 400 of 800 complete cells are now two
+    2000
     """
     if not 0 <= share <= 1:
         raise ValueError(f"the share of cells to unpair lies between 0 and 1; found {share}")
@@ -125,6 +138,12 @@ def separate(mosaic: Mosaic) -> Mosaic:
     -------
     Mosaic
         Modality after modality, cells named ``"modality:cell"``; the mosaic itself if no cell has two modalities.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, pbmc_mosaic
+    >>> separate(Mosaic.from_mudata(pbmc_mosaic())).patterns.value_counts().to_dict()
+    {'adt': 1200, 'rna': 1200}
     """
     cells = [np.flatnonzero(m.present) for m in mosaic.modalities.values()]
     index = np.concatenate(cells)

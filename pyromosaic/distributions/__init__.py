@@ -9,10 +9,12 @@ from pyromosaic.distributions.counts import (
     NegativeBinomialMixture,
     ZeroInflatedNegativeBinomial,
 )
+from pyromosaic.distributions.multinomial import Multinomial
 
 __all__ = [
     "AccessibilityBernoulli",
     "Log1pNormal",
+    "Multinomial",
     "NegativeBinomial",
     "NegativeBinomialMixture",
     "Normal",

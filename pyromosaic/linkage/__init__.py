@@ -3,6 +3,8 @@
 =========================  =============================================================================================
 linked features            :func:`links_from_table`, :func:`links_by_name`, :func:`links_by_overlap`, all :class:`Links`
 the whole way              :func:`cca`, a :class:`Linkage` with scores of all cells
+as a Pyro program          :func:`variational_cca`, a :class:`VariationalLinkage` with uncertainty, linear or deep;
+                           its :class:`VariationalCCAModel` and :class:`VariationalCCAGuide`
 its parts                  :class:`Correspondence`, :func:`canonical_correlation`, :func:`shuffled_covariances`,
                            :func:`count_components`, :func:`crossfit_correlations`
 ways to match              :func:`transport`, :func:`mutual_nearest`, :func:`assignment`, :func:`gromov_wasserstein`,
@@ -28,12 +30,21 @@ from pyromosaic.linkage.matching import (
     mutual_nearest,
     transport,
 )
+from pyromosaic.linkage.variational import (
+    VariationalCCAGuide,
+    VariationalCCAModel,
+    VariationalLinkage,
+    variational_cca,
+)
 
 __all__ = [
     "Canonical",
     "Correspondence",
     "Linkage",
     "Links",
+    "VariationalCCAGuide",
+    "VariationalCCAModel",
+    "VariationalLinkage",
     "assignment",
     "canonical_correlation",
     "cca",
@@ -48,4 +59,5 @@ __all__ = [
     "mutual_nearest",
     "shuffled_covariances",
     "transport",
+    "variational_cca",
 ]

@@ -232,19 +232,26 @@ class Linkage:
         ValueError
             If neither modality is there, or its features are others.
         """
-        scores = {}
-        for side, (name, (standardiser, loadings, _)) in enumerate(self._reduced.items()):
+        canonical = self._canonical.keep(len(self.correlations))
+        names = list(self._reduced)
+        return {
+            name: scores_table(canonical.scores(values, names.index(name)), mosaic.obs_names[cells])
+            for name, (cells, values) in self.components(mosaic).items()
+        }
+
+    def components(self, mosaic: Mosaic) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Numbers of the cells that have a modality and their principal components; raises as `transform` does."""
+        found = {}
+        for name, (standardiser, loadings, _) in self._reduced.items():
             if name in mosaic.modalities:
                 cells = np.flatnonzero(mosaic.modalities[name].present)
-                values = standardiser.apply(mosaic.modalities[name], cells) @ loadings
-                canonical = self._canonical.keep(len(self.correlations))
-                scores[name] = _table(canonical.scores(values, side), mosaic.obs_names[cells])
-        if not scores:
+                found[name] = cells, standardiser.apply(mosaic.modalities[name], cells) @ loadings
+        if not found:
             raise ValueError(
                 f"the mosaic has {', '.join(map(repr, mosaic.modalities))}; the linkage is between "
                 f"{' and '.join(map(repr, self._reduced))}"
             )
-        return scores
+        return found
 
     def feature_links(self, level: float = 0.05) -> pd.DataFrame:
         r"""Features whose correlation across the modalities is beyond chance.
@@ -439,7 +446,7 @@ def cca(
     crossfit = crossfit_correlations(x, y, pi, ridge, seed)
     return Linkage(
         {
-            s.name: _table(kept.scores(s.components, k), mosaic.obs_names[s.cells])
+            s.name: scores_table(kept.scores(s.components, k), mosaic.obs_names[s.cells])
             for k, s in enumerate((first, second))
         },
         kept.correlations,
@@ -456,7 +463,8 @@ def cca(
     )
 
 
-def _table(scores: np.ndarray, cells: pd.Index) -> pd.DataFrame:
+def scores_table(scores: np.ndarray, cells: pd.Index) -> pd.DataFrame:
+    """Scores as a linkage shows them: each cell of length one."""
     return pd.DataFrame(unit_rows(scores), cells, [f"cc{i + 1}" for i in range(scores.shape[1])])
 
 

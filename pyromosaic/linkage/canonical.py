@@ -1,5 +1,6 @@
 """Canonical correlation analysis with a soft correspondence instead of pairs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,8 +64,19 @@ def canonical_correlation(x: np.ndarray, y: np.ndarray, pi: Correspondence, ridg
     >>> canonical_correlation(x, x[:, ::-1], pairs, ridge=0).correlations.round(3)
     array([1., 1., 1.])
     """
-    first, second = _inverse_root(x, ridge), _inverse_root(y, ridge)
-    u, correlations, vt = np.linalg.svd(first @ pi.cross_covariance(x, y) @ second, full_matrices=False)
+    return canonical_variables([ridged(values, ridge) for values in (x, y)], pi.cross_covariance(x, y))
+
+
+def ridged(values: np.ndarray, ridge: float) -> np.ndarray:
+    """Covariance of the columns, with `ridge` times their mean variance added to the diagonal."""
+    covariance = np.atleast_2d(np.cov(values, rowvar=False, bias=True))
+    return covariance + ridge * np.diag(covariance).mean() * np.eye(len(covariance))
+
+
+def canonical_variables(within: Sequence[np.ndarray], between: np.ndarray) -> Canonical:
+    """Canonical variables of the covariances within two modalities and between them."""
+    first, second = map(_inverse_root, within)
+    u, correlations, vt = np.linalg.svd(first @ between @ second, full_matrices=False)
     sign = np.sign(u[np.abs(u).argmax(axis=0), np.arange(u.shape[1])])
     return Canonical((first @ u * sign, second @ vt.T * sign), correlations)
 
@@ -159,10 +171,10 @@ def crossfit_correlations(
     return np.mean(held_out, axis=0)
 
 
-def _inverse_root(values: np.ndarray, ridge: float) -> np.ndarray:
-    """Inverse square root of the covariance with its ridge."""
-    variance, directions = np.linalg.eigh(np.atleast_2d(np.cov(values, rowvar=False, bias=True)))
-    variance = np.maximum(variance + ridge * variance.mean(), 1e-12 * variance.max())
+def _inverse_root(covariance: np.ndarray) -> np.ndarray:
+    """Inverse square root of a covariance."""
+    variance, directions = np.linalg.eigh(covariance)
+    variance = np.maximum(variance, 1e-12 * variance.max())
     return directions / np.sqrt(variance) @ directions.T
 
 

@@ -114,6 +114,15 @@ def links_by_name(mosaic: Mosaic, modalities: tuple[str, str]) -> Links:
     ------
     ValueError
         If a modality does not exist, or no name is in both.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> mdata, _ = simulate(60, {"rna": 50, "activity": 50}, likelihoods={"activity": "normal"})
+    >>> mdata["activity"].var_names = mdata["rna"].var_names
+    >>> mosaic = Mosaic.from_mudata(mdata, {"rna": "nb", "activity": "normal"})
+    >>> len(links_by_name(mosaic, ("rna", "activity")))
+    50
     """
     names = _features(mosaic, modalities[0]).intersection(_features(mosaic, modalities[1]), sort=False)
     return links_from_table(mosaic, modalities, pd.DataFrame(dict.fromkeys(modalities, names)))

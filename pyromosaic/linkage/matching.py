@@ -83,6 +83,24 @@ class Correspondence:
         first, second = self.marginals
         return (self.plan.T @ x).T @ y - np.outer(first @ x, second @ y)
 
+    def draw(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Draw n pairs of cells, each as often as its cells correspond: rows of the first and of the second."""
+        plan = sparse.csr_array(self.plan)
+        cumulative = np.cumsum(plan.data, dtype=np.float64)
+        chosen = np.searchsorted(cumulative, rng.random(n) * cumulative[-1], side="right")
+        first = np.searchsorted(plan.indptr, chosen, side="right") - 1
+        rows, columns = (
+            _members(groups, of, rng) for groups, of in zip(self.groups, (first, plan.indices[chosen]), strict=True)
+        )
+        return rows, columns
+
+
+def _members(groups: np.ndarray, chosen: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A random cell of each chosen group."""
+    size = np.bincount(groups)
+    first = np.cumsum(size) - size
+    return np.argsort(groups, kind="stable")[first[chosen] + (rng.random(len(chosen)) * size[chosen]).astype(np.intp)]
+
 
 def cosine(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Cosine similarity of all rows, shape (rows of x, rows of y), in single precision: it may be large."""
@@ -120,6 +138,13 @@ def transport(
         none of the other modality take less part. Infinity for balanced transport, in which every cell has its weight.
     n_iterations
         Sinkhorn steps.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> similarity, weights = np.eye(3), (np.full(3, 1 / 3), np.full(3, 1 / 3))
+    >>> np.asarray(transport(similarity, weights)).argmax(1)
+    array([0, 1, 2])
     """
     balanced = np.isinf(reach)
     # Balanced, the scaling of a row undoes any factor: let its best have kernel 1, so that no row vanishes.
@@ -149,7 +174,15 @@ def mutual_nearest(similarity: np.ndarray, weights: tuple[np.ndarray, np.ndarray
 def assignment(
     similarity: np.ndarray, weights: tuple[np.ndarray, np.ndarray], *, keep: float = 0.8
 ) -> sparse.csr_array:
-    """One-to-one matching of greatest total similarity, of which the best share is kept."""
+    """One-to-one matching of greatest total similarity, of which the best share is kept.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> similarity, weights = np.eye(3), (np.full(3, 1 / 3), np.full(3, 1 / 3))
+    >>> np.asarray(assignment(similarity, weights).todense()).argmax(1)
+    array([0, 1, 2])
+    """
     rows, columns = linear_sum_assignment(similarity, maximize=True)
     value = similarity[rows, columns]
     kept = value >= np.quantile(value, 1 - keep)

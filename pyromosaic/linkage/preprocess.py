@@ -15,6 +15,7 @@ TRANSFORM_BY_LIKELIHOOD = {
     "nb": "log",
     "zinb": "log",
     "nb_mixture": "centred_log_ratio",
+    "multinomial": "log",
     "bernoulli": "open",
     "normal": "as_is",
     "log1p_normal": "log1p",
@@ -98,7 +99,7 @@ class Standardiser:
     @classmethod
     def fit(cls, modality: Modality, cells: np.ndarray) -> "tuple[Standardiser, Standardised]":
         """Learn means and scales from cells that have the modality, and standardise them."""
-        transform = TRANSFORM_BY_LIKELIHOOD[modality.spec.likelihood]
+        transform = TRANSFORM_BY_LIKELIHOOD.get(modality.spec.family, "as_is")
         target = float(np.median(modality.library[cells])) if transform == "log" else 1.0
         values = _transformed(modality, cells, transform, target)
         batches, batch = _batches(modality, cells)

@@ -193,6 +193,12 @@ def smooth_by_neighbors(
     estimate of accessibility". Term frequencies are weighted by the smoothed inverse document frequency and each
     cell's vector is scaled to length one, which takes sequencing depth out; the paper leaves the variant open.
 
+    Examples
+    --------
+    >>> import numpy as np
+    >>> counts = np.random.default_rng(0).poisson(1.0, (40, 20))
+    >>> smooth_by_neighbors(counts, n_components=5, n_neighbors=10).shape
+    (40, 20)
     """
     if method not in ("pca", "lsi"):
         raise ValueError(f"`method` is {method!r}; 'pca' (expression) or 'lsi' (accessibility) is accepted.")

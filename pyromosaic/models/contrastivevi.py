@@ -4,7 +4,7 @@ Weinberger, Lin and Lee, Isolating salient variations of interest in single-cell
 Methods 2023; extended to mosaics of modalities and to several target groups.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyromosaic.data import Cohorts, Minibatch, Mosaic, Schema, contrastive_loader, measured
-from pyromosaic.fusion import MeanFusion, Posterior, leave_out, presence
-from pyromosaic.likelihoods import LIKELIHOODS
+from pyromosaic.fusion import Fusion, Posterior, fusion_of, leave_out, presence
+from pyromosaic.likelihoods import likelihoods_of
 from pyromosaic.models.mosaic_model import Cells, MosaicModel, Preset
 from pyromosaic.nn import Decoder, Encoder, unit_columns
 from pyromosaic.penalties import MMD, CohortMMD, Dependence, Jeffreys, Penalty, Wasserstein, apply
@@ -84,12 +84,15 @@ class ContrastiveModel(Program):
         self.parts = parts
         self.prior = prior
         self.salient_prior = salient_prior
-        self.sizes: Any = nn.ModuleDict(sizes)
-        self.decoders: Any = nn.ModuleDict(decoders)
-        self.likelihoods: Any = self.container(likelihoods)
+        self.sizes = self.container(sizes)
+        self.decoders = self.container(decoders)
+        self.likelihoods = self.container(likelihoods)
 
-    def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> None:
-        """Sites: ``z``, ``s`` (or one a target group), one of each modality's name, and its latent size if it has."""
+    def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> Tensor:
+        """``z, s ~ Normal(0, I)``, ``x_m ~ likelihood_m(decoder_m(z, s, batch))``, s = 0 in the background (Methods).
+
+        Sites: ``z``, ``s`` (or one a target group), one of each modality's name, and its latent size if it has.
+        """
         with pyro.plate("cells", minibatch.n_cells, subsample=minibatch.index, dim=-2), weighted(kl_weight):
             latent = [pyro.sample("z", self.prior(minibatch))]
             for site, groups in self.parts:
@@ -97,14 +100,14 @@ class ContrastiveModel(Program):
                 with poutine.mask(mask=has):
                     s = pyro.sample(site, self.salient_prior(minibatch))
                 latent.append(s * has.unsqueeze(-1))
-        decoders, likelihoods = self.decoders, self.likelihoods  # looked up once: Pyro notes every parameter each time
         for name, view in minibatch.decoded.items():
             own = torch.cat(latent, dim=-1)[..., view.rows, 0, :]
             with self.cells(name, minibatch):
                 view = self.sizes[name](own, view)
-                predictors, likelihood = decoders[name](own, view), likelihoods[name]
+                predictors, likelihood = self.decoders[name](own, view), self.likelihoods[name]
                 with pyro.plate(f"{name}_features", likelihood.schema.n_features, dim=-1):
                     likelihood(name, predictors, view, kl_weight)
+        return torch.cat(latent, dim=-1)
 
 
 class ContrastiveGuide(Program):
@@ -118,14 +121,14 @@ class ContrastiveGuide(Program):
         self,
         parts: Parts,
         encoders: Mapping[str, Mapping[str, nn.Module]],
-        fusion: nn.Module,
+        fusion: Fusion,
         penalties: Mapping[str, Sequence[nn.Module]],
         size_encoders: Mapping[str, nn.Module],
         decoders: Mapping[str, nn.Module],
         likelihoods: Mapping[str, nn.Module],
         left_out: float,
     ) -> None:
-        super().__init__()
+        super().__init__("guide")
         self.parts = parts
         self.encoders: Any = nn.ModuleDict({variable: nn.ModuleDict(e) for variable, e in encoders.items()})
         self.fusion = fusion
@@ -141,13 +144,16 @@ class ContrastiveGuide(Program):
         return {name: Posterior(view.rows, *encoders[name](view)) for name, view in minibatch.observed.items()}
 
     def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> None:
-        """Sites: ``z``, ``s`` (or one a target group), ``penalty/...``, and those of likelihoods and latent sizes."""
+        """``q(z | x) q(s | x)``, each of encoders of its own; in the background s is left alone (Methods).
+
+        Sites: ``z``, ``s`` (or one a target group), ``penalty/...``, and those of likelihoods and latent sizes.
+        """
         by_modality = self.posteriors("z", minibatch)
         used = presence(by_modality, len(minibatch))
         if self.training and self.left_out:
             used = leave_out(used, self.left_out)
-        z = self.fusion(by_modality, used)
-        s = self.fusion(self.posteriors("s", minibatch), used)
+        z = self.fusion(by_modality, used, minibatch.index)
+        s = self.fusion(self.posteriors("s", minibatch), used, minibatch.index)
         for compared, penalties in self.penalties.items():
             if any(penalty.weight for penalty in penalties):
                 apply(penalties, self.compare(compared, by_modality, z, s, minibatch), minibatch, kl_weight)
@@ -227,6 +233,11 @@ class ContrastiveVI(MosaicModel):
     prior, salient_prior
         Callable modules from a minibatch to the prior of z and of s (of one group, if each has its own); by default
         standard normals. ``salient_prior="ard"`` learns the scale of each salient dimension (`pyromosaic.priors.ARD`).
+    fusion
+        How the posteriors of a cell's modalities become one, as in `MultiVI`; of a mixture the moments are taken.
+    encoder, decoder
+        What makes the networks of each modality, with the arguments of `pyromosaic.nn.Encoder` and `Decoder`, which
+        they are by default.
     penalties
         Further penalties, on the posteriors of z by cohort; see `pyromosaic.penalties`.
     seed
@@ -253,6 +264,8 @@ class ContrastiveVI(MosaicModel):
     presets: ClassVar[Mapping[str, Preset]] = MappingProxyType({"reference": REFERENCE})
     model: ContrastiveModel
     guide: ContrastiveGuide
+    Model: ClassVar[type[ContrastiveModel]] = ContrastiveModel
+    Guide: ClassVar[type[ContrastiveGuide]] = ContrastiveGuide
     _replay = False
 
     def __init__(
@@ -276,6 +289,9 @@ class ContrastiveVI(MosaicModel):
         left_out: float = 0.5,
         prior: nn.Module | None = None,
         salient_prior: nn.Module | str | None = None,
+        fusion: str | Fusion = "mean",
+        encoder: Callable[..., nn.Module] | None = None,
+        decoder: Callable[..., nn.Module] | None = None,
         penalties: Sequence[Penalty] = (),
         seed: int = 0,
     ) -> None:
@@ -290,42 +306,39 @@ class ContrastiveVI(MosaicModel):
             own = tuple((f"s_{_cohorts(schema).names[code]}", (code,)) for code in targets)
             parts: Parts = (("s", targets),) if salient == "shared" else own
             modalities = schema.modalities.items()
-            likelihoods = {name: LIKELIHOODS[m.spec.likelihood](m) for name, m in modalities}
+            likelihoods = likelihoods_of(schema)
             width = n_latent + n_salient * len(parts)
 
             def encoders(n: int) -> dict[str, nn.Module]:
                 shape = (n_hidden, n_encoder_layers, dropout, encode_covariates)
-                return {name: Encoder(m, n, *shape) for name, m in modalities}
+                return {name: (encoder or Encoder)(m, n, *shape) for name, m in modalities}
 
-            def decoders(heads: str) -> dict[str, Decoder]:
+            def decoders(heads: str, network: Callable[..., nn.Module] = Decoder) -> dict[str, Any]:
                 wanted = {name: getattr(likelihood, heads) for name, likelihood in likelihoods.items()}
                 return {
-                    name: Decoder(schema[name], predictors, width, n_hidden, n_decoder_layers)
+                    name: network(schema[name], predictors, width, n_hidden, n_decoder_layers)
                     for name, predictors in wanted.items()
                     if predictors
                 }
 
-            explaining = decoders("predictors")
+            explaining = decoders("predictors", decoder or Decoder)
             of_s = ARD(n_salient) if isinstance(salient_prior, str) else salient_prior or StandardNormal(n_salient)
             if isinstance(of_s, ARD):
-                for decoder in explaining.values():
-                    unit_columns(decoder.hidden[0], n_latent, width)
+                for network in explaining.values():
+                    unit_columns(network.hidden[0], n_latent, width)
             latent_sizes = [name for name, m in modalities if library == "latent" and m.spec.needs_library]
-            self.model = ContrastiveModel(
+            self.model = self.Model(
                 parts,
                 prior or StandardNormal(n_latent),
                 of_s,
-                {
-                    name: (LatentSize(name, m, width) if name in latent_sizes else Size(m, width))
-                    for name, m in modalities
-                },
+                {name: (LatentSize if name in latent_sizes else Size)(name, m, width) for name, m in modalities},
                 explaining,
                 likelihoods,
             )
-            self.guide = ContrastiveGuide(
+            self.guide = self.Guide(
                 parts,
                 {"z": encoders(n_latent), "s": encoders(n_salient * len(parts))},
-                MeanFusion(),
+                fusion_of(fusion, tuple(schema.modalities)),
                 {
                     "modalities": [Jeffreys(jeffreys), MMD(mmd)] if len(modalities) > 1 else [],
                     "cohorts": [CohortMMD(cohort_mmd), *penalties],
@@ -340,6 +353,7 @@ class ContrastiveVI(MosaicModel):
 
     def start(self, mosaic: Mosaic) -> None:
         """Set input scaling, feature-level parameters and the decoders' biases from the data."""
+        self.guide.fusion.start(mosaic)
         for name, modality in mosaic.modalities.items():
             self._check_batches(name, mosaic)
             view = measured(mosaic, modality.sample()).observed[name]
@@ -352,7 +366,12 @@ class ContrastiveVI(MosaicModel):
             values = self.model.likelihoods[name].start(view)
             for decoders in (self.model.decoders, self.guide.decoders):
                 if name in decoders:
-                    decoders[name].start({k: v for k, v in values.items() if k in decoders[name].heads})
+                    decoders[name].start(values)
+
+    def _data(self, data: Mosaic | None) -> Mosaic:
+        mosaic = super()._data(data)
+        self.guide.fusion.meet(mosaic)
+        return mosaic
 
     def _check_batches(self, name: str, mosaic: Mosaic) -> None:
         """Refuse cohorts that cannot be told from batches."""
@@ -375,15 +394,11 @@ class ContrastiveVI(MosaicModel):
                     "cannot be told from the batch; leave batch_key out, or add background cells of these batches"
                 )
 
-    def finish(self, mosaic: Mosaic) -> None:
-        """Learn how the size of a cell depends on its latent variables, for cells in which it was not measured."""
-        for name, modality in mosaic.modalities.items():
-            cells = modality.sample()
-            assert mosaic.groups is not None
-            cells = cells[mosaic.groups[cells] >= 0]
-            latent = np.concatenate([self._latent(mosaic, cells, site) for site in self._variables], axis=1)
-            z = torch.from_numpy(latent).to(self._device)
-            self.model.sizes[name].fit(z, measured(mosaic, cells).observed[name].to(self._device))
+    def explaining_size(self, mosaic: Mosaic, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Cells of the cohorts, and their latent variables."""
+        assert mosaic.groups is not None
+        cells = cells[mosaic.groups[cells] >= 0]
+        return cells, np.concatenate([self._latent(mosaic, cells, site) for site in self._variables], axis=1)
 
     def train(self, n_epochs: int = 150, *, replay: bool = False, **options: Any) -> None:
         """Fit the parameters by stochastic variational inference.

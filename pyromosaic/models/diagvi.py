@@ -5,11 +5,11 @@ inference with graph-linked embedding, Nature Biotechnology 2022). Beyond both: 
 space in two parts, one shared by all modalities and one private to each.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -20,10 +20,10 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch, Mosaic, Schema, View, measured, separate
-from pyromosaic.fusion import MeanFusion, Posterior, presence
+from pyromosaic.fusion import Fusion, Posterior, alone, fusion_of, presence
 from pyromosaic.guidance import GuidanceGraph, shared_scores
 from pyromosaic.labels import Labels, check_labels
-from pyromosaic.likelihoods import LIKELIHOODS
+from pyromosaic.likelihoods import likelihoods_of
 from pyromosaic.linkage import transport
 from pyromosaic.models.mosaic_model import Cells, MosaicModel
 from pyromosaic.nn import Decoder, Encoder, GraphEncoder, InnerProductDecoder
@@ -130,9 +130,9 @@ class DiagVIModel(Program):
     ) -> None:
         super().__init__()
         self.prior = prior
-        self.sizes: Any = nn.ModuleDict(sizes)
-        self.decoders: Any = nn.ModuleDict(decoders)
-        self.likelihoods: Any = self.container(likelihoods)
+        self.sizes = self.container(sizes)
+        self.decoders = self.container(decoders)
+        self.likelihoods = self.container(likelihoods)
         self.weights, self.n_latent, self.n_private = weights, n_latent, n_private
         self.nodes, self.n_features = graph.nodes, graph.n_features
         edges, weight, sign = directed(graph)
@@ -140,40 +140,45 @@ class DiagVIModel(Program):
             self.register_buffer(name, value, persistent=False)
         self.register_buffer("neighbours", torch.sort(edges[0] * graph.n_features + edges[1]).values, persistent=False)
 
-    def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> None:
-        """Sites: ``v``, ``edges``, ``z``, ``z_<modality>``, and one of each modality's name."""
+    def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> Tensor:
+        """``v, z ~ Normal(0, I)``, edges from ``<v_i, v_j>``, and ``x_m ~ likelihood_m(<z, v>)`` for each modality m.
+
+        The story of GLUE (its Methods, graph-linked embeddings); beyond it is z_<modality>. Sites: ``v``, ``edges``,
+        ``z``, ``z_<modality>``, and one of each modality's name.
+        """
         weights = self.weights
         zero = self.sign.new_zeros(())
         with weights.features(minibatch, self.n_features):
             v = pyro.sample("v", dist.Normal(zero, 1.0).expand([self.n_latent]).to_event(1))
         self.graph(v, minibatch)
+        v = v.reshape(*v.shape[:-3], *v.shape[-2:])  # if drawn several times, without the dimension of the cells' plate
         with weights.cells(minibatch, kl_weight):
             z = pyro.sample("z", self.prior(minibatch))
-        decoders, likelihoods = self.decoders, self.likelihoods  # looked up once: Pyro notes every parameter each time
         for name, view in minibatch.decoded.items():
-            shared, likelihood = z[..., view.rows, 0, :], likelihoods[name]
-            view = self.sizes[name](shared, view)
+            shared, likelihood = z[..., view.rows, 0, :], self.likelihoods[name]
             with poutine.scale(scale=weights.modality(view, minibatch)), self.cells(name, minibatch):
+                view = self.sizes[name](shared, view)
                 own = None
                 if self.n_private:
                     with weighted(kl_weight), poutine.scale(scale=weights.own(name)):
                         own = pyro.sample(f"z_{name}", dist.Normal(zero, 1.0).expand([self.n_private]).to_event(1))
                         own = own[..., 0, :]
-                predictors = decoders[name](shared, v[self.nodes[name]], own, view)
+                predictors = self.decoders[name](shared, v[..., self.nodes[name], :], own, view)
                 plate = pyro.plate(f"{name}_features", likelihood.schema.n_features, dim=-1)
                 with poutine.scale(scale=weights.data), plate:
                     likelihood(name, predictors, view, kl_weight)
+        return z
 
     def graph(self, v: Tensor, minibatch: Minibatch) -> None:
         """Site ``edges``: whether two features are linked, for every edge and for as many pairs that are not."""
         first, second = self.edges
         other, found = self.unlinked()
-        linked = self.sign * (v[first] * v[second]).sum(-1)
-        unlinked = (v[first] * v[other]).sum(-1)
-        answer = torch.cat([torch.ones_like(linked), torch.zeros_like(unlinked)])
+        linked = self.sign * (v[..., first, :] * v[..., second, :]).sum(-1)
+        unlinked = (v[..., first, :] * v[..., other, :]).sum(-1)
+        answer = torch.cat([torch.ones_like(self.sign), torch.zeros_like(self.sign)])
         share = minibatch.n_cells * self.weights.graph / len(answer)
         with pyro.plate("pairs", len(answer), dim=-1), poutine.scale(scale=share * torch.cat([self.weight, found])):
-            pyro.sample("edges", dist.Bernoulli(logits=torch.cat([linked, unlinked])), obs=answer)
+            pyro.sample("edges", dist.Bernoulli(logits=torch.cat([linked, unlinked], dim=-1)), obs=answer)
 
     def unlinked(self, n_tries: int = 5) -> tuple[Tensor, Tensor]:
         """A random node for the first node of every edge, and whether indeed no edge links the two, 1 or 0."""
@@ -199,7 +204,7 @@ class DiagVIGuide(Program):
         self,
         graph_encoder: nn.Module,
         encoders: Mapping[str, nn.Module],
-        fusion: nn.Module,
+        fusion: Fusion,
         penalties: Sequence[nn.Module],
         decoders: Mapping[str, nn.Module],
         likelihoods: Mapping[str, nn.Module],
@@ -208,56 +213,50 @@ class DiagVIGuide(Program):
         n_latent: int,
         n_private: int,
     ) -> None:
-        super().__init__()
+        super().__init__("guide")
         self.graph_encoder = graph_encoder
-        self.encoders: Any = nn.ModuleDict(encoders)
+        self.encoders = self.container(encoders)
         self.fusion = fusion
         self.penalties = nn.ModuleList(penalties)
-        self.decoders: Any = nn.ModuleDict(decoders)
+        self.decoders = self.container(decoders)
         self.likelihoods: dict[str, Any] = dict(likelihoods)  # the model owns their parameters
         self.weights, self.n_features, self.n_latent, self.n_private = weights, n_features, n_latent, n_private
 
     def posteriors(self, minibatch: Minibatch) -> tuple[dict[str, Posterior], dict[str, Posterior]]:
         """Posteriors of z given each modality alone, and of each modality's private variable."""
-        encoders, d = self.encoders, self.n_latent
         shared, private = {}, {}
         for name, view in minibatch.observed.items():
-            loc, scale = encoders[name](view)
-            shared[name] = Posterior(view.rows, loc[:, :d], scale[:, :d])
-            private[name] = Posterior(view.rows, loc[:, d:], scale[:, d:])
+            q = Posterior(view.rows, *self.encoders[name](view))
+            shared[name] = q.dimensions(slice(self.n_latent))
+            private[name] = q.dimensions(slice(self.n_latent, None))
         return shared, private
 
     def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> None:
-        """Sites: ``v``, ``z``, ``penalty/...``, ``z_<modality>``, and ``<protein>_background`` beside an NB mixture."""
+        """``q(v)`` by the graph encoder, ``q(z | x_m)`` by the encoder of the modality m that was measured.
+
+        Sites: ``v``, ``z``, ``penalty/...``, ``z_<modality>``, and ``<protein>_background`` beside an NB mixture.
+        """
         weights = self.weights
         with weights.features(minibatch, self.n_features):
             pyro.sample("v", dist.Normal(*self.graph_encoder()).to_event(1))
         posteriors, private = self.posteriors(minibatch)
         apply(self.penalties, posteriors, minibatch, kl_weight)
-        loc, scale = self.fusion(posteriors, presence(posteriors, len(minibatch)))
+        used = presence(posteriors, len(minibatch))
         with weights.cells(minibatch, kl_weight):
-            z = pyro.sample("z", dist.Normal(loc.unsqueeze(-2), scale.unsqueeze(-2)).to_event(1))
+            z = pyro.sample("z", self.fusion.posterior(posteriors, used, minibatch.index))
         for name, view in minibatch.decoded.items():
             latent = z[..., view.rows, 0, :]
             with poutine.scale(scale=weights.modality(view, minibatch)), self.cells(name, minibatch):
                 if self.n_private:
-                    loc, scale = self.private(private.get(name), view, minibatch)
+                    q = alone(private.get(name), torch.ones_like(used[:, 0]), self.n_private, view.rows)
                     with weighted(kl_weight), poutine.scale(scale=weights.own(name)):
-                        own = pyro.sample(f"z_{name}", dist.Normal(loc, scale).to_event(1))
+                        own = pyro.sample(f"z_{name}", q)
                     latent = torch.cat([latent, own[..., 0, :]], dim=-1)
                 if name in self.decoders:
                     predictors, likelihood = self.decoders[name](latent, view), self.likelihoods[name]
                     plate = pyro.plate(f"{name}_features", likelihood.schema.n_features, dim=-1)
                     with poutine.scale(scale=weights.data), plate:
                         likelihood.posterior(name, predictors, kl_weight)
-
-    def private(self, q: Posterior | None, view: View, minibatch: Minibatch) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of a private variable in the cells of a view, each of shape (b, 1, width)."""
-        loc = view.library.new_zeros(len(minibatch), self.n_private)
-        scale = torch.ones_like(loc)
-        if q is not None:
-            loc, scale = loc.index_copy(0, q.rows, q.loc), scale.index_copy(0, q.rows, q.scale)
-        return loc[view.rows].unsqueeze(-2), scale[view.rows].unsqueeze(-2)
 
 
 def directed(graph: GuidanceGraph) -> tuple[Tensor, Tensor, Tensor]:
@@ -296,6 +295,11 @@ class DiagVI(MosaicModel):
         callable module from a minibatch to a distribution.
     n_components
         Components of a mixture without labels.
+    fusion
+        How the posteriors of a cell's modalities become one, as in `MultiVI`; without effect unless `pairing`.
+    encoder, decoder
+        What makes the networks of each modality, with the arguments of `pyromosaic.nn.Encoder` and
+        `InnerProductDecoder`, which they are by default.
     lam_data, lam_kl, lam_private, lam_graph, lam_sinkhorn, lam_anchors, lam_pull, lam_class
         Weights of the likelihoods, of the divergences of shared and private variables, of the graph (its likelihood
         and its divergence), of the Sinkhorn divergence, of anchors and pull to the linkage's scores, and of the
@@ -329,6 +333,8 @@ class DiagVI(MosaicModel):
 
     model: DiagVIModel
     guide: DiagVIGuide
+    Model: ClassVar[type[DiagVIModel]] = DiagVIModel
+    Guide: ClassVar[type[DiagVIGuide]] = DiagVIGuide
 
     def __init__(
         self,
@@ -344,6 +350,9 @@ class DiagVI(MosaicModel):
         pairing: bool = False,
         prior: Literal["normal", "mixture"] | nn.Module = "normal",
         n_components: int = 10,
+        fusion: str | Fusion = "mean",
+        encoder: Callable[..., nn.Module] | None = None,
+        decoder: Callable[..., nn.Module] | None = None,
         lam_data: float = 1.0,
         lam_kl: float = 1.0,
         kl_per_feature: bool = False,
@@ -373,21 +382,22 @@ class DiagVI(MosaicModel):
             self.scores = Scores()
             labels = Labels(schema)
             modalities = schema.modalities
-            likelihoods = {name: LIKELIHOODS[m.spec.likelihood](m) for name, m in modalities.items()}
+            likelihoods = likelihoods_of(schema)
             width = n_latent + n_private
             encoders = {
-                name: Encoder(m, width, n_hidden, n_layers, dropout, encode_covariates)
+                name: (encoder or Encoder)(m, width, n_hidden, n_layers, dropout, encode_covariates)
                 for name, m in modalities.items()
             }
             decoders = {
-                name: InnerProductDecoder(m, likelihoods[name].predictors, n_private) for name, m in modalities.items()
+                name: (decoder or InnerProductDecoder)(m, likelihoods[name].predictors, n_private)
+                for name, m in modalities.items()
             }
             posterior_decoders = {
                 name: Decoder(modalities[name], likelihood.posterior_predictors, width, n_hidden)
                 for name, likelihood in likelihoods.items()
                 if likelihood.posterior_predictors
             }
-            sizes = {name: Size(m, n_latent) for name, m in modalities.items()}
+            sizes = {name: Size(name, m, n_latent) for name, m in modalities.items()}
             if prior == "normal":
                 prior = StandardNormal(n_latent)
             elif prior == "mixture":
@@ -405,11 +415,11 @@ class DiagVI(MosaicModel):
                 *([] if self.classifier is None else [self.classifier]),
                 *penalties,
             ]
-            self.model = DiagVIModel(self.graph, prior, sizes, decoders, likelihoods, weights, n_latent, n_private)
-            self.guide = DiagVIGuide(
+            self.model = self.Model(self.graph, prior, sizes, decoders, likelihoods, weights, n_latent, n_private)
+            self.guide = self.Guide(
                 GraphEncoder(self.graph.n_features, edges, weight * sign, n_latent),
                 encoders,
-                MeanFusion(),
+                fusion_of(fusion, tuple(modalities)),
                 aligned,
                 posterior_decoders,
                 likelihoods,
@@ -421,26 +431,28 @@ class DiagVI(MosaicModel):
 
     def _data(self, data: Mosaic | None) -> Mosaic:
         mosaic = super()._data(data)
-        return mosaic if self.pairing else separate(mosaic)
+        mosaic = mosaic if self.pairing else separate(mosaic)
+        self.guide.fusion.meet(mosaic)
+        return mosaic
 
     def start(self, mosaic: Mosaic) -> None:
         """Set input scaling, feature-level parameters and the decoders' biases from the data."""
         check_labels(mosaic)
+        self.guide.fusion.start(mosaic)
         for name, modality in mosaic.modalities.items():
             if not modality.present.any():
                 raise ValueError(f"modality {name!r} has no cell to learn from; load a trained model for such data")
             view = measured(mosaic, modality.sample()).observed[name]
-            if modality.spec.likelihood == "normal" and (view.dense_counts() % 1 == 0).all():
+            if modality.spec.family == "normal" and (view.dense_counts() % 1 == 0).all():
                 raise ValueError(
                     f"modality {name!r}: all values are whole numbers, like counts, but likelihood 'normal' takes "
                     "transformed values; transform them, or use a likelihood of counts such as 'nb'"
                 )
             self.guide.encoders[name].scaling.start(view)
             values = self.model.likelihoods[name].start(view)
-            predictors = self.model.likelihoods[name].predictors
-            self.model.decoders[name].start({k: v for k, v in values.items() if k in predictors})
-            if name in self.guide.decoders:
-                self.guide.decoders[name].start({k: v for k, v in values.items() if k not in predictors})
+            for decoders in (self.model.decoders, self.guide.decoders):
+                if name in decoders:
+                    decoders[name].start(values)
 
     def train(self, n_epochs: int = 150, **options: Any) -> None:
         """Link the cells of different modalities, then fit the parameters; see `MosaicModel.train`."""
@@ -463,10 +475,7 @@ class DiagVI(MosaicModel):
 
     def finish(self, mosaic: Mosaic) -> None:
         """Learn the sizes of cells from their latent variables; calibrate the classifier."""
-        for name, modality in mosaic.modalities.items():
-            cells = modality.sample()
-            z = torch.from_numpy(self.get_latent_representation(cells).to_numpy()).to(self._device)
-            self.model.sizes[name].fit(z, measured(mosaic, cells).observed[name].to(self._device))
+        super().finish(mosaic)
         if self.classifier is not None and self.split is not None and len(self.split.validation):
             cells = self.split.validation
             z = torch.from_numpy(self.get_latent_representation(cells).to_numpy()).to(self._device)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -19,13 +20,15 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pyromosaic.data import Minibatch, Mosaic, Schema, Split, loader, measured, split, to_predict
-from pyromosaic.program import Program
+from pyromosaic.data import Minibatch, ModalitySpec, Mosaic, Schema, Split, loader, measured, split, to_predict
+from pyromosaic.likelihoods import Likelihood
+from pyromosaic.models.query import carry_over, only
+from pyromosaic.program import Program, check
 from pyromosaic.tasks import AtMean, Estimate, compare_groups, contrasts, draws, estimate, inference_mode
 from pyromosaic.tasks.differential import Delta, Mode
 from pyromosaic.train import Optimisation, Schedule, fit
 
-FORMAT = 2  # version of the saved form
+FORMAT = 3  # version of the saved form
 CHUNK_ENTRIES = 20_000_000  # draws × cells × features in memory at once
 
 Cells = Sequence[str] | np.ndarray | pd.Index | None
@@ -47,7 +50,8 @@ class MosaicModel:
     Attributes
     ----------
     model, guide
-        The Pyro program; both are called with a `Minibatch`.
+        The Pyro program; both are called with a `Minibatch`. A model's class names theirs as ``Model`` and ``Guide``,
+        which a subclass may replace.
     schema
         What is remembered of the data.
     mosaic
@@ -72,6 +76,7 @@ class MosaicModel:
         with torch.random.fork_rng(), pyro.settings.context(module_local_params=True):
             torch.manual_seed(seed)
             yield self.schema
+            self.guide.match(self.model)
         if self.mosaic is not None:
             with torch.no_grad():
                 self.start(self.mosaic)
@@ -88,7 +93,16 @@ class MosaicModel:
         return loader(mosaic, cells, batch_size, seed, n_workers)
 
     def finish(self, mosaic: Mosaic) -> None:
-        """Whatever is to be learnt once training is over."""
+        """Learn how the size of a cell depends on its latent variable, for cells in which it was not measured."""
+        for name, modality in mosaic.modalities.items():
+            if modality.present.any():
+                cells, latent = self.explaining_size(mosaic, modality.sample())
+                view = measured(mosaic, cells).observed[name].to(self._device)
+                self.model.sizes[name].fit(torch.from_numpy(latent).to(self._device), view)
+
+    def explaining_size(self, mosaic: Mosaic, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of these cells those to learn sizes from, and what explains them."""
+        return cells, self._latent(mosaic, cells, "z")
 
     def __repr__(self) -> str:
         trained = f"trained for {len(self.history)} epochs" if len(self.history) else "not trained"
@@ -139,7 +153,8 @@ class MosaicModel:
         Raises
         ------
         ValueError
-            If the model has no data, or an argument is out of range.
+            If the model has no data, an argument is out of range, or model and guide do not fit each other or the data
+            (`pyromosaic.program.SiteError`).
         NonFiniteLossError
             If the loss is not finite; the parameters are then those at the start of the epoch.
         """
@@ -150,6 +165,9 @@ class MosaicModel:
         train = self.loader(mosaic, self.split.train, batch_size, seed, n_workers)
         held_out = self.loader(mosaic, self.split.validation, batch_size) if len(self.split.validation) else None
         optimisation = Optimisation(learning_rate, weight_decay, kl_warmup_epochs, schedule, gradient_clip)
+        some = measured(mosaic, self.split.train[:: 1 + len(self.split.train) // 128]).to(self._device)
+        unchecked = [name for name, m in self.schema.modalities.items() if m.spec.allow_non_integer]
+        check(self.model, self.guide, some, unchecked)
         self.model.train()
         self.guide.train()
         with torch.random.fork_rng(), pyro.validation_enabled(False):
@@ -232,6 +250,46 @@ class MosaicModel:
                 values.append((found["value"] if sample else found["fn"].mean)[..., 0, :].cpu().numpy())
         return np.concatenate(values)
 
+    def get_global_posterior(
+        self, n_samples: int = 1000, *, quantiles: Sequence[float] = (0.05, 0.95), seed: int = 0
+    ) -> pd.DataFrame:
+        """Global latent variables, those that a prior, decoder or likelihood draws once for all cells.
+
+        Parameters
+        ----------
+        n_samples
+            Number of posterior draws.
+        quantiles
+            Levels at which to report quantiles over the draws.
+        seed
+            Seed of the draws.
+
+        Returns
+        -------
+        pandas.DataFrame
+            A row an element, indexed by ``site`` and ``element`` (its number); columns ``mean``, ``sd`` and the levels.
+
+        Raises
+        ------
+        ValueError
+            If the model has no global latent variable.
+        """
+        values: dict[str, list[Tensor]] = {}
+        with inference_mode(self.guide, seed=seed):
+            for _ in range(n_samples):
+                guide = poutine.trace(self.guide.globals).get_trace()
+                trace = poutine.trace(poutine.replay(self.model.globals, trace=guide)).get_trace()
+                for name in trace.stochastic_nodes:
+                    values.setdefault(name, []).append(trace.nodes[name]["value"].reshape(-1).cpu())
+        if not values:
+            raise ValueError("the model has no global latent variable: none of its modules has a PyroSample")
+        tables = {}
+        for name, drawn in values.items():
+            x = pd.DataFrame(torch.stack(drawn).numpy())
+            columns: dict[Any, pd.Series] = {"mean": x.mean(), "sd": x.std()}
+            tables[name] = pd.DataFrame(columns | {q: x.quantile(q) for q in quantiles})
+        return pd.concat(tables, names=["site", "element"])
+
     def get_normalized_expression(
         self,
         modality: str | None = None,
@@ -270,8 +328,8 @@ class MosaicModel:
             Cells × features.
         """
         if modality is None:
-            modality = self._first({m.spec.likelihood for m in self.schema.modalities.values()} - {"bernoulli"})
-        size = library if self.schema[modality].spec.likelihood in ("nb", "zinb") else self.schema[modality].library
+            modality = self._first({m.spec.family for m in self.schema.modalities.values()} - {"bernoulli"})
+        size = library if self._unit_size(modality) == 1 else self.schema[modality].library
         value = self._likelihood(modality).normalized
         return self._expected(modality, cells, features, batch, size, n_samples, data, seed, value)
 
@@ -301,8 +359,10 @@ class MosaicModel:
             Cells × proteins, between 0 and 1.
         """
         modality = self._first({"nb_mixture"}) if modality is None else modality
-        if self.schema[modality].spec.likelihood != "nb_mixture":
+        if self.schema[modality].spec.family != "nb_mixture":
             raise ValueError(f"modality {modality!r} has no foreground; that is of the likelihood 'nb_mixture'")
+        if "mixing" not in self._likelihood(modality).predictors:
+            raise ValueError(f"modality {modality!r} has no foreground here: the program does not use its likelihood")
         size = self.schema[modality].library
 
         def foreground(distribution: TorchDistribution) -> Tensor:
@@ -385,8 +445,12 @@ class MosaicModel:
             The modality; by default the first one with a Bernoulli likelihood.
         """
         modality = self._first({"bernoulli"}) if modality is None else modality
-        if self.schema[modality].spec.likelihood != "bernoulli":
+        if self.schema[modality].spec.family != "bernoulli":
             raise ValueError(f"modality {modality!r} has no region factors; they are of the likelihood 'bernoulli'")
+        if not hasattr(self._likelihood(modality), "region_factor"):
+            raise ValueError(
+                f"modality {modality!r} has no region factors here: the program does not use its likelihood"
+            )
         factors = self._likelihood(modality).region_factor().detach().cpu().numpy()
         return pd.Series(factors, pd.Index(self.schema[modality].features))
 
@@ -460,10 +524,13 @@ class MosaicModel:
         -------
         numpy.ndarray
             Draws × cells × features, in the order of `cells` and `features`.
+
+        Notes
+        -----
+        A cell in which the modality was measured keeps its size. Elsewhere the size is drawn as well, see
+        `pyromosaic.sizes.Size`, so the draws have the noise of depth.
         """
-        chunks = self._draws(
-            modality, cells, features, batch, library, n_samples, data, encode, seed, lambda d: d.sample()
-        )
+        chunks = self._draws(modality, cells, features, batch, library, n_samples, data, encode, seed, None)
         return np.concatenate([chunk.cpu().numpy() for chunk in chunks], axis=1)
 
     def differential(
@@ -586,19 +653,19 @@ class MosaicModel:
 
     def _compared(self, modality: str, protein_foreground: bool = False) -> Callable[[TorchDistribution], Tensor]:
         """The quantity in which cells are compared."""
-        if self.schema[modality].spec.likelihood == "nb_mixture" and not protein_foreground:
+        if self.schema[modality].spec.family == "nb_mixture" and not protein_foreground:
             return lambda distribution: distribution.mean
         return self._likelihood(modality).normalized
 
     def _unit_size(self, modality: str) -> float:
         """Size of a cell whose expected measurements are the denoised values: shares of RNA, else a median cell's."""
         schema = self.schema[modality]
-        return 1.0 if schema.spec.likelihood in ("nb", "zinb") else schema.library
+        return 1.0 if schema.spec.family in ("nb", "zinb", "multinomial") else schema.library
 
     def _first(self, likelihoods: set[str]) -> str:
         """The first modality with one of these likelihoods."""
         for name, modality in self.schema.modalities.items():
-            if modality.spec.likelihood in likelihoods:
+            if modality.spec.family in likelihoods:
                 return name
         raise ValueError(
             "the model has no modality to answer that from: none has a likelihood "
@@ -660,9 +727,9 @@ class MosaicModel:
         data: Mosaic | None,
         encode: Sequence[str] | None,
         seed: int,
-        value: Callable[[TorchDistribution], Tensor],
+        value: Callable[[TorchDistribution], Tensor] | None,
     ) -> Iterator[Tensor]:
-        """Draws of a quantity, chunk of cells by chunk of cells."""
+        """Draws of a quantity, or of the measurements, chunk of cells by chunk of cells."""
         mosaic = self._data(data)
         index, columns = mosaic.find(cells), self._features(modality, features)
         if n_samples is not None and n_samples < 1:
@@ -815,7 +882,7 @@ class MosaicModel:
             f"{k}.{n}": t.contiguous() for k in ("model", "guide") for n, t in getattr(self, k).state_dict().items()
         }
         save_file(weights, directory / "weights.safetensors")
-        options, objects = {}, []
+        options, objects = {}, [m.spec.likelihood_name for m in self.schema.modalities.values() if _is_own(m.spec)]
         for key, value in self.options.items():
             try:
                 json.dumps(value)
@@ -845,7 +912,8 @@ class MosaicModel:
             A MuData or a dictionary of AnnData, registered and checked against the model's schema (features are put in
             its order), or a `Mosaic` that was registered with it; None for no data.
         **objects
-            The objects, such as priors, that the model was constructed with.
+            The objects, such as priors, that the model was constructed with; and the classes of likelihoods of your
+            own, by their names.
 
         Raises
         ------
@@ -871,7 +939,10 @@ class MosaicModel:
                 f"the saved model was constructed with objects of the user's: give {', '.join(missing)} again"
             )
         try:
-            model = cls(Schema.from_json(content["schema"]), **content["options"], **objects)  # type: ignore[call-arg]
+            likelihoods = {k: v for k, v in objects.items() if isinstance(v, type) and issubclass(v, Likelihood)}
+            schema = Schema.from_json(content["schema"], likelihoods)
+            others = {k: v for k, v in objects.items() if k not in likelihoods}
+            model = cls(schema, **content["options"], **others)  # type: ignore[call-arg]
             for part in ("model", "guide"):
                 state = {k.removeprefix(f"{part}."): v for k, v in weights.items() if k.startswith(f"{part}.")}
                 getattr(model, part).load_state_dict(state)
@@ -885,8 +956,16 @@ class MosaicModel:
             model.mosaic = model.register(data)
         return model
 
-    def register(self, data: Any) -> Mosaic:
+    def register(self, data: Any, new_batches: str = "refuse") -> Mosaic:
         """Register data for this model: a MuData, a dictionary of AnnData (cells matched by name), or a Mosaic.
+
+        Parameters
+        ----------
+        data
+            The data.
+        new_batches
+            ``"average"``: cells of batches that the model has not seen are treated as an average of those it has. See
+            also `adapt`.
 
         Raises
         ------
@@ -896,5 +975,53 @@ class MosaicModel:
         if isinstance(data, Mosaic):
             return self._data(data)
         if isinstance(data, Mapping):
-            return Mosaic.from_anndata(data, match_cells=True, schema=self.schema)
-        return Mosaic.from_mudata(data, schema=self.schema)
+            return Mosaic.from_anndata(data, match_cells=True, schema=self.schema, new_batches=new_batches)
+        return Mosaic.from_mudata(data, schema=self.schema, new_batches=new_batches)
+
+    def adapt(self, data: Any, n_epochs: int = 50, **training: Any) -> Self:
+        """A copy of the model that knows the batches of new cells too; only what belongs to these is fitted.
+
+        All other parameters stay as they are, so nothing that the model says of cells of known batches changes. The
+        new cells need not have all modalities.
+
+        Parameters
+        ----------
+        data
+            A MuData, or a dictionary of AnnData (cells matched by name); the data of the new model.
+        n_epochs
+            Passes over the new cells.
+        **training
+            Further arguments of `train`; the learning rate is 0.01 by default.
+
+        Raises
+        ------
+        ValueError
+            If no batch is new, or features or labels are not those of the model.
+
+        References
+        ----------
+        Lotfollahi et al., Mapping single-cell data to reference atlases by transfer learning, Nature Biotechnology
+        2022.
+        """
+        if isinstance(data, Mapping):
+            mosaic = Mosaic.from_anndata(data, match_cells=True, schema=self.schema, new_batches="add")
+        else:
+            mosaic = Mosaic.from_mudata(data, schema=self.schema, new_batches="add")
+        adapted = type(self)(mosaic.schema, **deepcopy(self.options))  # type: ignore[call-arg]
+        adapted.model.to(self._device)
+        adapted.guide.to(self._device)
+        with torch.no_grad():
+            of_model, of_guide = (
+                carry_over(getattr(self, part), getattr(adapted, part), self.schema, mosaic.schema)
+                for part in ("model", "guide")
+            )
+        if not of_model:
+            raise ValueError("the data have no batch that is new to the model: register(data) is all they need")
+        adapted.mosaic = mosaic
+        with only(adapted.model, of_model), only(adapted.guide, of_guide):
+            adapted.train(n_epochs, **{"learning_rate": 1e-2, "weight_decay": 0.0, "kl_warmup_epochs": 0} | training)
+        return adapted
+
+
+def _is_own(spec: ModalitySpec) -> bool:
+    return not isinstance(spec.likelihood, str)

@@ -4,7 +4,7 @@ Ashuach et al., MultiVI: deep generative model for the integration of multimodal
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -13,11 +13,11 @@ import pyro
 import torch
 from pyro import distributions as dist
 from pyro import poutine
-from torch import nn
+from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch, Mosaic, Schema, measured
 from pyromosaic.fusion import Fusion, Posterior, alone, fusion_of, leave_out, presence
-from pyromosaic.likelihoods import LIKELIHOODS
+from pyromosaic.likelihoods import likelihoods_of
 from pyromosaic.models.mosaic_model import Cells, MosaicModel, Preset
 from pyromosaic.nn import Decoder, Encoder
 from pyromosaic.penalties import MMD, Adversary, Jeffreys, Penalty, apply
@@ -78,30 +78,30 @@ class MultiVIModel(Program):
         self.prior = prior
         self.private = private
         self.private_kl = private_kl
-        self.sizes: Any = nn.ModuleDict(sizes)
-        self.decoders: Any = nn.ModuleDict(decoders)
-        self.likelihoods: Any = self.container(likelihoods)
+        self.sizes = self.container(sizes)
+        self.decoders = self.container(decoders)
+        self.likelihoods = self.container(likelihoods)
 
-    def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> None:
-        """Sites: ``z``, and one of each modality's name.
+    def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> Tensor:
+        """``z ~ Normal(0, I)``, then ``x_m ~ likelihood_m(decoder_m(z, batch))`` for each modality m (Methods).
 
-        Beside it ``z_<modality>`` if it has private dimensions, ``<modality>_library`` if its size is latent, and
-        ``<modality>_background`` if its likelihood is an NB mixture.
+        Sites: ``z``, and one of each modality's name; beside it ``z_<modality>`` if it has private dimensions,
+        ``<modality>_library`` if its size is latent, ``<modality>_background`` if its likelihood is an NB mixture.
         """
         with pyro.plate("cells", minibatch.n_cells, subsample=minibatch.index, dim=-2), weighted(kl_weight):
             z = pyro.sample("z", self.prior(minibatch))
-        decoders, likelihoods = self.decoders, self.likelihoods  # looked up once: Pyro notes every parameter each time
         for name, view in minibatch.decoded.items():
-            own = z[..., view.rows, 0, :]
+            own, likelihood = z[..., view.rows, 0, :], self.likelihoods[name]
             with self.cells(name, minibatch):
                 view = self.sizes[name](own, view)
                 if name in self.private:
                     prior = dist.Normal(own.new_zeros(len(view.rows), 1, self.private[name]), 1.0).to_event(1)
                     with weighted(kl_weight * self.private_kl):
                         own = torch.cat([own, pyro.sample(f"z_{name}", prior)[..., 0, :]], dim=-1)
-                predictors, likelihood = decoders[name](own, view), likelihoods[name]
+                predictors = self.decoders[name](own, view)
                 with pyro.plate(f"{name}_features", likelihood.schema.n_features, dim=-1):
                     likelihood(name, predictors, view, kl_weight)
+        return z
 
 
 class MultiVIGuide(Program):
@@ -125,30 +125,32 @@ class MultiVIGuide(Program):
         decoders: Mapping[str, nn.Module],
         likelihoods: Mapping[str, nn.Module],
     ) -> None:
-        super().__init__()
-        self.encoders: Any = nn.ModuleDict(encoders)
+        super().__init__("guide")
+        self.encoders = self.container(encoders)
         self.private = private
         self.private_kl = private_kl
         self.fusion = fusion
         self.left_out = left_out
         self.penalties = nn.ModuleList(penalties)
         self.adversaries = nn.ModuleList(adversaries)
-        self.size_encoders: Any = nn.ModuleDict(size_encoders)
-        self.decoders: Any = nn.ModuleDict(decoders)
+        self.size_encoders = self.container(size_encoders)
+        self.decoders = self.container(decoders)
         self.likelihoods: dict[str, Any] = dict(likelihoods)  # the model owns their parameters
 
     def posteriors(self, minibatch: Minibatch) -> tuple[dict[str, Posterior], dict[str, Posterior]]:
         """Posteriors given each modality alone: of z, and of the modality's private variable."""
         shared, private = {}, {}
-        encoders = self.encoders
         for name, view in minibatch.observed.items():
-            q, n = Posterior(view.rows, *encoders[name](view)), self.private.get(name, 0)
+            q, n = Posterior(view.rows, *self.encoders[name](view)), self.private.get(name, 0)
             shared[name] = q.dimensions(slice(q.loc.shape[-1] - n))
             private[name] = q.dimensions(slice(q.loc.shape[-1] - n, None))
         return shared, private
 
     def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> None:
-        """Sites: those of the model that are not observed, and ``penalty/...``."""
+        """``q(z | x) = fusion of q_m(z | x_m)`` over the modalities m that a cell has (Methods).
+
+        Sites: those of the model that are not observed, and ``penalty/...``.
+        """
         shared, private = self.posteriors(minibatch)
         apply(self.penalties, shared, minibatch, kl_weight)
         used = presence(shared, len(minibatch))
@@ -219,6 +221,9 @@ class MultiVI(MosaicModel):
         while the model explains all; 0 as in the paper.
     prior
         Callable module from a minibatch to the prior of z; by default a standard normal.
+    encoder, decoder
+        What makes the networks of each modality, with the arguments of `pyromosaic.nn.Encoder` and `Decoder`, which
+        they are by default: a subclass, or a function that chooses by the schema it is given.
     penalties
         Further penalties on the posteriors of z by modality, see `pyromosaic.penalties`.
     seed
@@ -250,6 +255,8 @@ class MultiVI(MosaicModel):
 
     model: MultiVIModel
     guide: MultiVIGuide
+    Model: ClassVar[type[MultiVIModel]] = MultiVIModel
+    Guide: ClassVar[type[MultiVIGuide]] = MultiVIGuide
     presets: ClassVar[Mapping[str, Preset]] = MappingProxyType({"paper": PAPER})
 
     def __init__(
@@ -272,6 +279,8 @@ class MultiVI(MosaicModel):
         adversary_target: str = "pattern",
         left_out: float = 0.5,
         prior: nn.Module | None = None,
+        encoder: Callable[..., nn.Module] | None = None,
+        decoder: Callable[..., nn.Module] | None = None,
         penalties: Sequence[Penalty] = (),
         seed: int = 0,
     ) -> None:
@@ -280,35 +289,35 @@ class MultiVI(MosaicModel):
             if library not in ("observed", "latent"):
                 raise ValueError(f'library is "observed" or "latent"; found {library!r}')
             if n_hidden is None:
-                regions = [m.n_features for m in modalities.values() if m.spec.likelihood == "bernoulli"]
+                regions = [m.n_features for m in modalities.values() if m.spec.family == "bernoulli"]
                 n_hidden = min(128, int(max(regions or [m.n_features for m in modalities.values()]) ** 0.5))
             n_latent = int(n_hidden**0.5) if n_latent is None else n_latent
             private = _private(n_private, schema)
             width = {name: n_latent + private.get(name, 0) for name in modalities}
-            likelihoods = {name: LIKELIHOODS[m.spec.likelihood](m) for name, m in modalities.items()}
+            likelihoods = likelihoods_of(schema)
             encoders = {
-                name: Encoder(m, width[name], n_hidden, n_encoder_layers, dropout, encode_covariates)
+                name: (encoder or Encoder)(m, width[name], n_hidden, n_encoder_layers, dropout, encode_covariates)
                 for name, m in modalities.items()
             }
 
-            def decoders(heads: str) -> dict[str, nn.Module]:
+            def decoders(heads: str, network: Callable[..., nn.Module] = Decoder) -> dict[str, nn.Module]:
                 wanted = {name: getattr(likelihood, heads) for name, likelihood in likelihoods.items()}
                 return {
-                    name: Decoder(schema[name], predictors, width[name], n_hidden, n_decoder_layers)
+                    name: network(schema[name], predictors, width[name], n_hidden, n_decoder_layers)
                     for name, predictors in wanted.items()
                     if predictors
                 }
 
-            inferred = [n for n, m in modalities.items() if library == "latent" and m.spec.likelihood in ("nb", "zinb")]
-            self.model = MultiVIModel(
+            inferred = [n for n, m in modalities.items() if library == "latent" and m.spec.family in ("nb", "zinb")]
+            self.model = self.Model(
                 prior or StandardNormal(n_latent),
                 private,
                 private_kl,
-                {n: LatentSize(n, m, n_latent) if n in inferred else Size(m, n_latent) for n, m in modalities.items()},
-                decoders("predictors"),
+                {n: (LatentSize if n in inferred else Size)(n, m, n_latent) for n, m in modalities.items()},
+                decoders("predictors", decoder or Decoder),
                 likelihoods,
             )
-            self.guide = MultiVIGuide(
+            self.guide = self.Guide(
                 encoders,
                 private,
                 private_kl,
@@ -337,14 +346,11 @@ class MultiVI(MosaicModel):
             values = self.model.likelihoods[name].start(view)
             for decoders in (self.model.decoders, self.guide.decoders):
                 if name in decoders:
-                    decoders[name].start({k: v for k, v in values.items() if k in decoders[name].heads})
+                    decoders[name].start(values)
 
     def finish(self, mosaic: Mosaic) -> None:
-        """Learn how the size of a cell depends on its latent variable, for cells in which it was not measured."""
-        for name, modality in mosaic.modalities.items():
-            cells = modality.sample()
-            z = torch.from_numpy(self.get_latent_representation(cells).to_numpy()).to(self._device)
-            self.model.sizes[name].fit(z, measured(mosaic, cells).observed[name].to(self._device))
+        """Learn sizes; warn if the shared latent space has collapsed."""
+        super().finish(mosaic)
         if self.model.private:
             assert self.split is not None
             held_out = self.split.validation if len(self.split.validation) else self.split.train

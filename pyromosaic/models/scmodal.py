@@ -13,19 +13,22 @@ from itertools import combinations, pairwise
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
+import lightning.pytorch as lightning
 import numpy as np
 import pandas as pd
 import pyro
 import torch
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 from pyro import distributions as dist
 from pyro import poutine
+from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from pyromosaic.data import Minibatch, ModalitySchema, Mosaic, Schema, View, measured, separate
 from pyromosaic.fusion import MeanFusion, Posterior, alone, presence
 from pyromosaic.guidance import GuidanceGraph, shared_scores
-from pyromosaic.likelihoods import LIKELIHOODS, Likelihood, Predictors
-from pyromosaic.linkage import transport
+from pyromosaic.likelihoods import Likelihood, Predictors, likelihoods_of
 from pyromosaic.models.mosaic_model import MosaicModel, Preset
 from pyromosaic.nn import Decoder, Encoder, InputScaling
 from pyromosaic.penalties import (
@@ -44,6 +47,7 @@ from pyromosaic.penalties import (
 from pyromosaic.priors import StandardNormal
 from pyromosaic.program import Program, weighted
 from pyromosaic.sizes import Size
+from pyromosaic.tasks import inference_mode
 
 REFERENCE = Preset(
     options={
@@ -120,27 +124,30 @@ class ScModalModel(Program):
     ) -> None:
         super().__init__()
         self.prior, self.n_private, self.private_kl, self.lam_data = prior, n_private, private_kl, lam_data
-        self.sizes: Any = nn.ModuleDict(sizes)
-        self.decoders: Any = nn.ModuleDict(decoders)
-        self.likelihoods: Any = self.container(likelihoods)
+        self.sizes = self.container(sizes)
+        self.decoders = self.container(decoders)
+        self.likelihoods = self.container(likelihoods)
 
-    def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> None:
-        """Sites: ``z``, ``z_<modality>``, and one of each modality's name."""
+    def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> Tensor:
+        """``z, z_m ~ Normal(0, I)``, ``x_m ~ likelihood_m(decoder_m(z, z_m, batch))`` for each modality m.
+
+        The paper's decoders (Methods), with likelihoods. Sites: ``z``, ``z_<modality>``, one of each modality's name.
+        """
         with _cells(minibatch, kl_weight):
             z = pyro.sample("z", self.prior(minibatch))
-        decoders, likelihoods = self.decoders, self.likelihoods  # looked up once: Pyro notes every parameter each time
         for name, view in minibatch.decoded.items():
-            own, likelihood = z[..., view.rows, 0, :], likelihoods[name]
-            view = self.sizes[name](own, view)
+            own, likelihood = z[..., view.rows, 0, :], self.likelihoods[name]
             with _modality(name, minibatch):
+                view = self.sizes[name](own, view)
                 if self.n_private:
                     prior = dist.Normal(own.new_zeros(len(view.rows), 1, self.n_private), 1.0).to_event(1)
                     with weighted(kl_weight * self.private_kl):
                         own = torch.cat([own, pyro.sample(f"z_{name}", prior)[..., 0, :]], dim=-1)
-                predictors = decoders[name](own, view)
+                predictors = self.decoders[name](own, view)
                 plate = pyro.plate(f"{name}_features", likelihood.schema.n_features, dim=-1)
                 with poutine.scale(scale=self.lam_data), plate:
                     likelihood(name, predictors, view, kl_weight)
+        return z
 
 
 class ScModalGuide(Program):
@@ -161,27 +168,29 @@ class ScModalGuide(Program):
         likelihoods: Mapping[str, nn.Module],
         lam_data: float,
     ) -> None:
-        super().__init__()
-        self.encoders: Any = nn.ModuleDict(encoders)
+        super().__init__("guide")
+        self.encoders = self.container(encoders)
         self.fusion = MeanFusion()
         self.deterministic, self.n_private, self.private_kl = deterministic, n_private, private_kl
         self.penalties = nn.ModuleList(penalties)
-        self.decoders: Any = nn.ModuleDict(decoders)
+        self.decoders = self.container(decoders)
         self.likelihoods: dict[str, Any] = dict(likelihoods)  # the model owns their parameters
         self.lam_data = lam_data
 
     def posteriors(self, minibatch: Minibatch) -> tuple[dict[str, Posterior], dict[str, Posterior]]:
         """Posteriors given each modality alone: of z, and of the modality's private variable."""
         shared, private = {}, {}
-        encoders = self.encoders
         for name, view in minibatch.observed.items():
-            q = Posterior(view.rows, *encoders[name](view))
+            q = Posterior(view.rows, *self.encoders[name](view))
             shared[name] = q.dimensions(slice(q.loc.shape[-1] - self.n_private))
             private[name] = q.dimensions(slice(q.loc.shape[-1] - self.n_private, None))
         return shared, private
 
     def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> None:
-        """Sites: those of the model that are not observed, and ``penalty/...``."""
+        """``q(z, z_m | x_m)``, and the paper's losses of alignment (Methods) as penalties.
+
+        Sites: those of the model that are not observed, and ``penalty/...``.
+        """
         shared, private = self.posteriors(minibatch)
         apply(self.penalties, shared, minibatch, kl_weight)
         used = presence(shared, len(minibatch))
@@ -225,6 +234,13 @@ class ScModal(MosaicModel):
         Weight of the private variables' divergences.
     n_hidden, n_layers, dropout, encode_covariates
         Shape of the encoders, and whether they see batch and covariates.
+    encoder
+        ``"layers"``, fully connected ones; ``"attention"``, an `AttentionEncoder`; or what makes the
+        network of each modality, with the arguments of `pyromosaic.nn.Encoder`.
+    decoder
+        What makes the network of each modality, with the arguments of `pyromosaic.nn.Decoder`, which it is by default.
+    prior
+        Callable module from a minibatch to the prior of z; by default a standard normal.
     deterministic
         The reference's program in place of a probabilistic one: plain networks of one hidden layer of `n_hidden`
         units; z a point, under a flat prior; mean squares of log-normalised, standardised measurements in place of
@@ -238,6 +254,9 @@ class ScModal(MosaicModel):
         row a cell; or None for no anchors.
     n_neighbors
         Anchors are mutually among so many nearest in the minibatch.
+    refresh_every
+        After every so many epochs anchors are sought anew, by the mean of two cosines: of the linkage's scores and of
+        the current posterior means. 0 to keep to the linkage.
     lam_data, lam_adversary, lam_cycle, lam_anchors, lam_pull, lam_geometry
         Weights of the likelihoods and of the penalties: `Discriminator`, `Cycle`, `Anchors`, `Pull` (to shared
         scores) and `Geometry` of `pyromosaic.penalties`.
@@ -285,6 +304,8 @@ class ScModal(MosaicModel):
 
     model: ScModalModel
     guide: ScModalGuide
+    Model: ClassVar[type[ScModalModel]] = ScModalModel
+    Guide: ClassVar[type[ScModalGuide]] = ScModalGuide
     presets: ClassVar[Mapping[str, Preset]] = MappingProxyType({"reference": REFERENCE})
 
     def __init__(
@@ -299,16 +320,20 @@ class ScModal(MosaicModel):
         n_layers: int = 2,
         dropout: float = 0.1,
         encode_covariates: bool = True,
+        encoder: Literal["layers", "attention"] | Callable[..., nn.Module] = "layers",
+        decoder: Callable[..., nn.Module] | None = None,
+        prior: nn.Module | None = None,
         deterministic: bool = False,
         pairs: Literal["chain", "all"] = "chain",
         linkage: Literal["cca", "features"] | pd.DataFrame | None = "cca",
         n_neighbors: int = 5,
+        refresh_every: int = 0,
         lam_data: float = 1.0,
         lam_adversary: float = 1.0,
         n_adversary_steps: int = 5,
         lam_cycle: float = 1.0,
         lam_anchors: float = 2.0,
-        lam_pull: float = 1.0,
+        lam_pull: float = 4.0,
         lam_geometry: float = 1.0,
         geometry: Literal["alignment", "cosine"] = "alignment",
         penalties: Sequence[Penalty] = (),
@@ -321,8 +346,10 @@ class ScModal(MosaicModel):
             raise ValueError(f"weights are at least 0; found lam_data={lam_data} and private_kl={private_kl}")
         if deterministic and n_private:
             raise ValueError(f"a deterministic program has no private variables: n_private is 0; found {n_private}")
-        for value, known in ((pairs, PAIRS), (geometry, LIKENESS)):
-            if value not in known:
+        if refresh_every < 0:
+            raise ValueError(f"refresh_every is a number of epochs, at least 0; found {refresh_every}")
+        for value, known in ((pairs, PAIRS), (geometry, LIKENESS), (encoder, ENCODERS)):
+            if isinstance(value, str) and value not in known:
                 raise ValueError(f"there is no choice {value!r}; accepted: {', '.join(map(repr, known))}")
         if isinstance(linkage, str) and linkage not in ("cca", "features"):
             raise ValueError(f'linkage is "cca", "features", a table of scores, or None; found {linkage!r}')
@@ -339,7 +366,8 @@ class ScModal(MosaicModel):
             self.options["linkage"] = linkage if isinstance(linkage, str) else None
             self.scores = Scores()
             chosen = list(PAIRS[pairs](modalities))
-            self.matches = {pair: Scores() if self.by_features else self.scores for pair in chosen}
+            self.matches = {pair: Scores() for pair in chosen}
+            self.refresh_every = refresh_every
             encoders: dict[str, nn.Module]
             decoders: dict[str, nn.Module]
             likelihoods: dict[str, Likelihood]
@@ -348,21 +376,23 @@ class ScModal(MosaicModel):
                 encoders = {name: PlainEncoder(m, n_latent, n_hidden) for name, m in modalities.items()}
                 decoders = {name: PlainDecoder(m, n_latent, n_hidden) for name, m in modalities.items()}
             else:
-                likelihoods = {name: LIKELIHOODS[m.spec.likelihood](m) for name, m in modalities.items()}
+                likelihoods = likelihoods_of(schema)
+                encode = ENCODERS[encoder] if isinstance(encoder, str) else encoder
                 encoders = {
-                    name: Encoder(m, width, n_hidden, n_layers, dropout, encode_covariates)
+                    name: encode(m, width, n_hidden, n_layers, dropout, encode_covariates)
                     for name, m in modalities.items()
                 }
                 decoders = {
-                    name: Decoder(m, likelihoods[name].predictors, width, n_hidden) for name, m in modalities.items()
+                    name: (decoder or Decoder)(m, likelihoods[name].predictors, width, n_hidden)
+                    for name, m in modalities.items()
                 }
             posterior_decoders = {
                 name: Decoder(modalities[name], likelihood.posterior_predictors, width, n_hidden)
                 for name, likelihood in likelihoods.items()
                 if likelihood.posterior_predictors
             }
-            discriminators = {pair: Discriminator(1.0, n_latent, n_steps=n_adversary_steps) for pair in chosen}
-            cycle = Cycle(1.0, modalities, encoders, decoders, likelihoods, n_private)
+            discriminators = {pair: Discriminator(1.0, n_latent, n_hidden, n_adversary_steps) for pair in chosen}
+            self.cycle = cycle = Cycle(1.0, modalities, encoders, decoders, likelihoods, n_private)
             if deterministic:
                 for network in (*encoders.values(), *decoders.values(), *discriminators.values()):
                     for parameter in network.parameters():
@@ -375,16 +405,16 @@ class ScModal(MosaicModel):
                 Geometry(lam_geometry, encoders, LIKENESS[geometry]),
                 *penalties,
             ]
-            self.model = ScModalModel(
-                Flat(n_latent) if deterministic else StandardNormal(n_latent),
+            self.model = self.Model(
+                prior or (Flat(n_latent) if deterministic else StandardNormal(n_latent)),
                 n_private,
                 private_kl,
-                {name: Size(m, n_latent) for name, m in modalities.items()},
+                {name: Size(name, m, n_latent) for name, m in modalities.items()},
                 decoders,
                 likelihoods,
                 lam_data,
             )
-            self.guide = ScModalGuide(
+            self.guide = self.Guide(
                 encoders, deterministic, n_private, private_kl, terms, posterior_decoders, likelihoods, lam_data
             )
 
@@ -401,17 +431,27 @@ class ScModal(MosaicModel):
             self.guide.encoders[name].scaling.start(view)
             values = self.model.likelihoods[name].start(view)
             for decoders in (self.model.decoders, self.guide.decoders):
-                if name in decoders and isinstance(decoders[name], Decoder):
-                    decoders[name].start({k: v for k, v in values.items() if k in decoders[name].heads})
+                if name in decoders and not isinstance(decoders[name], PlainDecoder):
+                    decoders[name].start(values)
 
-    def train(self, n_epochs: int = 150, **options: Any) -> None:
+    def train(self, n_epochs: int = 150, *, callbacks: Iterable[Callback] = (), **options: Any) -> None:
         """Find what cells are matched by, then fit the parameters; see `MosaicModel.train`."""
         mosaic = self._data(None)
-        if self.linkage is not None and not any(self.matches.values()):
-            for pair, scores in self.matches.items() if self.by_features else [((), self.scores)]:
-                values = self.linked_features(mosaic, *pair) if pair else self.link(mosaic)
-                scores.set(torch.from_numpy(values).to(self._device))
-        super().train(n_epochs, **options)
+        if self.linkage is not None:
+            if not self.by_features and not self.scores:
+                self.scores.set(torch.from_numpy(self.link(mosaic)).to(self._device))
+            for pair, own in self.matches.items():
+                features = torch.from_numpy(self.linked_features(mosaic, *pair)) if self.by_features else None
+                own.set(self.scores.values if features is None else features)
+        fixed = {pair: own.values for pair, own in self.matches.items()}
+
+        def refresh(trainer: lightning.Trainer, plan: lightning.LightningModule) -> None:
+            if self.refresh_every and trainer.current_epoch and trainer.current_epoch % self.refresh_every == 0:
+                z = torch.from_numpy(self.get_latent_representation().to_numpy()).to(self._device)
+                for pair, own in self.matches.items():
+                    own.set(torch.cat([normalize(fixed[pair]), normalize(z)], dim=1))
+
+        super().train(n_epochs, callbacks=[*callbacks, LambdaCallback(on_train_epoch_start=refresh)], **options)
 
     def link(self, mosaic: Mosaic) -> np.ndarray:
         """Scores of the cells that all modalities share, shape (N, c)."""
@@ -421,17 +461,17 @@ class ScModal(MosaicModel):
                 raise ValueError(f"the linkage has no scores of cell {missing[0]!r}; accepted: a row for every cell")
             return self.linkage.loc[mosaic.obs_names].to_numpy(dtype=np.float32)
         assert self.graph is not None
-        # Types of cells may be in one modality only: not all mass need be matched.
-        return shared_scores(mosaic, self.graph, self.n_latent, match=partial(transport, reach=0.3))
+        return shared_scores(mosaic, self.graph, self.n_latent)
 
-    def linked_features(self, mosaic: Mosaic, a: str, b: str) -> np.ndarray:
+    def linked_features(self, mosaic: Mosaic, a: str, b: str, graph: GuidanceGraph | None = None) -> np.ndarray:
         """Linked features of two modalities as the encoders see them, side by side, shape (N, links); 0 elsewhere.
 
         A negative link's feature of the second modality has its sign turned. Links of a feature that does not vary are
-        left out.
+        left out. The graph is the model's if none is given.
         """
-        assert self.graph is not None
-        links = self.graph.links(a, b)
+        graph = self.graph if graph is None else graph
+        assert graph is not None
+        links = graph.links(a, b)
         values = np.zeros((mosaic.n_cells, len(links)), dtype=np.float32)
         varies = np.ones(len(links), dtype=bool)
         for name, sign in ((a, np.ones(len(links))), (b, links["sign"].to_numpy())):
@@ -448,12 +488,153 @@ class ScModal(MosaicModel):
             )
         return values[:, varies]
 
-    def finish(self, mosaic: Mosaic) -> None:
-        """Learn how the size of a cell depends on its latent variable, for cells in which it was not measured."""
-        for name, modality in mosaic.modalities.items():
-            cells = modality.sample()
-            z = torch.from_numpy(self.get_latent_representation(cells).to_numpy()).to(self._device)
-            self.model.sizes[name].fit(z, measured(mosaic, cells).observed[name].to(self._device))
+    # Asking
+
+    def link_agreement(self, graph: Any, n_neighbors: int = 15) -> float:
+        """How well linked features agree between a cell and its nearest in the other modality.
+
+        With links that the model was not given it says, without pairs or labels, which of two models aligns better: so
+        the weights of the penalties can be chosen.
+
+        Parameters
+        ----------
+        graph
+            Links that were left out, as for the model: a table, say.
+        n_neighbors
+            Over how many nearest cells the other modality's feature is averaged.
+
+        Returns
+        -------
+        float
+            Mean correlation over links, both ways, and pairs of modalities that are aligned.
+        """
+        mosaic, graph = self._data(None), GuidanceGraph.of(graph, self.schema)
+        z, r = self.get_latent_representation().to_numpy(), []
+        for a, b in self.matches:
+            values = self.linked_features(mosaic, a, b, graph)
+            for near, far in ((a, b), (b, a)):
+                cells, others = (np.flatnonzero(mosaic.modalities[name].present) for name in (near, far))
+                search = NearestNeighbors(n_neighbors=min(n_neighbors, len(others))).fit(z[others])
+                means = values[others[search.kneighbors(z[cells], return_distance=False)]].mean(1)
+                r.append(_correlations(values[cells], means))
+        return float(np.concatenate(r).mean())
+
+    def feature_links(
+        self, first: str, second: str, *, level: float = 0.05, n_shuffles: int = 100, seed: int = 0
+    ) -> pd.DataFrame:
+        """Features of two modalities that respond alike to the shared latent variable: candidates of links.
+
+        All cells' posterior means are decoded in both modalities. The association of two features is the covariance of
+        their standardised expected measurements, so it is large where z explains much of both. Responses of a few
+        dimensions all resemble each other, so chance is what is found where the latent spaces have nothing to do with
+        each other: the second modality decodes posterior means that were turned at random. An association is beyond
+        chance if it is larger, in absolute value, than the largest of all pairs in all but a share `level` of the
+        turns.
+
+        Parameters
+        ----------
+        first, second
+            The modalities.
+        level
+            That share, from 0 to 1; 1 gives all pairs.
+        n_shuffles
+            Number of turns.
+        seed
+            Of the turns.
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row a pair, the strongest first: columns named after the modalities, ``correlation`` (the association,
+            signed), and ``mutual``, whether each is the strongest partner of the other. `linkage.link_recovery` and
+            `GuidanceGraph.from_linkage` take such tables.
+        """
+        x, y = self.schema[first], self.schema[second]
+        z = torch.from_numpy(self.get_latent_representation().to_numpy()).to(self._device)
+        centre, spread = z.mean(0), torch.linalg.cholesky(torch.cov(z.T) + 1e-6 * torch.eye(z.shape[1]).to(z))
+        white = torch.linalg.solve_triangular(spread, (z - centre).T, upper=False)
+        noise = torch.Generator().manual_seed(seed)
+
+        def response(name: str, z: Tensor) -> Tensor:
+            expected = self.cycle.expected(name, z)
+            return expected - expected.mean(0)
+
+        with inference_mode(self.model, self.guide):
+            own = response(first, z).T / len(z)
+            association = (own @ response(second, z)).cpu().numpy()
+            largest = []
+            for _ in range(n_shuffles):
+                turn = torch.linalg.qr(torch.randn(z.shape[1], z.shape[1], generator=noise)).Q.to(z)
+                largest.append((own @ response(second, centre + (spread @ turn @ white).T)).abs().max().item())
+        size = np.abs(association)
+        rows, columns = np.nonzero(size > (np.quantile(largest, 1 - level) if level < 1 else -1))
+        best_column, best_row = size.argmax(axis=1), size.argmax(axis=0)
+        table = pd.DataFrame(
+            {
+                first: np.array(x.features, dtype=object)[rows],
+                second: np.array(y.features, dtype=object)[columns],
+                "correlation": association[rows, columns],
+                "mutual": (best_column[rows] == columns) & (best_row[columns] == rows),
+            }
+        )
+        return table.sort_values("correlation", key=np.abs, ascending=False, ignore_index=True)
+
+
+def _correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Correlation of each column of x with that of y; 0 for a constant one."""
+    x, y = x - x.mean(0), y - y.mean(0)
+    return (x * y).sum(0) / np.sqrt(np.maximum((x**2).sum(0) * (y**2).sum(0), 1e-12))
+
+
+class AttentionEncoder(Encoder):
+    """From measurements to a normal posterior, through modules of features that attend to each other.
+
+    Scaled measurements are projected to a few tokens, each a learnt combination of all features. Tokens attend to each
+    other, layer after layer; their mean goes through the two linear heads.
+
+    Parameters
+    ----------
+    schema
+        The modality.
+    n_latent
+        Width of the latent space.
+    n_hidden
+        Width of a token, a multiple of 4, the number of heads.
+    n_layers, dropout, covariates
+        As in `pyromosaic.nn.Encoder`.
+    n_tokens
+        Number of tokens.
+    """
+
+    def __init__(
+        self,
+        schema: ModalitySchema,
+        n_latent: int,
+        n_hidden: int = 128,
+        n_layers: int = 2,
+        dropout: float = 0.1,
+        covariates: bool = True,
+        n_tokens: int = 8,
+    ) -> None:
+        super().__init__(schema, n_latent, n_hidden, 0, dropout, covariates)
+        n_inputs = schema.n_features + covariates * schema.n_covariates
+        self.hidden = nn.Sequential(
+            nn.Linear(n_inputs, n_tokens * n_hidden),
+            nn.Unflatten(-1, (n_tokens, n_hidden)),
+            *(nn.TransformerEncoderLayer(n_hidden, 4, n_hidden, dropout, batch_first=True) for _ in range(n_layers)),
+            MeanToken(),
+        )
+
+
+class MeanToken(nn.Module):
+    """Mean over tokens."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Shape (b, width) from (b, tokens, width)."""
+        return tokens.mean(-2)
+
+
+ENCODERS: Mapping[str, Callable[..., nn.Module]] = {"layers": Encoder, "attention": AttentionEncoder}
 
 
 # What the reference is made of

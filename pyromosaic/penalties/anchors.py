@@ -68,13 +68,22 @@ class Anchors(Penalty):
             if not self.scores:
                 break
             mutual = mutual_neighbors(self.scores.of(a, minibatch), self.scores.of(b, minibatch), self.n_neighbors)
-            distance = (a.loc.unsqueeze(1) - b.loc).square().mean(-1)
-            total = total + (mutual * distance).sum() / mutual.sum().clamp_min(1.0)
+            rows, columns = mutual.nonzero(as_tuple=True)  # a small part of all pairs
+            total = total + (a.loc[rows] - b.loc[columns]).square().mean(-1).sum() / max(len(rows), 1)
         return total
 
 
 def mutual_neighbors(x: Tensor, y: Tensor, n_neighbors: int) -> Tensor:
-    """Which rows of (n, c) and (m, c) are among each other's nearest by cosine: shape (n, m), 0 or 1."""
+    """Which rows of (n, c) and (m, c) are among each other's nearest by cosine: shape (n, m), 0 or 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.1, 1.0], [1.0, 0.1]])
+    >>> mutual_neighbors(x, y, n_neighbors=1)
+    tensor([[0., 1.],
+            [1., 0.]])
+    """
     similarity = nn.functional.normalize(x, dim=-1) @ nn.functional.normalize(y, dim=-1).T
     n, m = similarity.shape
     near_x = torch.zeros_like(similarity).scatter(1, similarity.topk(min(n_neighbors, m), dim=1).indices, 1.0)

@@ -15,7 +15,7 @@ from pyromosaic.penalties.penalty import Penalty
 class Classifier(Penalty):
     """Cross-entropy of a linear classifier on posterior means (DiagVI).
 
-    Mean over the labelled cells of a modality, sum over modalities; cells without a label take no part.
+    Mean over the labelled cells of a modality (of a cohort), sum over modalities; cells without a label take no part.
 
     Parameters
     ----------
@@ -39,11 +39,11 @@ class Classifier(Penalty):
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
         """The penalty, a scalar; 0 where no label is known."""
         total = next(iter(posteriors.values())).loc.new_zeros(())
-        for name, q in posteriors.items():
-            known = self.labels.of_modality(name, minibatch)
-            if known is not None:
-                entropy = cross_entropy(self.logits(q.loc), known, ignore_index=-1, reduction="sum")
-                total = total + entropy / (known >= 0).sum().clamp_min(1)
+        labels = self.labels(minibatch)
+        for q in posteriors.values():
+            known = labels[q.rows]
+            entropy = cross_entropy(self.logits(q.loc), known, ignore_index=-1, reduction="sum")
+            total = total + entropy / (known >= 0).sum().clamp_min(1)
         return total
 
     def probabilities(self, z: Tensor) -> Tensor:

@@ -31,6 +31,17 @@ class Wasserstein(Penalty):
     ----------
     weight
         What it is multiplied by.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mdata, _ = simulate(10, {"rna": 50, "adt": 5}, patterns=["rna+adt"])
+    >>> minibatch = measured(Mosaic.from_mudata(mdata), np.arange(10))
+    >>> adt = Posterior(torch.arange(10), torch.ones(10, 2), torch.ones(10, 2))
+    >>> Wasserstein()({"s": adt}, minibatch)  # mean 1 and variance 1 in each of two dimensions
+    tensor(4.)
     """
 
     name = "wasserstein"

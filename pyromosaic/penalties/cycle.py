@@ -55,20 +55,21 @@ class Cycle(Penalty):
 
     def there(self, name: str, z: Tensor) -> Tensor:
         """Posterior means given what a modality is expected to measure at z, shape (n, latent)."""
-        view = typical(self.schema[name], z)
-        predictors = self.decoders[name](torch.nn.functional.pad(z, (0, self.n_private)), view)
-        loc, _ = self.encoders[name].posterior(self.seen(name, predictors, view), view)
+        loc, _ = self.encoders[name].posterior(self.expected(name, z), typical(self.schema[name], z))
         return loc[:, : z.shape[-1]]
 
-    def seen(self, name: str, predictors: Mapping[str, Tensor], view: View) -> Tensor:
-        """Expected measurements as the encoder sees them, shape (n, features)."""
-        likelihood = self.likelihoods[name]
+    def expected(self, name: str, z: Tensor) -> Tensor:
+        """What a modality is expected to measure at z, as its encoder sees it, shape (n, features)."""
+        likelihood, view = self.likelihoods[name], typical(self.schema[name], z)
+        predictors = self.decoders[name](torch.nn.functional.pad(z, (0, self.n_private)), view)
         if hasattr(likelihood, "seen"):
             own: Tensor = likelihood.seen(predictors)
             return own
         with poutine.block(), AtMean():
             mean = poutine.trace(likelihood).get_trace(name, predictors, view).nodes[name]["value"]
         scaling = self.encoders[name].scaling
+        if view.exposure is not None:
+            return (view.rates(mean) - scaling.mean) / scaling.sd
         x = mean if self.schema[name].spec.data_kind == "real" else torch.log1p(mean)  # of a cell of median size
         return (x - scaling.mean) / scaling.sd
 
@@ -84,4 +85,5 @@ def typical(schema: ModalitySchema, like: Tensor) -> View:
         library=like.new_full((n, 1), schema.library),
         counts=None,
         labels=torch.full((n,), -1, device=device),
+        exposure=like.new_full((n, schema.n_features), schema.exposure) if schema.spec.exposure_layer else None,
     )

@@ -46,7 +46,15 @@ class Geometry(Penalty):
 
 
 def squared_distances(x: Tensor) -> Tensor:
-    """Squared Euclidean distances between the rows of (n, d), shape (n, n)."""
+    """Squared Euclidean distances between the rows of (n, d), shape (n, n).
+
+    Examples
+    --------
+    >>> import torch
+    >>> squared_distances(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
+    tensor([[ 0., 25.],
+            [25.,  0.]])
+    """
     squares = x.square().sum(-1)
     distances = (squares.unsqueeze(-1) + squares - 2 * x @ x.T).clamp_min(0.0)
     return distances * (1 - torch.eye(len(x), dtype=x.dtype, device=x.device))
@@ -85,6 +93,13 @@ def kernel_alignment(x: Tensor, z: Tensor) -> Tensor:
     ----------
     Song et al., Feature selection via dependence maximization, JMLR 2012 (the unbiased estimate); Cortes et al.,
     Algorithms for learning kernels based on centered alignment, JMLR 2012.
+
+    Examples
+    --------
+    >>> import torch
+    >>> x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    >>> round(kernel_alignment(x, 2 * x + 1).item(), 3)
+    1.0
     """
     if len(x) < 4:
         return z.new_zeros(())

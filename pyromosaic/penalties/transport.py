@@ -79,6 +79,13 @@ def sinkhorn_divergence(
 
     With an adaptive blur nothing is copied from the device: the divergence is homogeneous, so the points are divided
     by the blur, compared at blur 1, and the result is multiplied by ``blur^p``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    >>> bool(sinkhorn_divergence(x, x) < 1e-4), bool(sinkhorn_divergence(x, x + 3) > 1)
+    (True, True)
     """
     if blur is not None:
         reach = 3 * blur if reach is None else reach

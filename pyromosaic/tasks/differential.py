@@ -157,6 +157,13 @@ def estimate_delta(effects: ArrayLike, scale: Scale = "log2") -> float:
     ------
     ValueError
         If there are fewer than 3 features.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> effects = np.concatenate([rng.normal(0, 0.05, 80), rng.normal(2, 0.1, 10), rng.normal(-2, 0.1, 10)])
+    >>> round(estimate_delta(effects), 1)
+    1.2
     """
     from sklearn.mixture import GaussianMixture
 
@@ -221,9 +228,9 @@ def effect_scale(schema: ModalitySchema) -> tuple[Scale, float]:
     and unbounded values by their difference; other values (a protein's expected count in a cell of median size) by
     their fold change with a pseudocount of 1.
     """
-    if schema.spec.likelihood in ("nb", "zinb"):
+    if schema.spec.family in ("nb", "zinb", "multinomial"):
         return "log2", 0.01 / schema.library
-    if schema.spec.likelihood in ("bernoulli", "normal"):
+    if schema.spec.family in ("bernoulli", "normal"):
         return "difference", 0.0
     return "log2", 1.0
 
@@ -255,6 +262,13 @@ def contrasts(
     ValueError
         If groups are given in neither or both of these ways, a column or value does not exist, a group has no cell, or
         the groups overlap.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50}, types=2)[0])
+    >>> [(c.group1, c.group2, len(c.cells1)) for c in contrasts(mosaic, "celltype")]
+    [('type0', 'rest', 30), ('type1', 'rest', 30)]
     """
     if (groupby is None) == (cells1 is None) or (cells1 is not None and (group1 is not None or group2 is not None)):
         raise ValueError("groups are given either by groupby (with group1, group2) or by cells1 (with cells2)")

@@ -32,11 +32,14 @@ class Estimate:
     quantiles: dict[float, pd.DataFrame] = field(default_factory=dict)
 
 
-def run(model: nn.Module, guide: nn.Module, minibatch: Minibatch, latent_at_mean: bool) -> poutine.Trace:
-    """Trace of the model on latent values from the guide; sites to be predicted take their mean."""
+def run(
+    model: nn.Module, guide: nn.Module, minibatch: Minibatch, latent_at_mean: bool, drawn: bool = False
+) -> poutine.Trace:
+    """Trace of the model on latent values from the guide; what is to be predicted is at its mean, or `drawn`."""
     with AtMean() if latent_at_mean else nullcontext():
         guide_trace = poutine.trace(guide).get_trace(minibatch)
-    with AtMean(minibatch.decoded.__contains__):
+    predicted = {*minibatch.decoded, *(f"{name}_size" for name in minibatch.decoded)}
+    with nullcontext() if drawn else AtMean(predicted.__contains__):
         return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(minibatch)
 
 
@@ -45,7 +48,7 @@ def draws(
     guide: nn.Module,
     minibatch: Minibatch,
     name: str,
-    value: Callable[[TorchDistribution], Tensor],
+    value: Callable[[TorchDistribution], Tensor] | None,
     n_samples: int | None,
     columns: Tensor,
 ) -> Tensor:
@@ -60,7 +63,7 @@ def draws(
     name
         The modality.
     value
-        The quantity, from the modality's distribution.
+        The quantity, from the modality's distribution; None for measurements.
     n_samples
         Number of draws; None for one evaluation at the mean of the posterior.
     columns
@@ -73,8 +76,8 @@ def draws(
     """
     values = []
     for _ in range(n_samples or 1):
-        trace = run(model, guide, minibatch, latent_at_mean=n_samples is None)
-        values.append(value(trace.nodes[name]["fn"]).index_select(-1, columns))
+        site = run(model, guide, minibatch, latent_at_mean=n_samples is None, drawn=value is None).nodes[name]
+        values.append((site["value"] if value is None else value(site["fn"])).index_select(-1, columns))
     return torch.stack(values)
 
 
@@ -91,6 +94,15 @@ def estimate(
         Names.
     quantiles
         Levels between 0 and 1.
+
+    Examples
+    --------
+    >>> cells, features = pd.Index(["a", "b"]), pd.Index(["CD4", "CD8"])
+    >>> draws_of_both = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[3.0, 2.0], [5.0, 4.0]]])  # draws × cells × features
+    >>> estimate([draws_of_both], cells, features, quantiles=[0.5]).mean
+       CD4  CD8
+    a  2.0  2.0
+    b  4.0  4.0
     """
     levels = list(quantiles)
     if any(not 0 <= q <= 1 for q in levels):

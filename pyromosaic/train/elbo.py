@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
+from pyro.distributions import Delta, Unit
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceMeanField_ELBO
 from pyro.infer.util import is_validation_enabled
@@ -51,7 +51,7 @@ class MosaicELBO(TraceMeanField_ELBO):
         """The loss as a number, after adding its gradient to the parameters; this is what `pyro.infer.SVI` calls."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[poutine.Trace, poutine.Trace]:
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
@@ -98,7 +98,8 @@ class MosaicELBO(TraceMeanField_ELBO):
             if site["type"] == "sample" and name not in model_trace.nodes:
                 self._check(site)
                 terms[name] = site["log_prob_sum"]
-                if site["infer"].get("is_auxiliary"):  # of an automatic guide: the other part of a divergence
+                # of an automatic guide, not a penalty: the other part of a divergence
+                if site["infer"].get("is_auxiliary") and not isinstance(site["fn"], Unit):
                     self.latent[name] = 1.0
         return terms
 

@@ -40,6 +40,12 @@ class Optimisation:
         an optimiser to a learning-rate scheduler that steps once an epoch.
     gradient_clip
         Largest norm of the gradient; 0 for no limit.
+
+    Examples
+    --------
+    >>> from pyromosaic.train import Optimisation
+    >>> Optimisation(learning_rate=1e-3, schedule="constant").kl_warmup_epochs
+    50
     """
 
     learning_rate: float = 3e-3

@@ -1,0 +1,119 @@
+"""Calibration of every model on a small simulated mosaic, and of imputed counts on the packaged PBMC mosaic.
+
+Each model is trained with its defaults. Then cells are drawn from the trained model, and their true latent variables
+are ranked among draws of the guide: as it was trained, and after it was fitted to data drawn from the model.
+
+    python benchmarks/calibration.py
+    python benchmarks/calibration.py --held-out
+    python benchmarks/calibration.py --effects
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from common import quiet
+
+from pyromosaic import ContrastiveVI, DiagVI, Mosaic, MultiVI, ScModal, checks, hide, pbmc_mosaic, simulate
+from pyromosaic.models.mosaic_model import MosaicModel
+
+N_CELLS, SIZES = 800, {"rna": 60, "adt": 20}
+
+
+def multivi(fusion: str = "mean") -> MosaicModel:
+    mdata, _ = simulate(N_CELLS, SIZES)
+    return MultiVI(Mosaic.from_mudata(mdata, batch_key="batch"), n_latent=5, fusion=fusion)
+
+
+def contrastivevi() -> MosaicModel:
+    mdata, _ = simulate(N_CELLS, SIZES, treated=0.5)
+    mosaic = Mosaic.from_mudata(mdata, batch_key="batch").with_cohorts("condition", background="control")
+    return ContrastiveVI(mosaic, n_latent=5, n_salient=2)
+
+
+def unpaired(model: Callable[..., MosaicModel]) -> MosaicModel:
+    mdata, truth = simulate(N_CELLS, SIZES, patterns=["rna", "adt"], links={"adt": 1.0})
+    links = truth.links.rename(columns={"gene": "rna", "feature": "adt"})[["rna", "adt"]]
+    return model(Mosaic.from_mudata(mdata, batch_key="batch"), links, n_latent=5, n_private=2)
+
+
+MODELS = {
+    "MultiVI": multivi,
+    "MultiVI, product of experts": lambda: multivi("product"),
+    "ContrastiveVI": contrastivevi,
+    "DiagVI": lambda: unpaired(DiagVI),
+    "ScModal": lambda: unpaired(ScModal),
+}
+
+
+def latent_coverage(n_epochs: int, n_steps: int, n_samples: int) -> pd.DataFrame:
+    """Coverage of 50 % and 90 % intervals of each model's latent variables, by pattern of modalities."""
+    tables = {}
+    for name, make in MODELS.items():
+        model = make()
+        model.train(n_epochs, progress_bar=False)
+        patterns = model._data(None).patterns.rename("pattern")
+        for guide, steps in (("as trained", 0), ("fitted", n_steps)):
+            ranks = checks.simulation_based_calibration(model, n_steps=steps, n_samples=n_samples)
+            table = ranks.coverage((0.5, 0.9), by=patterns)["randomised"].unstack("level")
+            tables[name, guide] = table.loc[[v for v in table.index.unique("variable") if v in ("z", "s")]]
+            print(name, guide, tables[name, guide].round(2), sep="\n", flush=True)
+    return pd.concat(tables, names=["model", "guide"])
+
+
+def held_out_coverage(n_hidden: int, n_samples: int) -> pd.DataFrame:
+    """Coverage of intervals of held-out counts."""
+    mdata, truth = hide(pbmc_mosaic(), dict.fromkeys(("rna", "adt"), n_hidden))
+    model = MultiVI(Mosaic.from_mudata(mdata, batch_key="batch"))
+    model.train(progress_bar=False)
+    found = {}
+    for name, hidden in truth.items():
+        ranks = checks.imputation_ranks(model, name, hidden, n_samples=n_samples)
+        found[name] = ranks.coverage((0.5, 0.9)).droplevel("variable")
+    return pd.concat(found, names=["modality"])
+
+
+def effect_coverage(n_epochs: int, n_samples: int, n_pairs: int = 50) -> pd.DataFrame:
+    """Coverage of the 90 % intervals of differential effects between two cells, against the simulation's truth."""
+    mdata, truth = simulate(N_CELLS, SIZES)
+    model = MultiVI(Mosaic.from_mudata(mdata, batch_key="batch"), n_latent=5)
+    model.train(n_epochs, progress_bar=False)
+    numbers = mdata.obs_names.get_indexer(model.mosaic.obs_names)
+    pairs = np.random.default_rng(0).choice(N_CELLS, (n_pairs, 2), replace=False)
+    found = {}
+    for name in SIZES:
+        signal = np.log2(truth.mean[name] / truth.parameters[name]["size"][:, None])[numbers]
+        inside = []
+        for a, b in pairs:
+            table = model.differential(cells1=[a], cells2=[b], modality=name, n_samples=n_samples)
+            effect = pd.Series(signal[a] - signal[b], model.schema[name].features)[table.index]
+            inside.append(effect.between(table["lfc_low"], table["lfc_high"]).mean())
+        found[name] = np.mean(inside)
+    return pd.DataFrame({"coverage of 90 % intervals": found})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--held-out", action="store_true", help="coverage of held-out counts instead")
+    parser.add_argument("--effects", action="store_true", help="coverage of differential effects instead")
+    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=600, help="steps by which guides are fitted")
+    parser.add_argument("--samples", type=int, default=49, help="number of posterior draws")
+    parser.add_argument("--csv", type=Path, help="write the table here as well")
+    given = parser.parse_args()
+    quiet()
+    if given.held_out:
+        table = held_out_coverage(200, given.samples)
+    elif given.effects:
+        table = effect_coverage(given.epochs, given.samples)
+    else:
+        table = latent_coverage(given.epochs, given.steps, given.samples)
+    print(table.round(3).to_string())
+    if given.csv:
+        table.to_csv(given.csv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Model criticism: whether a model fits the data, and whether its uncertainties are right.
+
+==========================================  ==========================================================================
+do data drawn from the model look like      :func:`predictive_check`
+the data?
+are posteriors right where the truth is     :func:`simulation_based_calibration`
+known, drawn from the model itself?
+do intervals of imputed measurements hold   :func:`imputation_ranks`
+what was held out?
+how likely are cells that were held out?    :func:`held_out_log_likelihood`
+==========================================  ==========================================================================
+
+Figures of the results are in `pyromosaic.plot`: `predictive_checks`, `ranks` and `coverage`.
+"""
+
+from pyromosaic.checks.calibration import imputation_ranks, simulation_based_calibration
+from pyromosaic.checks.cells import prior_sample
+from pyromosaic.checks.likelihood import held_out_log_likelihood
+from pyromosaic.checks.predictive import PredictiveCheck, predictive_check
+from pyromosaic.checks.ranks import Ranks
+
+__all__ = [
+    "PredictiveCheck",
+    "Ranks",
+    "held_out_log_likelihood",
+    "imputation_ranks",
+    "predictive_check",
+    "prior_sample",
+    "simulation_based_calibration",
+]

@@ -1,0 +1,263 @@
+"""Calibration: whether true values lie among a model's draws as they should."""
+
+import copy
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyromosaic.checks.cells import (
+    BLOCK,
+    blocks,
+    cell_sites,
+    draw_prior,
+    drawn_minibatch,
+    explain,
+    infer,
+    log_weight,
+    shared_variables,
+    without_penalties,
+)
+from pyromosaic.checks.ranks import Ranks
+from pyromosaic.data import Minibatch, Mosaic, loader
+from pyromosaic.models.mosaic_model import CHUNK_ENTRIES, Cells, MosaicModel
+from pyromosaic.tasks import inference_mode
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+Quantity = Literal["latent", "mean", "effect"]
+
+
+def simulation_based_calibration(
+    model: MosaicModel,
+    cells: Cells = None,
+    *,
+    of: Quantity = "latent",
+    n_samples: int = 99,
+    n_steps: int = 500,
+    batch_size: int = 256,
+    learning_rate: float = 3e-3,
+    data: Mosaic | None = None,
+    seed: int = 0,
+) -> Ranks:
+    """Ranks of true values, drawn from the model itself, among draws from the posterior that the guide infers.
+
+    For each cell, latent variables are drawn from their prior and measurements given these. The guide looks at the
+    measurements, and the true values are ranked among its draws. The parameters of the model are fixed throughout.
+    If posteriors are right, ranks are uniform (`Ranks.test`), and intervals hold what they are to hold
+    (`Ranks.coverage`); posteriors that are too narrow make a U of the ranks' histogram (`pyromosaic.plot.ranks`).
+
+    Parameters
+    ----------
+    model
+        The model, trained or not; it is not changed.
+    cells
+        Cells whose modalities, covariates and sizes the drawn cells have: names, numbers or a mask; None for all.
+    of
+        What is ranked: ``"latent"``, each dimension of the cells' latent variables; ``"mean"``, the expected
+        measurement of each feature where it is measured; ``"effect"``, the log ratio (the difference, of real values)
+        of the expected measurements of a feature in two successive cells that have it, as in a differential test.
+    n_samples
+        Number of posterior draws for each cell.
+    n_steps
+        Number of steps by which a copy of the guide is first fitted to data drawn from the model: fresh draws at each
+        step, the plain ELBO, no penalties. 0 judges the guide as it is, which was trained on real data, with penalties.
+    batch_size, learning_rate
+        Cells of a step; step size of Adam at the beginning, from where it falls to 0 along a cosine.
+    data
+        Other cells than the training data.
+    seed
+        Seed of all draws.
+
+    Returns
+    -------
+    Ranks
+        Variables are the sites of the model (``"z"``, …), or modalities.
+
+    Raises
+    ------
+    ValueError
+        If the posterior is a point.
+
+    References
+    ----------
+    Talts et al., Validating Bayesian inference algorithms with simulation-based calibration, 2018; Yao et al., Yes, but
+    did it work? Evaluating variational inference, ICML 2018.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, MultiVI, checks, simulate
+    >>> model = MultiVI(Mosaic.from_mudata(simulate(200, {"rna": 50, "adt": 5})[0]), n_latent=3)
+    >>> checks.simulation_based_calibration(model, n_samples=9, n_steps=5)
+    Ranks of 200 cells among 9 draws: adt_background (5), z (3)
+    """
+    if of not in ("latent", "mean", "effect"):
+        raise ValueError(f'what is ranked is "latent", "mean" or "effect"; found {of!r}')
+    mosaic = model._data(data)
+    index = mosaic.find(cells)
+    if mosaic.groups is not None:
+        index = index[mosaic.groups[index] >= 0]
+    program, guide = copy.deepcopy((model.model, model.guide))  # together, as they share parameters
+    with inference_mode(program, guide, seed=seed), without_penalties(guide):
+        first = next(blocks(model, mosaic, index))
+        shared = shared_variables(guide, first)
+        with torch.enable_grad():
+            fit_guide(program, guide, mosaic, index, shared, n_steps, batch_size, learning_rate, seed)
+        tables: tuple[list[pd.DataFrame], ...] = ([], [])
+        for i, minibatch in enumerate(blocks(model, mosaic, index)):
+            names = mosaic.obs_names[index[i * BLOCK : i * BLOCK + len(minibatch)]]
+            drawn = draw_prior(program, minibatch, shared)
+            simulated = drawn_minibatch(program, minibatch, drawn)
+            truth = quantities(drawn, simulated, of)
+            below, equal = ({k: torch.zeros_like(v) for k, (_, v) in truth.items()} for _ in range(2))
+            for _ in range(n_samples):
+                inferred = infer(guide, simulated, shared)
+                found = inferred if of == "latent" else explain(program, simulated, inferred)
+                posterior = quantities(found, simulated, of)
+                for k, (_, value) in truth.items():
+                    below[k] += (posterior[k][1] < value).float().masked_fill(value.isnan(), torch.nan)
+                    equal[k] += (posterior[k][1] == value).float().masked_fill(value.isnan(), torch.nan)
+            for table, n in zip(tables, (below, equal), strict=True):
+                table.append(_frame(model, names, {k: (where, n[k]) for k, (where, _) in truth.items()}))
+    return Ranks(pd.concat(tables[0]), pd.concat(tables[1]), n_samples)
+
+
+def fit_guide(
+    model: Any,
+    guide: Any,
+    mosaic: Mosaic,
+    index: np.ndarray,
+    shared: poutine.Trace,
+    n_steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+) -> None:
+    """Fit a guide to data drawn from a model, whose parameters stay as they are, by the plain ELBO."""
+    if n_steps == 0:
+        return
+    owned = {id(parameter) for parameter in model.parameters()}
+    parameters = [parameter for parameter in guide.parameters() if id(parameter) not in owned]
+    device = parameters[0].device
+    optimiser = torch.optim.Adam(parameters, lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, n_steps)
+    minibatches = loader(mosaic, index, batch_size, seed)
+    step = 0
+    while step < n_steps:
+        for minibatch in minibatches:
+            minibatch = minibatch.to(device)
+            simulated = drawn_minibatch(model, minibatch, draw_prior(model, minibatch, shared))
+            optimiser.zero_grad()
+            inferred = infer(guide, simulated, shared)
+            loss = -log_weight(explain(model, simulated, inferred), inferred, simulated).mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 10.0)
+            optimiser.step()
+            schedule.step()
+            step += 1
+            if step == n_steps:
+                break
+
+
+def quantities(found: poutine.Trace, minibatch: Minibatch, of: Quantity) -> dict[str, tuple[Tensor, Tensor]]:
+    """What is ranked, by variable: positions of the cells, and values of shape (cells, names)."""
+    values = {}
+    for name, site, where in cell_sites(found, minibatch):
+        if of == "latent" and name not in minibatch.decoded:
+            value = site["value"].reshape(len(where), -1)
+            mask = site["mask"]
+            if isinstance(mask, Tensor):  # cells that do not have the variable
+                value = value.masked_fill(~mask.reshape(len(where), 1), torch.nan)
+            values[name] = where, value
+        elif of != "latent" and name in minibatch.decoded:
+            mean = site["fn"].mean
+            if of == "effect":
+                n = len(where) // 2
+                positive = bool((mean > 0).all())
+                scale = mean.log() if positive else mean
+                where, mean = where[: 2 * n : 2], scale[: 2 * n : 2] - scale[1 : 2 * n : 2]
+            values[name] = where, mean
+    return values
+
+
+def _frame(model: MosaicModel, cells: pd.Index, found: dict[str, tuple[Tensor, Tensor]]) -> pd.DataFrame:
+    """Cells × (variable, name), NaN where a cell has no such quantity."""
+    parts = {}
+    for variable, (where, value) in found.items():
+        part = np.full((len(cells), value.shape[1]), np.nan)
+        part[where.cpu().numpy()] = value.cpu().numpy()
+        modality = model.schema.modalities.get(variable)
+        names = range(value.shape[1]) if modality is None else modality.features
+        parts[variable] = pd.DataFrame(part, cells, [str(name) for name in names])
+    return pd.concat(parts, axis=1, names=["variable", "name"])
+
+
+def imputation_ranks(
+    model: MosaicModel,
+    modality: str,
+    truth: "AnnData | pd.DataFrame",
+    *,
+    n_samples: int = 199,
+    encode: list[str] | None = None,
+    data: Mosaic | None = None,
+    seed: int = 0,
+) -> Ranks:
+    """Ranks of held-out measurements among draws from their posterior predictive distribution.
+
+    ``imputation_ranks(...).coverage([0.9])`` says what share of them lies in the 90 % intervals; for counts, look at
+    the randomised share. The draws have the noise of everything that is not known of such a cell, its size included.
+
+    Parameters
+    ----------
+    model
+        The model, which has not seen these measurements.
+    modality
+        Their modality.
+    truth
+        Held-out measurements of cells of the mosaic, from `pyromosaic.hide` say; as a table, cells × features. Cells
+        of a model that takes modalities apart have names such as ``"rna:cell"``.
+    n_samples
+        Number of draws.
+    encode
+        Modalities to infer from; by default all that a cell has.
+    data
+        Other cells than the training data.
+    seed
+        Seed of the draws.
+
+    Returns
+    -------
+    Ranks
+        Cells × features, with the modality as the variable.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, MultiVI, checks, hide, simulate
+    >>> mdata, _ = simulate(200, {"rna": 50, "adt": 5}, patterns=["rna+adt"])
+    >>> mdata, truth = hide(mdata, {"adt": 20})
+    >>> model = MultiVI(Mosaic.from_mudata(mdata), n_latent=3)
+    >>> checks.imputation_ranks(model, "adt", truth["adt"], n_samples=9)
+    Ranks of 20 cells among 9 draws: adt (5)
+    """
+    if not isinstance(truth, pd.DataFrame):
+        truth = truth.to_df(model.schema[modality].spec.layer)
+    features = list(truth.columns)
+    model._features(modality, features)
+    size = max(1, CHUNK_ENTRIES // (n_samples * len(features)))
+    below, equal = np.empty((2, *truth.shape))
+    for start in range(0, len(truth), size):
+        part = slice(start, start + size)
+        cells, values = list(truth.index[part]), truth.to_numpy()[part]
+        if model.schema[modality].spec.family == "bernoulli":
+            values = values > 0
+        draws = model.posterior_predictive_sample(
+            modality, cells, features=features, encode=encode, n_samples=n_samples, data=data, seed=seed + start
+        )
+        below[part], equal[part] = (draws < values).sum(0), (draws == values).sum(0)
+    columns = pd.MultiIndex.from_product([[modality], features], names=["variable", "name"])
+    below, equal = (pd.DataFrame(values, truth.index, columns) for values in (below, equal))
+    return Ranks(below, equal, n_samples)

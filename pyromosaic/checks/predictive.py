@@ -1,0 +1,285 @@
+"""Predictive checks: whether data drawn from a model look like the data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pyromosaic.checks.cells import BLOCK, blocks, draw_prior, shared_variables, without_penalties
+from pyromosaic.data import Minibatch, Mosaic
+from pyromosaic.likelihoods import NBMixture
+from pyromosaic.models.mosaic_model import Cells, MosaicModel
+from pyromosaic.tasks import inference_mode
+from pyromosaic.tasks.prediction import run
+
+N_LEADING = 10  # features of a modality whose correlations are looked at where no links are given
+SIZE_LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+Key = tuple[str, str]  # modality (or two, joined by " ~ ") and statistic
+
+
+@dataclass(frozen=True)
+class PredictiveCheck:
+    """Statistics of the data among those of data drawn from the model.
+
+    Parameters
+    ----------
+    table
+        By ``modality``, ``statistic`` and ``name`` (of a feature, of a pair of features, or a quantile): ``observed``;
+        ``mean``, ``lower`` and ``upper``, the mean and the 5 % and 95 % quantiles over the draws; and ``p_value``,
+        two-sided.
+    overall
+        By ``modality`` and ``statistic``: ``p_value``, of how far all values of the statistic together are from those
+        of the draws; ``outside``, the share of values outside their 90 % intervals; and their number ``n``.
+    prior
+        Whether the draws are from the prior.
+    n_samples
+        Number of draws. No p-value is below 1 / (n_samples + 1).
+    """
+
+    table: pd.DataFrame
+    overall: pd.DataFrame
+    prior: bool
+    n_samples: int
+
+
+def predictive_check(
+    model: MosaicModel,
+    cells: Cells = None,
+    *,
+    prior: bool = False,
+    links: pd.DataFrame | None = None,
+    n_samples: int = 99,
+    data: Mosaic | None = None,
+    seed: int = 0,
+) -> PredictiveCheck:
+    """Compare the data with data drawn from the model, by statistics of every modality.
+
+    ``mean``, ``variance`` and share of ``zeros`` of each feature; the quantiles of the cells' ``size`` (their counts,
+    or open regions); of antibodies the ``background``, the share of cells with no more counts than the mean background
+    learnt for their batch and size; and between modalities the ``correlation`` of pairs of features, and of sizes,
+    over cells that have both. Zeros and sizes are not of real values. Correlations are of log(1 + count), of open
+    regions as 0 and 1, and of real values as they are.
+
+    Parameters
+    ----------
+    model
+        The model.
+    cells
+        Names, numbers or a mask; None for all.
+    prior
+        Draw the cells' latent variables from their prior, rather than from what is inferred of the same cells.
+        Parameters, and latent variables that all cells share, are as learnt in either case.
+    links
+        Pairs of features whose correlations to look at, a column for each modality; features that the model does not
+        have are passed over. By default all pairs of the 10 features of either modality that vary most.
+    n_samples
+        Number of draws.
+    data
+        Other cells than the training data.
+    seed
+        Seed of the draws.
+
+    Returns
+    -------
+    PredictiveCheck
+        For figures, see `pyromosaic.plot.predictive_checks`.
+
+    Raises
+    ------
+    ValueError
+        If a modality is measured in a single one of the cells, or `links` have no pair of features of the model.
+
+    Notes
+    -----
+    Draws are of the measurements that the cells have: same modalities, covariates and sizes. A cell's size is taken as
+    known wherever the model takes it as known, and in all draws from the posterior; sums of drawn counts vary around
+    it.
+
+    Data that come from the model have uniform p-values against the prior, up to what was learnt from the very same
+    data. Against the posterior, which has seen the data, p-values of a right model lie nearer 0.5 than uniform ones;
+    small ones mean the more (Meng 1994). They speak of model and guide together: a guide that is far from the
+    posterior fails the check with a right model, see `simulation_based_calibration`. Values of one statistic depend on
+    each other: to judge them together look at `PredictiveCheck.overall`, whose distance is the mean square of
+    standardised values.
+
+    References
+    ----------
+    Gelman, Meng and Stern, Posterior predictive assessment of model fitness via realized discrepancies, 1996; Meng,
+    Posterior predictive p-values, 1994.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, MultiVI, checks, simulate
+    >>> model = MultiVI(Mosaic.from_mudata(simulate(200, {"rna": 50, "adt": 5})[0]), n_latent=3)
+    >>> check = checks.predictive_check(model, n_samples=9)
+    >>> check.overall.loc["adt"].index.tolist()
+    ['background', 'mean', 'size', 'variance', 'zeros']
+    """
+    if n_samples < 1:
+        raise ValueError(f"n_samples is at least 1; found {n_samples}")
+    mosaic = model._data(data)
+    index = mosaic.find(cells)
+    pairs = _pairs(model, mosaic, index, links)
+    totals: list[dict[Key, Any]] = [{} for _ in range(n_samples + 1)]  # the data first
+    with inference_mode(model.model, model.guide, seed=seed), without_penalties(model.guide):
+        for minibatch in blocks(model, mosaic, index, 4 * BLOCK):
+            views = minibatch.decoded
+            asked = Minibatch(
+                minibatch.index,
+                minibatch.n_cells,
+                minibatch.observed,
+                {name: replace(view, counts=None) for name, view in views.items()},
+                minibatch.groups,
+            )
+            shared = shared_variables(model.guide, asked) if prior else None
+            for i, total in enumerate(totals):
+                if i == 0:
+                    drawn = {name: view.dense_counts() for name, view in views.items()}
+                else:
+                    if shared is None:
+                        found = run(model.model, model.guide, asked, latent_at_mean=False, drawn=True)
+                    else:
+                        found = draw_prior(model.model, minibatch, shared)
+                    drawn = {name: found.nodes[name]["value"] for name in views}
+                _add(total, model, minibatch, drawn, pairs)
+    found_by_draw = [_statistics(total) for total in totals]
+    keys = sorted(found_by_draw[0])  # so that pandas finds modality and statistic quickly
+    values = {key: np.stack([found[key] for found in found_by_draw]) for key in keys}
+    tables, overall = {}, {}
+    for key, of_key in values.items():
+        names = pairs[key[0]][2] if key[1] == "correlation" else _names(key, model)
+        tables[key] = _compare(of_key, names)
+        outside = (of_key[0] < tables[key]["lower"]) | (of_key[0] > tables[key]["upper"])
+        overall[key] = (_overall(of_key), outside.mean(), len(names))
+    levels = ["modality", "statistic"]
+    index_ = pd.MultiIndex.from_tuples(list(overall), names=levels)
+    summary = pd.DataFrame(list(overall.values()), index_, ["p_value", "outside", "n"]).sort_index()
+    return PredictiveCheck(pd.concat(tables, names=[*levels, "name"]), summary, prior, n_samples)
+
+
+Pairs = dict[str, tuple[Tensor, Tensor, list[str]]]  # of two modalities: numbers of the features, names of the pairs
+
+
+def _pairs(model: MosaicModel, mosaic: Mosaic, index: np.ndarray, links: pd.DataFrame | None) -> Pairs:
+    """Pairs of features by pair of modalities that share cells."""
+    pairs: Pairs = {}
+    for a, b in combinations(model.schema.modalities, 2):
+        if (mosaic.modalities[a].present[index] & mosaic.modalities[b].present[index]).sum() < 2:
+            continue
+        if links is None:
+            first, second = np.meshgrid(*(_leading(mosaic, name) for name in (a, b)), indexing="ij")
+        elif a in links and b in links:
+            first, second = (
+                pd.Index(model.schema[name].features).get_indexer(pd.Index(links[name])) for name in (a, b)
+            )
+            first, second = first[(first >= 0) & (second >= 0)], second[(first >= 0) & (second >= 0)]
+        else:
+            continue
+        i, j = np.ravel(first), np.ravel(second)
+        features = (np.asarray(model.schema[name].features, dtype=object) for name in (a, b))
+        names = [f"{x} ~ {y}" for x, y in zip(*(f[k] for f, k in zip(features, (i, j), strict=True)), strict=True)]
+        if names:
+            device = model._device
+            pairs[f"{a} ~ {b}"] = (
+                torch.as_tensor(i, device=device),
+                torch.as_tensor(j, device=device),
+                [*names, "size"],
+            )
+    if links is not None and not pairs:
+        raise ValueError(
+            "links have no pair of features that the model has in modalities measured in the same cells; accepted: a "
+            f"table with a column for each modality ({', '.join(model.schema.modalities)})"
+        )
+    return pairs
+
+
+def _leading(mosaic: Mosaic, name: str) -> np.ndarray:
+    """Numbers of the features that vary most."""
+    modality = mosaic.modalities[name]
+    counts = modality.tensor(modality.sample()).to_dense()
+    return np.sort(np.argsort(-_scaled(counts, modality.spec.data_kind).var(0).numpy())[:N_LEADING])
+
+
+def _scaled(x: Tensor, data_kind: str) -> Tensor:
+    """Measurements on the scale on which correlations are taken."""
+    return x if data_kind == "real" else torch.log1p(x)
+
+
+def _add(
+    total: dict[Key, Any], model: MosaicModel, minibatch: Minibatch, drawn: Mapping[str, Tensor], pairs: Pairs
+) -> None:
+    """Add the sums of the cells of a minibatch that the statistics are made of."""
+    sums: dict[Key, Any] = {}
+    whole = {}
+    for name, view in minibatch.decoded.items():
+        spec, likelihood = model.schema[name].spec, model._likelihood(name)
+        x = (drawn[name] > 0).double() if spec.family == "bernoulli" else drawn[name].double()
+        sums |= {(name, "n"): len(x), (name, "sum"): x.sum(0), (name, "squares"): x.square().sum(0)}
+        if spec.data_kind != "real":
+            sums |= {(name, "zeros"): (x == 0).sum(0), (name, "size"): [x.sum(1)]}
+        if isinstance(likelihood, NBMixture):
+            background = likelihood.cell_factor(view) * likelihood._prior(view)[0].exp()
+            sums[name, "background"] = (x <= background).sum(0)
+        size = torch.log1p(x.sum(1, keepdim=True)) if spec.data_kind != "real" else x.sum(1, keepdim=True)
+        values = torch.cat([_scaled(x, spec.data_kind), size], dim=1)
+        # Cells without the modality are NaN, and so are their products.
+        whole[name] = values.new_full((len(minibatch), values.shape[1]), torch.nan).index_copy(0, view.rows, values)
+    for key, (first, second, _) in pairs.items():
+        a, b = key.split(" ~ ")
+        if a in whole and b in whole:
+            both = ~(whole[a][:, -1] + whole[b][:, -1]).isnan()
+            x = whole[a][both][:, [*first, -1]]
+            y = whole[b][both][:, [*second, -1]]
+            sums[key, "pairs"] = torch.stack([torch.ones_like(x), x, y, x.square(), y.square(), x * y]).sum(1)
+    for k, value in sums.items():
+        total[k] = total[k] + value if k in total else value
+
+
+def _statistics(total: Mapping[Key, Any]) -> dict[Key, np.ndarray]:
+    """Statistics by modality, each an array of one value a name."""
+    found = {}
+    for (name, what), value in total.items():
+        if what == "n":
+            if value < 2:
+                raise ValueError(f"modality {name!r} is measured in {value} of the cells; accepted: at least 2")
+            mean = total[name, "sum"] / value
+            found[name, "mean"] = mean
+            found[name, "variance"] = (total[name, "squares"] - value * mean.square()) / (value - 1)
+        elif what in ("zeros", "background"):
+            found[name, what] = value / total[name, "n"]
+        elif what == "size":
+            found[name, what] = torch.quantile(torch.cat(value), torch.tensor(SIZE_LEVELS).to(value[0]))
+        elif what == "pairs":
+            n, x, y, xx, yy, xy = value
+            spread = ((xx - x.square() / n).clamp_min(0) * (yy - y.square() / n).clamp_min(0)).sqrt()
+            found[name, "correlation"] = torch.where(spread > 1e-9, (xy - x * y / n) / spread, 0.0)
+    return {key: value.cpu().numpy() for key, value in found.items()}
+
+
+def _names(key: Key, model: MosaicModel) -> list[str]:
+    if key[1] == "size":
+        return [f"{level:.0%}" for level in SIZE_LEVELS]
+    return list(model.schema[key[0]].features)
+
+
+def _compare(values: np.ndarray, names: list[str]) -> pd.DataFrame:
+    """Each observed value, the first row, among those of the draws."""
+    observed, draws = values[0], values[1:]
+    place = ((draws < observed).sum(0) + 0.5 * (draws == observed).sum(0) + 0.5) / len(values)
+    lower, upper = np.quantile(draws, [0.05, 0.95], axis=0)
+    columns = {"observed": observed, "mean": draws.mean(0), "lower": lower, "upper": upper}
+    return pd.DataFrame({**columns, "p_value": 2 * np.minimum(place, 1 - place)}, names)
+
+
+def _overall(values: np.ndarray) -> float:
+    """P-value of the data's distance from all, among the draws' distances: exact, as every row is treated alike."""
+    spread = values.std(0)
+    standard = (values - values.mean(0)) / np.where(spread > 0, spread, 1.0)
+    distance = np.square(standard).mean(1)
+    return float((distance >= distance[0]).mean())

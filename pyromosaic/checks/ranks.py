@@ -1,0 +1,118 @@
+"""Where true values lie among draws that claim to be exchangeable with them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Ranks of true values among draws from distributions that are to be judged.
+
+    If a distribution is right, the true value is like one more draw from it, and its rank is uniform.
+
+    Parameters
+    ----------
+    below, equal
+        Number of draws below the true value, and equal to it: cells × quantities, whose columns have the levels
+        ``variable`` (a latent variable, a modality) and ``name``; NaN where a cell has no such quantity.
+    n_samples
+        Number of draws.
+    """
+
+    below: pd.DataFrame
+    equal: pd.DataFrame
+    n_samples: int
+
+    def __repr__(self) -> str:
+        variables = ", ".join(
+            f"{name} ({n})" for name, n in self.below.columns.get_level_values(0).value_counts().items()
+        )
+        return f"Ranks of {len(self.below)} cells among {self.n_samples} draws: {variables}"
+
+    def uniform(self, seed: int = 0) -> pd.DataFrame:
+        """Ranks as numbers between 0 and 1, uniform if all is right.
+
+        A true value that equals some draws, as counts do, has its place among them at random. So this is uniform for
+        discrete values too: the randomised probability integral transform.
+
+        Parameters
+        ----------
+        seed
+            Seed of the random places.
+        """
+        places = np.random.default_rng(seed).random(self.below.shape)
+        return (self.below + places * (self.equal + 1)) / (self.n_samples + 1)
+
+    def coverage(
+        self, levels: Sequence[float] = (0.5, 0.9), by: pd.Series | None = None, seed: int = 0
+    ) -> pd.DataFrame:
+        """Share of true values inside central intervals of the draws, over cells and quantities of each variable.
+
+        Parameters
+        ----------
+        levels
+            What the intervals are to hold, between 0 and 1.
+        by
+            A group for each cell, matched by name; all cells together by default.
+        seed
+            Of `uniform`.
+
+        Returns
+        -------
+        pandas.DataFrame
+            By variable, group (if any) and level: ``interval``, the share in the closed interval between two quantiles
+            of the draws; ``randomised``, the share whose place (see `uniform`) is in the middle; and ``n``, the number
+            of values. Both are the same for continuous values. The closed interval of counts holds more than its
+            level even if all is right, as an end with many equal draws belongs to it whole, nearly everything where
+            most counts are 0; the randomised share is the level itself if all is right.
+        """
+        if any(not 0 < level < 1 for level in levels):
+            raise ValueError(f"levels lie between 0 and 1; found {list(levels)}")
+        uniform = self.uniform(seed)
+        groups = (
+            {(): self.below.index} if by is None else {(k,): i for k, i in by.groupby(by, observed=True).groups.items()}
+        )
+        table = {}
+        for variable in self.below.columns.unique(0):
+            for group, cells in groups.items():
+                within = self.below.index.intersection(cells)
+                below, equal, place = (t.loc[within, variable].to_numpy() for t in (self.below, self.equal, uniform))
+                known = ~np.isnan(below)
+                if not known.any():
+                    continue
+                below, equal, place = (values[known] for values in (below, equal, place))
+                for level in levels:
+                    tail = (1 - level) / 2
+                    inside = (below + equal >= tail * self.n_samples) & (below <= (1 - tail) * self.n_samples)
+                    middle = np.abs(place - 0.5) <= level / 2
+                    table[(variable, *group, level)] = (inside.mean(), middle.mean(), len(below))
+        names = ["variable", *([] if by is None else [by.name or "group"]), "level"]
+        index = pd.MultiIndex.from_tuples(list(table), names=names)
+        return pd.DataFrame(list(table.values()), index, ["interval", "randomised", "n"])
+
+    def test(self, n_bins: int = 20, seed: int = 0) -> pd.DataFrame:
+        """Chi-square test of uniformity of each quantity over cells.
+
+        Parameters
+        ----------
+        n_bins
+            Number of bins of equal width.
+        seed
+            Of `uniform`.
+
+        Returns
+        -------
+        pandas.DataFrame
+            By variable and name: ``chi2``, ``p_value``, and the number ``n`` of cells.
+        """
+        rows = []
+        uniform = self.uniform(seed)
+        for column in uniform:
+            values = uniform[column].dropna()
+            counts = np.histogram(values, n_bins, (0, 1))[0]
+            rows.append((*stats.chisquare(counts), len(values)))
+        return pd.DataFrame(rows, uniform.columns, ["chi2", "p_value", "n"])

@@ -1,0 +1,418 @@
+"""Variational canonical correlation analysis: the linkage as a Pyro program, linear or deep, with uncertainty."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyro
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from pyro.infer import TraceMeanField_ELBO
+from torch import Tensor, nn
+
+from pyromosaic.data import Mosaic
+from pyromosaic.fusion import Posterior, ProductFusion, presence
+from pyromosaic.linkage.alignment import Linkage, cca, scores_table
+from pyromosaic.linkage.canonical import Canonical, canonical_variables
+from pyromosaic.linkage.links import Links
+from pyromosaic.linkage.matching import Correspondence
+from pyromosaic.program import Program
+
+#: For each modality the positions of its cells in the minibatch, shape (b,), and their values, shape (b, variables).
+Views = Mapping[str, tuple[Tensor, Tensor]]
+
+
+class Curve(nn.Module):
+    """A linear map, plus a network with one hidden layer that begins as zero (none if `n_hidden` is 0)."""
+
+    def __init__(self, n_in: int, n_out: int, n_hidden: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(n_in, n_out)
+        self.bend: nn.Module | None = None
+        if n_hidden:
+            last = nn.Linear(n_hidden, n_out)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self.bend = nn.Sequential(nn.Linear(n_in, n_hidden), nn.ReLU(), last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Values of shape (..., n_out)."""
+        return self.linear(x) if self.bend is None else self.linear(x) + self.bend(x)
+
+
+class VariationalCCAModel(Program):
+    r"""The generative story.
+
+    A cell has a shared variable :math:`z \sim N(0, I)` and in each modality a private one, :math:`h \sim N(0, I)`. A
+    modality measures :math:`x = f(z) + B h + e` with :math:`e \sim N(0, \mathrm{diag}(\sigma^2))`. As h enters
+    linearly it is integrated out: :math:`x \mid z \sim N(f(z), B B^T + \mathrm{diag}(\sigma^2))`; it is as wide as
+    x, so z has no reason to tell what one modality alone can see. With linear f this is probabilistic canonical
+    correlation analysis (Bach and Jordan, "A probabilistic interpretation of canonical correlation analysis", 2005);
+    with networks it is deep (Wang et al., "Deep variational canonical correlation analysis", 2016, where private
+    variables go through the networks too).
+
+    Parameters
+    ----------
+    widths
+        Number of variables of each modality.
+    n_latent
+        Width of z.
+    n_hidden
+        Hidden units of the decoders f; 0 for linear ones.
+    """
+
+    def __init__(self, widths: Mapping[str, int], n_latent: int, n_hidden: int) -> None:
+        super().__init__()
+        self.n_latent = n_latent
+        self.decoders: Any = nn.ModuleDict({name: Curve(n_latent, p, n_hidden) for name, p in widths.items()})
+        self.private: Any = nn.ParameterDict({name: 0.1 * torch.randn(p, p) for name, p in widths.items()})
+        self.log_noise: Any = nn.ParameterDict({name: torch.zeros(p) for name, p in widths.items()})
+
+    def forward(self, views: Views, n_cells: int) -> None:
+        """Sites: ``z``, and one of each modality's name; log densities are divided by the number of cells."""
+        zero = next(self.parameters()).new_zeros(())
+        with poutine.scale(scale=1 / n_cells):
+            with pyro.plate("cells", n_cells):
+                z = pyro.sample("z", dist.Normal(zero, 1.0).expand([self.n_latent]).to_event(1))
+            for name, (rows, values) in views.items():
+                with pyro.plate(f"{name}_cells", len(rows)):
+                    pyro.sample(name, self.measured(name, z[..., rows, :]), obs=values)
+
+    def measured(self, name: str, z: Tensor) -> dist.TorchDistribution:
+        """A modality's measurements given the shared variable, event shape (variables,)."""
+        noise = (2 * self.log_noise[name]).exp()
+        return dist.LowRankMultivariateNormal(self.decoders[name](z), self.private[name], noise)
+
+
+class VariationalCCAGuide(Program):
+    """The inference story: each modality is an expert on z, and experts are multiplied with each other and the prior.
+
+    So a cell with both modalities has a narrower posterior than with one. The family contains the exact posterior of
+    the linear model in canonical coordinates, and the bound is tightest there: so the axes of z are canonical ones.
+
+    Parameters
+    ----------
+    widths, n_latent, n_hidden
+        As in `VariationalCCAModel`.
+    """
+
+    def __init__(self, widths: Mapping[str, int], n_latent: int, n_hidden: int) -> None:
+        super().__init__()
+        encoders = {name: Curve(p, 2 * n_latent, n_hidden) for name, p in widths.items()}
+        with torch.no_grad():
+            for encoder in encoders.values():  # wide experts would let the decoders learn to ignore z
+                encoder.linear.weight[n_latent:] = 0
+                encoder.linear.bias[n_latent:] = -1
+        self.encoders: Any = nn.ModuleDict(encoders)
+        self.fusion = ProductFusion()
+
+    def forward(self, views: Views, n_cells: int) -> None:
+        """Site: ``z``."""
+        loc, scale = self.posterior(views, n_cells)
+        with poutine.scale(scale=1 / n_cells), pyro.plate("cells", n_cells):
+            pyro.sample("z", dist.Normal(loc, scale).to_event(1))
+
+    def posterior(self, views: Views, n_cells: int) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of z given all that a cell has, each of shape (n_cells, latent)."""
+        experts = {}
+        for name, (rows, values) in views.items():
+            loc, log_scale = self.encoders[name](values).chunk(2, dim=-1)
+            experts[name] = Posterior(rows, loc, log_scale.clamp(-10, 10).exp())
+        return self.fusion(experts, presence(experts, n_cells))
+
+
+def start(
+    model: VariationalCCAModel, guide: VariationalCCAGuide, canonical: Canonical, covariances: Mapping[str, np.ndarray]
+) -> None:
+    r"""Begin at the maximum likelihood of the linear model, which has a closed form (Bach and Jordan 2005).
+
+    With canonical coefficients A, correlations :math:`\rho` and a covariance C, the decoder is
+    :math:`W = C A \,\mathrm{diag}(\sqrt\rho)`, what it leaves over, :math:`C - W W^T`, is private and noise, and the
+    expert has mean :math:`\mathrm{diag}(1 / \sqrt\rho) A^T x` and variances :math:`(1 - \rho) / \rho`.
+
+    Parameters
+    ----------
+    model, guide
+        What is to begin.
+    canonical
+        Canonical variables, as many as z is wide.
+    covariances
+        Covariance within each modality.
+    """
+    rho = canonical.correlations.clip(0.01, 0.99)
+    for (name, covariance), coefficients in zip(covariances.items(), canonical.coefficients, strict=True):
+        weight = covariance @ coefficients * np.sqrt(rho)
+        size, directions = np.linalg.eigh(covariance - weight @ weight.T)
+        noise = 0.5 * max(size[0], 1e-3)
+        private = directions * np.sqrt((size - noise).clip(1e-6))
+        _set(model.decoders[name].linear, weight, np.zeros(len(weight)))
+        expert = np.vstack([(coefficients / np.sqrt(rho)).T, np.zeros_like(coefficients.T)])
+        _set(guide.encoders[name].linear, expert, np.concatenate([0 * rho, 0.5 * np.log((1 - rho) / rho)]))
+        with torch.no_grad():
+            model.private[name].copy_(torch.from_numpy(private))
+            model.log_noise[name].fill_(0.5 * np.log(noise))
+
+
+def _set(linear: nn.Linear, weight: np.ndarray, bias: np.ndarray) -> None:
+    with torch.no_grad():
+        linear.weight.copy_(torch.from_numpy(weight))
+        linear.bias.copy_(torch.from_numpy(bias))
+
+
+def minibatches(
+    data: Mapping[str, Tensor], pi: Correspondence, noise: Mapping[str, Tensor], n: int, size: int, seed: int
+) -> Iterator[tuple[Views, int]]:
+    """Minibatches in which half of the cells are corresponding pairs and a quarter has one modality alone each.
+
+    Parameters
+    ----------
+    data
+        Variables of all cells of both modalities.
+    pi
+        Their correspondence.
+    noise
+        Standard deviation of the noise that is added to each variable.
+    n, size
+        Number of minibatches, and of cells in each, a multiple of 4.
+    seed
+        Seed of the draws.
+
+    Yields
+    ------
+    What `VariationalCCAModel` and `VariationalCCAGuide` are called with.
+    """
+    rng = np.random.default_rng(seed)
+    pairs = np.stack(pi.draw(n * size // 2, rng)).reshape(2, n, size // 2)
+    both, *alone = torch.arange(size).split([size // 2, size // 4, size // 4])
+    for step in range(n):
+        views = {}
+        for k, (name, values) in enumerate(data.items()):
+            x = values[np.concatenate([pairs[k, step], rng.integers(len(values), size=size // 4)])]
+            views[name] = torch.cat([both, alone[k]]), x + noise[name] * torch.randn_like(x)
+        yield views, size
+
+
+@dataclass
+class VariationalLinkage(Linkage):
+    """Two modalities in one space, by a generative model.
+
+    What is not named here is as in `Linkage`: which cells correspond (`correspondence`), how that was found
+    (`agreement`, `links`), and `crossfit`, of the classical analysis.
+
+    Parameters
+    ----------
+    scores
+        For each modality cells × components: posterior means of the shared variable z given that modality alone,
+        weighted by `shares`, each cell scaled to length one.
+    correlations
+        Canonical correlations that the model implies.
+    model, guide
+        The programs.
+    elbo
+        Evidence lower bound in nats per cell of the minibatch, after each training step.
+    shares
+        Standard deviation over cells of the posterior mean of each component of z: near 1 where one modality tells the
+        component, near 0 where it does not.
+    """
+
+    model: VariationalCCAModel = field(repr=False)
+    guide: VariationalCCAGuide = field(repr=False)
+    elbo: np.ndarray = field(repr=False)
+    shares: np.ndarray
+    _scale: dict[str, np.ndarray] = field(repr=False)
+
+    def transform(self, mosaic: Mosaic) -> dict[str, pd.DataFrame]:
+        """Scores of cells that were not there before; see `Linkage.transform`."""
+        scores = {}
+        for name, (cells, x) in self.components(mosaic).items():
+            mean, _ = encoded(self.guide, {name: (np.arange(len(cells)), x / self._scale[name])}, len(cells))
+            scores[name] = scores_table(mean * self.shares, mosaic.obs_names[cells])
+        return scores
+
+    def posterior(self, mosaic: Mosaic) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """What is known of the shared variable z of each cell, from all of the two modalities that it has.
+
+        Parameters
+        ----------
+        mosaic
+            Cells with one of the modalities or both, of the same features.
+
+        Returns
+        -------
+        mean, sd
+            Posterior means and standard deviations, cells × components.
+
+        Raises
+        ------
+        ValueError
+            As `transform` does.
+        """
+        found = self.components(mosaic)
+        cells = np.unique(np.concatenate([rows for rows, _ in found.values()]))
+        views = {name: (np.searchsorted(cells, rows), x / self._scale[name]) for name, (rows, x) in found.items()}
+        columns = [f"z{i + 1}" for i in range(self.model.n_latent)]
+        mean, sd = (
+            pd.DataFrame(values, mosaic.obs_names[cells], columns) for values in encoded(self.guide, views, len(cells))
+        )
+        return mean, sd
+
+
+def encoded(
+    guide: VariationalCCAGuide, views: Mapping[str, tuple[np.ndarray, np.ndarray]], n_cells: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Posterior means and standard deviations of z as arrays; see `VariationalCCAGuide.posterior`."""
+    tensors = {
+        name: (torch.from_numpy(rows), torch.from_numpy(values).float()) for name, (rows, values) in views.items()
+    }
+    with torch.no_grad():
+        loc, scale = guide.posterior(tensors, n_cells)
+    return loc.numpy(), scale.numpy()
+
+
+def implied_covariance(model: VariationalCCAModel, n_draws: int = 20_000) -> np.ndarray:
+    """Covariance between the two modalities under the model, from draws of z, shape (variables, variables)."""
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        z = torch.randn(n_draws, model.n_latent)
+        first, second = (decoder(z).double() for decoder in model.decoders.values())
+    return ((first - first.mean(0)).T @ (second - second.mean(0)) / n_draws).numpy()
+
+
+def variational_cca(
+    mosaic: Mosaic,
+    modalities: tuple[str, str],
+    links: pd.DataFrame | Links | None = None,
+    *,
+    n_hidden: int = 0,
+    ridge: float = 0.2,
+    n_steps: int = 300,
+    batch_size: int = 512,
+    learning_rate: float = 2e-3,
+    seed: int = 0,
+    **matching: Any,
+) -> VariationalLinkage:
+    r"""Link two modalities by probabilistic canonical correlation analysis, linear or deep.
+
+    The correspondence of cells is found by `cca`, or given. The programs `VariationalCCAModel` and
+    `VariationalCCAGuide` describe principal components, each divided by its standard deviation. They begin at the
+    closed form of the linear model; then the evidence lower bound is maximised over pairs of cells that are drawn from
+    the correspondence (half of each minibatch), and over all cells of either modality alone, whichever pairs they are
+    in: so the posterior given one modality is learnt too.
+
+    Parameters
+    ----------
+    mosaic, modalities, links
+        As in `cca`.
+    n_hidden
+        Hidden units of the networks that decoders and encoders have beside their linear maps; 0 for the linear model.
+        Networks pay where pairs are known. A correspondence that was found without pairs has errors, and they learn
+        these too.
+    ridge
+        Variance of the noise that is added to the principal components in training, as a share of their mean variance.
+        With linear decoders it is what the ridge is in `cca`.
+    n_steps, batch_size, learning_rate
+        Steps of Adam, cells of a minibatch (a multiple of 4), and the learning rate, which falls to 0 along a cosine.
+    seed
+        Seed of `cca`, start values and minibatches. Minibatches go by the order of the cells.
+    **matching
+        Further arguments of `cca`: ``correspondence`` (from true pairs it makes an upper bound, from labels the result
+        is supervised), ``n_components`` (width of z), ``n_pcs``, how cells are matched.
+
+    Raises
+    ------
+    ValueError
+        As `cca` does, and if an argument is out of range.
+
+    References
+    ----------
+    Bach and Jordan 2005 and Wang et al. 2016, see `VariationalCCAModel`; product of experts: Wu and Goodman,
+    "Multimodal generative models for scalable weakly-supervised learning", 2018; noise in the inputs as a ridge:
+    Bishop, "Training with noise is equivalent to Tikhonov regularization", 1995.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, linkage, pbmc_mosaic, protein_gene_links
+    >>> mosaic = Mosaic.from_mudata(pbmc_mosaic(), batch_key="batch")
+    >>> link = linkage.variational_cca(mosaic, ("rna", "adt"), protein_gene_links(), n_steps=20)
+    >>> mean, sd = link.posterior(mosaic)  # a cell with both modalities is known better than one with one
+    >>> both = mosaic.presence.all(axis=1)
+    >>> bool((sd[both].max() < sd[~both].max()).all())
+    True
+    """
+    if n_hidden < 0 or n_steps < 1 or batch_size < 4 or batch_size % 4 or ridge <= 0:
+        raise ValueError(
+            "n_hidden is at least 0, n_steps at least 1, batch_size a multiple of 4 and ridge above 0; found "
+            f"{n_hidden}, {n_steps}, {batch_size} and {ridge}"
+        )
+    link = cca(mosaic, modalities, links, ridge=ridge, seed=seed, **matching)
+    n_latent = len(link.correlations)
+    data, scale, noise, covariances = {}, {}, {}, {}
+    for name, (_, x) in link.components(mosaic).items():
+        variance, added = x.var(axis=0), ridge * x.var(axis=0).mean()
+        scale[name] = np.sqrt(variance + added)
+        noise[name] = np.sqrt(added) / scale[name]
+        data[name] = x / scale[name]
+        covariances[name] = np.cov(data[name], rowvar=False, bias=True) + np.diag(noise[name] ** 2)
+    between = link.correspondence.cross_covariance(*data.values())
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        widths = {name: x.shape[1] for name, x in data.items()}
+        model, guide = VariationalCCAModel(widths, n_latent, n_hidden), VariationalCCAGuide(widths, n_latent, n_hidden)
+        start(model, guide, canonical_variables(list(covariances.values()), between).keep(n_latent), covariances)
+        tensors, sd = ({name: torch.from_numpy(x).float() for name, x in each.items()} for each in (data, noise))
+        elbo = train(
+            model,
+            guide,
+            minibatches(tensors, link.correspondence, sd, n_steps, batch_size, seed),
+            learning_rate,
+            n_steps,
+        )
+    means = {n: encoded(guide, {n: (np.arange(len(x)), x)}, len(x))[0] for n, x in data.items()}
+    shares = np.sqrt(np.mean([m.var(axis=0) for m in means.values()], axis=0))
+    implied = canonical_variables(list(covariances.values()), implied_covariance(model)).keep(n_latent)
+    first, second = (c / s[:, None] for c, s in zip(implied.coefficients, scale.values(), strict=True))
+    return VariationalLinkage(
+        {name: scores_table(mean * shares, link.scores[name].index) for name, mean in means.items()},
+        implied.correlations,
+        link.crossfit,
+        link.correspondence,
+        link.agreement,
+        link.links,
+        link._null,
+        Canonical((first, second), implied.correlations),
+        link._reduced,
+        model,
+        guide,
+        elbo,
+        shares,
+        scale,
+    )
+
+
+def train(
+    model: VariationalCCAModel,
+    guide: VariationalCCAGuide,
+    minibatches: Iterator[tuple[Views, int]],
+    learning_rate: float,
+    n_steps: int,
+) -> np.ndarray:
+    """Maximise the evidence lower bound by Adam, with a rate that falls to 0 along a cosine.
+
+    Returns
+    -------
+    The bound at each step, in nats per cell.
+    """
+    optimizer = torch.optim.Adam([*model.parameters(), *guide.parameters()], learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
+    bound, elbo = TraceMeanField_ELBO(), []
+    for minibatch in minibatches:
+        optimizer.zero_grad()
+        loss = bound.differentiable_loss(model, guide, *minibatch)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        elbo.append(-loss.item())
+    return np.array(elbo)

@@ -1,0 +1,72 @@
+"""Query mapping: a trained model meets batches that it has not seen (after scArches, Lotfollahi et al. 2022)."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from pyromosaic.data import Schema
+
+
+def carry_over(old: nn.Module, new: nn.Module, before: Schema, after: Schema) -> dict[str, Tensor]:
+    """Give a program the weights of one that knows fewer batches.
+
+    Entries for a new batch start at the mean of those for the old ones. They lie behind them: along a dimension of
+    batches at its end, along one of a layer's inputs before the other covariates, which come last.
+
+    Parameters
+    ----------
+    old, new
+        Model or guide that knows fewer and more batches.
+    before, after
+        Their schemas.
+
+    Returns
+    -------
+    dict
+        For each parameter and buffer that has entries for new batches a mask of these.
+    """
+    masks, state = {}, new.state_dict()
+    for name, value in old.state_dict().items():
+        modality = next((part for part in name.split(".") if part in before.modalities), None)
+        if value.shape == state[name].shape:
+            state[name].copy_(value)
+        elif modality is not None:
+            schema, key = before[modality], str(before[modality].spec.batch_key)
+            n_old, n_new = len(schema.categories[key]), len(after[modality].categories[key])
+            (dim,) = (d for d in range(value.ndim) if value.shape[d] != state[name].shape[d])
+            stop = n_old if value.shape[dim] == n_old else value.shape[dim] - schema.n_covariates + n_old
+            known = value.narrow(dim, stop - n_old, n_old).mean(dim, keepdim=True)
+            shape = [n_new - n_old if d == dim else -1 for d in range(value.ndim)]
+            parts = value.narrow(dim, 0, stop), known.expand(shape), value.narrow(dim, stop, value.shape[dim] - stop)
+            state[name].copy_(torch.cat(parts, dim))
+            masks[name] = torch.zeros_like(state[name], dtype=torch.bool)
+            masks[name].narrow(dim, stop, n_new - n_old).fill_(True)
+    return masks
+
+
+@contextmanager
+def only(program: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, training moves the masked entries of a program's parameters and nothing else, adversaries apart."""
+    adversaries = {p for m in program.modules() if hasattr(m, "optimiser") for p in m.parameters()}
+    free = {name: p for name, p in program.named_parameters() if p.requires_grad and p not in adversaries}
+    kept = program.state_dict()  # without what a penalty remembers of earlier minibatches
+    buffers = {name: b.clone() for name, b in program.named_buffers() if name in kept}
+    hooks = []
+    for name, parameter in free.items():
+        if name in masks:
+            hooks.append(parameter.register_hook(lambda gradient, mask=masks[name]: gradient * mask.to(gradient)))
+        else:
+            parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter in free.values():
+            parameter.requires_grad_(True)
+        with torch.no_grad():
+            for name, buffer in program.named_buffers():
+                if name in buffers:
+                    buffer.copy_(buffers[name])

@@ -1,0 +1,36 @@
+"""The notebooks run from top to bottom, and are stored with what they showed."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+@every_notebook
+def test_runs(path):
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+    ).execute()
+
+
+@every_notebook
+def test_is_stored_as_it_ran(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not any("execution" in cell.metadata for cell in notebook.cells), "no times of execution"
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    words = [cell.source for cell in notebook.cells]
+    words += [output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs]
+    assert not [text for text in words if re.search(r"(^|[\s'\"(])(/[a-z]\w*/|[A-Z]:\\)", text)], "no path of a machine"
+    assert path.stat().st_size < 1_000_000

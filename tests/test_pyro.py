@@ -1,0 +1,394 @@
+"""Whatever Pyro does with a program it does with every model's."""
+
+import numpy as np
+import pandas as pd
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro import optim, poutine
+from pyro.infer import MCMC, NUTS, SVI, Predictive, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoMultivariateNormal
+from pyro.nn import PyroModule, PyroSample
+from torch import nn
+
+from pyromosaic import ContrastiveVI, DiagVI, ModalitySpec, Mosaic, MultiVI, ScModal, simulate
+from pyromosaic.data import measured, to_predict
+from pyromosaic.labels import Labels
+from pyromosaic.likelihoods import NB
+from pyromosaic.priors import GaussianMixture
+from pyromosaic.train import MosaicELBO
+
+pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph is thin")
+LINKS = pd.DataFrame({"rna": [f"rna_{i}" for i in range(6)], "adt": [f"adt_{i}" for i in range(6)]})
+MODELS = ("MultiVI", "DiagVI", "ContrastiveVI", "ScModal")
+
+
+@pytest.fixture(scope="module")
+def data():
+    return simulate(90, {"rna": 30, "adt": 6}, treated=0.5, seed=3)[0]
+
+
+def build(name, data):
+    mosaic = Mosaic.from_mudata(data, batch_key="batch")
+    if name == "MultiVI":
+        return MultiVI(mosaic, n_latent=4, n_hidden=16)
+    if name == "ContrastiveVI":
+        return ContrastiveVI(
+            mosaic.with_cohorts("condition", background="control"), n_latent=4, n_salient=3, n_hidden=16
+        )
+    return {"DiagVI": DiagVI, "ScModal": ScModal}[name](
+        mosaic, LINKS, n_latent=4, n_private=2, n_hidden=16, linkage=None
+    )
+
+
+@pytest.fixture(params=MODELS)
+def model(request, data):
+    return build(request.param, data)
+
+
+def whole(model):
+    mosaic = model._data(None)
+    return measured(mosaic, mosaic.find(None)).dense()
+
+
+def parameters(*programs):
+    return {
+        (i, k): v.detach().clone()
+        for i, program in enumerate(programs)
+        for k, v in program.named_parameters()
+        if v.numel()
+    }
+
+
+# Traces and graphs
+
+
+def sites(trace):
+    """Batch and event shape of the sites that are no plate."""
+    return {
+        name: (tuple(site["fn"].batch_shape), tuple(site["fn"].event_shape))
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and hasattr(site["fn"], "event_shape")
+    }
+
+
+def test_traces_read_like_the_papers(model):
+    minibatch = whole(model)
+    n, b = len(minibatch), {k: len(v.rows) for k, v in minibatch.decoded.items()}
+    trace = poutine.trace(model.model).get_trace(minibatch)
+    expected = {
+        "z": ((n, 1), (4,)),
+        "rna": ((b["rna"], 30), ()),
+        "adt": ((b["adt"], 6), ()),
+        "adt_background": ((b["adt"], 6), ()),
+    }
+    if isinstance(model, DiagVI):
+        expected |= {"v": ((36,), (4,)), "edges": ((2 * (12 + 36),), ())}
+    if isinstance(model, DiagVI | ScModal):
+        expected |= {"z_rna": ((b["rna"], 1), (2,)), "z_adt": ((b["adt"], 1), (2,))}
+    if isinstance(model, ContrastiveVI):
+        expected |= {"s": ((n, 1), (3,))}
+    assert sites(trace) == expected
+    text = trace.format_shapes()
+    assert all(f"{plate} dist" in text for plate in ("cells", "rna_cells", "rna_features", "adt_cells"))
+    latent = {name for name in expected if not trace.nodes[name]["is_observed"]}
+    assert latent == expected.keys() - {"rna", "adt", "edges"}
+    guide = sites(poutine.trace(model.guide).get_trace(minibatch))
+    assert {name for name in guide if not name.startswith("penalty/")} == latent
+    assert all(guide[name] == expected[name] for name in latent)
+
+
+def test_the_graph_has_plates_and_sites(model):
+    minibatch = whole(model)
+    source = pyro.render_model(model.model, model_args=(minibatch,), render_distributions=True).source
+    for part in ("cluster_cells", "cluster_rna_cells", "cluster_rna_features", "z -> rna", "z -> adt"):
+        assert part in source
+    assert "rna ~ NegativeBinomial" in source
+    assert "penalty" not in source  # the model is a proper joint density
+    assert "adt_background -> adt" in source
+    if isinstance(model, DiagVI):
+        assert "v -> rna" in source and "v -> edges" in source
+    if isinstance(model, ContrastiveVI):
+        assert "s -> rna" in source
+
+
+# Predictions and counterfactuals
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_prior_and_posterior_predictive(model, parallel):
+    mosaic = model._data(None)
+    minibatch = to_predict(mosaic, mosaic.find(None)[:8], ("rna", "adt"))
+    prior = Predictive(model.model, num_samples=50, parallel=parallel)(minibatch)
+    posterior = Predictive(model.model, guide=model.guide, num_samples=50, parallel=parallel)(minibatch)
+    for drawn in (prior, posterior):
+        assert drawn["rna"].shape == (50, 8, 30) and drawn["adt"].shape == (50, 8, 6)
+        assert drawn["z"].shape == (50, 8, 1, 4)
+    q = poutine.trace(model.guide).get_trace(minibatch).nodes["z"]["fn"]
+    error = posterior["z"].mean(0) - q.mean
+    assert (error.abs() < 5 * q.stddev / 50**0.5).all()
+    assert prior["z"].mean().abs() < 0.2 and abs(prior["z"].std() - 1) < 0.1
+
+
+def test_condition_scores_a_value_and_do_does_not(model):
+    minibatch = whole(model)
+    z = torch.ones(len(minibatch), 1, 4)
+    conditioned = poutine.trace(pyro.condition(model.model, {"z": z})).get_trace(minibatch)
+    done = poutine.trace(poutine.do(model.model, {"z": z})).get_trace(minibatch)
+    site = conditioned.nodes["z"]
+    assert site["is_observed"] and torch.equal(site["value"], z)
+    assert not done.nodes["z"]["is_observed"] and not torch.equal(done.nodes["z"]["value"], z)  # its story is cut off
+    means = []
+    for value in (z, -z):  # all but z and the measurements as they were drawn
+        rest = {k: done.nodes[k]["value"] for k in done.stochastic_nodes if k != "z"}
+        changed = poutine.do(pyro.condition(model.model, rest), {"z": value})
+        means.append(poutine.trace(changed).get_trace(minibatch).nodes["rna"]["fn"].mean)
+    assert not torch.allclose(*means)  # what follows from z follows the intervention
+
+
+# Bounds and optimisers
+
+
+@pytest.mark.parametrize("bound", [Trace_ELBO, TraceMeanField_ELBO, MosaicELBO, RenyiELBO])
+def test_svi_moves_every_parameter(model, bound):
+    svi = SVI(model.model, model.guide, optim.ClippedAdam({"lr": 1e-2}), bound())
+    own = {p for m in model.guide.modules() if hasattr(m, "optimiser") for p in m.parameters()}
+    elsewhere = {(1, k) for k, p in model.guide.named_parameters() if p in own}
+    before = parameters(model.model, model.guide)
+    for _ in range(2):
+        assert np.isfinite(svi.step(whole(model)))
+    after = parameters(model.model, model.guide)
+    assert {k for k in before if torch.equal(before[k], after[k])} <= elsewhere
+
+
+def test_particles_at_once_and_one_by_one(model):
+    minibatch = whole(model)
+
+    def loss(bound, **options):
+        pyro.set_rng_seed(0)
+        svi = SVI(model.model, model.guide, optim.Adam({}), bound(num_particles=30, **options))
+        return svi.evaluate_loss(minibatch)
+
+    at_once = {"vectorize_particles": True, "max_plate_nesting": 2}
+    elbo = loss(Trace_ELBO, **at_once)
+    assert elbo == pytest.approx(loss(Trace_ELBO), rel=0.02)
+    assert loss(RenyiELBO, alpha=0.0, **at_once) < elbo  # importance weights make the bound tighter
+
+
+# Global latent variables
+
+
+class Scaled(NB):
+    """NB with a positive, global, hierarchical scale of the dispersions."""
+
+    def __init__(self, schema):
+        super().__init__(schema)
+        n = schema.n_features
+        self.spread = PyroSample(dist.HalfNormal(1.0))
+        self.log_theta = PyroSample(lambda self: dist.Normal(0.0, self.spread).expand([n]).to_event(1))
+
+
+def scaled(data, **options):
+    return MultiVI(Mosaic.from_mudata(data, {"rna": ModalitySpec(Scaled)}), n_latent=3, n_hidden=16, **options)
+
+
+def test_global_variables_are_drawn_once_outside_every_plate(data):
+    model = scaled(data)
+    trace = poutine.trace(model.model).get_trace(whole(model))
+    for name, shape in (("likelihoods.rna.spread", ()), ("likelihoods.rna.log_theta", (30,))):
+        site = trace.nodes[name]
+        assert site["cond_indep_stack"] == () and site["scale"] == 1.0
+        assert tuple(site["value"].shape) == shape
+    assert torch.equal(trace.nodes["rna"]["fn"].theta, trace.nodes["likelihoods.rna.log_theta"]["value"].exp())
+
+
+def test_the_bound_of_an_automatic_guide_has_the_density_of_its_transform(data):
+    model = scaled(data)
+    losses = []
+    for bound in (MosaicELBO(), Trace_ELBO()):
+        pyro.set_rng_seed(0)
+        losses.append([bound.loss(model.model.globals, model.guide.globals) for _ in range(20)])
+    # No divergence of these sites has a formula that is used, so the same draws give the same numbers.
+    assert np.allclose(losses[0], losses[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("automatic", [None, AutoMultivariateNormal])
+def test_posterior_of_global_variables_is_returned_saved_and_loaded(data, automatic, tmp_path):
+    model = scaled(data)
+    if automatic is not None:
+        model.guide.global_posterior = automatic(model.model.globals)
+        model.guide.globals()
+    before = parameters(model.guide.global_posterior)
+    model.train(2, progress_bar=False)
+    after = parameters(model.guide.global_posterior)
+    assert not any(torch.equal(before[k], after[k]) for k in before)
+    table = model.get_global_posterior(300, quantiles=(0.5,))
+    theta = table.loc["likelihoods.rna.log_theta"]
+    assert len(theta) == 30 and (theta["sd"] > 0).all() and (table.loc["likelihoods.rna.spread", 0.5] > 0).all()
+    if automatic is None:
+        posterior = model.guide.global_posterior
+        loc = posterior.locs.likelihoods.rna.log_theta.detach().numpy()
+        sd = posterior.scales.likelihoods.rna.log_theta.detach().numpy()
+        assert np.allclose(theta["mean"], loc, atol=4 * sd.max() / 300**0.5)
+        assert np.allclose(theta["sd"], sd, rtol=0.25)
+        model.save(tmp_path)
+        again = MultiVI.load(tmp_path, Scaled=Scaled)
+        pd.testing.assert_frame_equal(again.get_global_posterior(20), model.get_global_posterior(20))
+        with pytest.raises(ValueError, match="give Scaled again"):
+            MultiVI.load(tmp_path)
+
+
+def test_a_model_without_global_variables_says_so(model):
+    with pytest.raises(ValueError, match="no global latent variable"):
+        model.get_global_posterior(2)
+
+
+class Effects(PyroModule):
+    """A decoder of any model with a global variable."""
+
+    def __init__(self, schema, predictors, n_latent, n_hidden=0, n_layers=0):
+        super().__init__()
+        self.heads = nn.ModuleDict({name: nn.Linear(n_latent, schema.n_features) for name in predictors})
+        self.effect = PyroSample(dist.Normal(0.0, 1.0).expand([schema.n_features]).to_event(1))
+
+    def start(self, biases):
+        pass
+
+    def forward(self, z, view):
+        return {name: head(z) + self.effect for name, head in self.heads.items()}
+
+
+@pytest.mark.parametrize("name", ["ContrastiveVI", "ScModal"])
+def test_decoders_with_global_variables_in_other_models(name, data):
+    mosaic = Mosaic.from_mudata(data, batch_key="batch").with_cohorts("condition", background="control")
+    options = {"n_latent": 4, "n_hidden": 16, "decoder": Effects}
+    if name == "ScModal":  # whose cycle would draw the effects in the guide
+        model = ScModal(mosaic, LINKS, linkage=None, lam_cycle=0.0, **options)
+    else:
+        model = ContrastiveVI(mosaic, **options)
+    model.train(1, progress_bar=False)
+    assert {"decoders.rna.effect", "decoders.adt.effect"} == set(model.get_global_posterior(5).index.levels[0])
+
+
+# The guide against other inference
+
+
+class Linear(nn.Module):
+    def __init__(self, schema, predictors, n_latent, n_hidden, n_layers):
+        super().__init__()
+        self.loc = nn.Linear(n_latent, schema.n_features)
+
+    def start(self, biases):
+        self.loc.bias.copy_(biases["loc"])
+
+    def forward(self, z, view):
+        return {"loc": self.loc(z)}
+
+
+def test_the_guide_agrees_with_nuts_and_with_the_formula():
+    values, _ = simulate(200, {"x": 15}, likelihoods={"x": "normal"}, n_latent=2, n_batches=1, seed=0)
+    mosaic = Mosaic.from_mudata(values, {"x": "normal"})
+    model = MultiVI(mosaic, n_latent=2, n_hidden=64, decoder=Linear, dropout=0.0)
+    model.train(80, batch_size=32, kl_warmup_epochs=0, validation=0.0, progress_bar=False)
+    minibatch = measured(mosaic, mosaic.find(None))
+    pyro.set_rng_seed(0)
+    mcmc = MCMC(NUTS(model.model, max_tree_depth=4), num_samples=100, warmup_steps=30, disable_progbar=True)
+    mcmc.run(minibatch)
+    sampled = mcmc.get_samples()["z"][:, :, 0].detach()
+    with torch.no_grad():  # x = W z + b + noise
+        w, b = model.model.decoders["x"].loc.weight, model.model.decoders["x"].loc.bias
+        precision = model.model.likelihoods["x"].log_sigma.mul(-2).exp()
+        covariance = torch.linalg.inv(torch.eye(2) + (w.T * precision) @ w)
+        mean = (minibatch.observed["x"].dense_counts() - b) * precision @ w @ covariance
+        encoded = poutine.trace(model.guide).get_trace(minibatch).nodes["z"]["fn"]
+        inferred, spread = encoded.mean[:, 0], encoded.stddev[:, 0].mean(0)
+    sd = covariance.diagonal().sqrt()
+    assert (sampled.mean(0) - mean).abs().mean() < 0.25 * sd.mean()
+    assert torch.allclose(sampled.std(0).mean(0), sd, rtol=0.1)
+    assert (inferred - mean).abs().mean() < 0.6 * sd.mean()
+    assert np.corrcoef(inferred.ravel(), sampled.mean(0).ravel())[0, 1] > 0.98
+    # Independent normals are at most as wide as the margins, and as wide as the conditionals.
+    conditional = torch.linalg.inv(covariance).diagonal().rsqrt()
+    assert torch.allclose(spread, conditional, rtol=0.15)
+
+
+class CellTypes(nn.Module):
+    """The components of a mixture, with the component as a site."""
+
+    def __init__(self, mixture):
+        super().__init__()
+        self.mixture = mixture
+
+    def forward(self, minibatch):
+        known = self.mixture.labels(minibatch)
+        told = nn.functional.one_hot(known.clamp_min(0), len(self.mixture.logits)) * (known >= 0).unsqueeze(-1)
+        logits = (self.mixture.logits + 100.0 * told).unsqueeze(1)
+        c = pyro.sample("celltype", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
+        return dist.Normal(self.mixture.loc[c], self.mixture.log_scale.exp()[c] + 1e-4).to_event(1)
+
+
+def test_summing_out_types_is_the_mixture(data):
+    for adata in data.mod.values():
+        types = adata.obs["celltype"].astype(str)
+        adata.obs["known"] = np.where(np.arange(len(types)) % 2, types, "unknown")
+    mosaic = Mosaic.from_mudata(data, batch_key="batch", label_key="known")
+    mixture = GaussianMixture(3, labels=Labels(mosaic.schema))
+    options = {"n_latent": 3, "n_hidden": 16, "mmd": 0.0, "jeffreys": 0.0}
+    losses = []
+    for prior, bound in (
+        (mixture, Trace_ELBO(max_plate_nesting=2)),
+        (CellTypes(mixture), TraceEnum_ELBO(max_plate_nesting=2)),
+    ):
+        model = MultiVI(mosaic, prior=prior, **options)
+        pyro.set_rng_seed(1)
+        svi = SVI(model.model, model.guide, optim.Adam({"lr": 1e-3}), bound)
+        losses.append(svi.evaluate_loss(measured(mosaic, mosaic.find(None))))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert np.isfinite(svi.step(measured(mosaic, mosaic.find(None))))
+
+
+# Several programs in one process, and the same numbers again
+
+
+def user_program():
+    """Of the user's own, with Pyro's global parameters, one of a name that models use too."""
+    loc = pyro.param("decoders.rna$$$hidden.0.weight", torch.zeros(()))
+    pyro.sample("z", dist.Normal(loc, 1.0), obs=torch.tensor(2.0))
+
+
+def test_models_of_different_classes_and_a_users_program_do_not_disturb_each_other(data):
+    def alone(name):
+        model = build(name, data)
+        model.train(1, progress_bar=False)
+        return parameters(model.model, model.guide)
+
+    expected = {name: alone(name) for name in MODELS[:3]}
+    svi = SVI(user_program, lambda: None, optim.Adam({"lr": 0.1}), Trace_ELBO())
+    svi.step()
+    built = {name: build(name, data) for name in MODELS[:3]}  # all there before the first is trained
+    for name, model in built.items():
+        model.train(1, progress_bar=False)
+        svi.step()
+        found = parameters(model.model, model.guide)
+        assert all(torch.equal(found[k], expected[name][k]) for k in found)
+    assert list(pyro.get_param_store()) == ["decoders.rna$$$hidden.0.weight"]
+    assert pyro.param("decoders.rna$$$hidden.0.weight").item() == pytest.approx(0.4, abs=0.05)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_seed_gives_the_same_numbers(name, data):
+    runs = []
+    for noise in range(2):
+        torch.manual_seed(noise)  # what the caller did before does not matter
+        model = build(name, data)
+        model.train(2, batch_size=32, seed=5, progress_bar=False)
+        draws = model.posterior_predictive_sample("adt", n_samples=2)
+        runs.append((parameters(model.model, model.guide), model.history, draws))
+    (first, history, draws), (second, again, more) = runs
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    pd.testing.assert_frame_equal(history, again, check_exact=True)
+    assert np.array_equal(draws, more)
+    other = build(name, data)
+    other.train(2, batch_size=32, seed=6, progress_bar=False)
+    assert not all(torch.equal(v, first[k]) for k, v in parameters(other.model, other.guide).items())
