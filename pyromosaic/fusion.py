@@ -49,6 +49,16 @@ class Fusion(nn.Module):
     ----------
     modalities
         Names of the model's modalities.
+
+    Examples
+    --------
+    >>> class FirstFusion(Fusion):
+    ...     def forward(self, posteriors, used, index=None):
+    ...         q = next(iter(posteriors.values()))  # of a modality that all cells have
+    ...         return q.loc, q.scale
+    >>> rna = Posterior(torch.arange(3), torch.zeros(3, 2), torch.ones(3, 2))
+    >>> FirstFusion().posterior({"rna": rna}, torch.ones(3, 1)).batch_shape
+    torch.Size([3, 1])
     """
 
     def __init__(self, modalities: Sequence[str] = ()) -> None:
@@ -123,6 +133,11 @@ class GlobalFusion(MeanFusion):
 
     Within each cell the weights are a softmax over the modalities that it has.
 
+    Parameters
+    ----------
+    modalities
+        Names of the model's modalities.
+
     Examples
     --------
     >>> import torch
@@ -150,6 +165,22 @@ class CellFusion(GlobalFusion):
 
     The logits of a cell's weights are those of all cells plus its own, which begin at 0. A cell that was not trained
     on has none of its own; a warning says so once. Cells are known by their names.
+
+    Parameters
+    ----------
+    modalities
+        Names of the model's modalities.
+
+    Examples
+    --------
+    >>> from pyromosaic import simulate
+    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0])
+    >>> fusion = CellFusion(["rna", "adt"])
+    >>> fusion.start(mosaic)
+    >>> fusion.own.shape, fusion.logits(torch.arange(3)).shape
+    (torch.Size([60, 2]), torch.Size([3, 2]))
+    >>> fusion.weights(["rna", "adt"], torch.ones(1, 2), torch.tensor([7])).tolist()  # before training
+    [[0.5, 0.5]]
     """
 
     cells: Tensor
@@ -257,7 +288,23 @@ class MixtureFusion(Fusion):
 
 
 class ExpertMixture(dist.MixtureSameFamily):
-    """A mixture with fixed shares, whose draws have gradients with respect to the components' parameters."""
+    """A mixture with fixed shares, whose draws have gradients with respect to the components' parameters.
+
+    Parameters
+    ----------
+    mixture_distribution
+        Shares of the components, a categorical distribution.
+    component_distribution
+        The components, along the last dimension of its batch shape; reparametrised.
+
+    Examples
+    --------
+    >>> experts = dist.Normal(torch.tensor([[-5.0], [5.0]], requires_grad=True), 0.1).to_event(1)
+    >>> mixture = ExpertMixture(dist.Categorical(probs=torch.tensor([0.5, 0.5])), experts)
+    >>> draw = mixture.rsample()
+    >>> draw.shape, draw.requires_grad
+    (torch.Size([1]), True)
+    """
 
     has_rsample = True
 
@@ -283,6 +330,23 @@ FUSIONS: Mapping[str, type[Fusion]] = {
 def fusion_of(fusion: str | Fusion, modalities: Sequence[str]) -> Fusion:
     """A fusion by its name, or as it is given.
 
+    Parameters
+    ----------
+    fusion
+        A name in `FUSIONS`, or a `Fusion`.
+    modalities
+        Names of the model's modalities.
+
+    Returns
+    -------
+    Fusion
+        A new one, or the one given.
+
+    Raises
+    ------
+    ValueError
+        If there is no fusion of that name.
+
     Examples
     --------
     >>> fusion_of("product", ["rna", "adt"])
@@ -296,7 +360,25 @@ def fusion_of(fusion: str | Fusion, modalities: Sequence[str]) -> Fusion:
 
 
 def placed(parts: Iterable[tuple[Tensor, Tensor]], n_cells: int) -> Tensor:
-    """Sum over parts (rows, values), each added to its rows of a tensor with `n_cells` rows."""
+    """Sum over parts (rows, values), each added to its rows of a tensor with `n_cells` rows.
+
+    Parameters
+    ----------
+    parts
+        Rows, shape (b,), and values, shape (b, width), of each part.
+    n_cells
+        Number of rows of the result.
+
+    Returns
+    -------
+    Tensor
+        Shape (n_cells, width); 0 in rows of no part.
+
+    Examples
+    --------
+    >>> placed([(torch.tensor([0, 2]), torch.ones(2, 1)), (torch.tensor([2]), torch.ones(1, 1))], n_cells=3).T
+    tensor([[1., 0., 2.]])
+    """
     total = torch.zeros(())
     for rows, values in parts:
         total = total.to(values) + values.new_zeros(n_cells, values.shape[-1]).index_add(0, rows, values)
@@ -321,6 +403,13 @@ def alone(q: Posterior | None, used: Tensor, n_latent: int, rows: Tensor) -> dis
     -------
     TorchDistribution
         Batch shape (b, 1), event shape (latent,).
+
+    Examples
+    --------
+    >>> q = Posterior(torch.tensor([0]), torch.full((1, 1), 2.0), torch.full((1, 1), 0.5))  # the first cell has it
+    >>> posterior = alone(q, torch.ones(2), n_latent=1, rows=torch.tensor([0, 1]))
+    >>> posterior.mean.flatten(), posterior.stddev.flatten()
+    (tensor([2., 0.]), tensor([0.5000, 1.0000]))
     """
     loc, excess = used.new_zeros(2, len(used), n_latent)
     if q is not None:
@@ -335,6 +424,18 @@ def _hashes(names: pd.Index) -> np.ndarray:
 
 def presence(posteriors: Mapping[str, Posterior], n_cells: int) -> Tensor:
     """Which cell has which modality, shape (n_cells, modalities), 0 or 1.
+
+    Parameters
+    ----------
+    posteriors
+        By modality.
+    n_cells
+        Number of cells in the minibatch.
+
+    Returns
+    -------
+    Tensor
+        Columns in the order of `posteriors`.
 
     Examples
     --------
@@ -355,6 +456,18 @@ def leave_out(present: Tensor, share: float) -> Tensor:
 
     The model still has to explain all that was measured: so the posterior given one modality learns to predict the
     others, and how well it can. The objective stays a lower bound of the evidence, as it is for any posterior.
+
+    Parameters
+    ----------
+    present
+        Which cell has which modality, shape (B, modalities), 0 or 1.
+    share
+        Share of the cells in which modalities are left out, from 0 to 1.
+
+    Returns
+    -------
+    Tensor
+        Which modality is used in which cell, shape of `present`, 0 or 1.
 
     Examples
     --------

@@ -49,6 +49,19 @@ class GuidanceGraph:
     -----
     UserWarning
         If a modality has fewer than 20 linked features.
+
+    Examples
+    --------
+    >>> from pyromosaic import pbmc_mosaic, protein_gene_links
+    >>> mosaic = Mosaic.from_mudata(pbmc_mosaic())
+    >>> links = protein_gene_links().rename(columns={"protein": "adt", "gene": "rna"})
+    >>> graph = GuidanceGraph.from_table(mosaic, links, drop_absent=True)
+    >>> graph.linked()
+    {'rna': 70, 'adt': 70}
+    >>> graph.links("adt", "rna").head(2)
+         adt      rna  weight  sign
+    0    igm     IGHM     1.0   1.0
+    1  cd301  CLEC10A     1.0   1.0
     """
 
     features: Mapping[str, tuple[str, ...]]
@@ -462,6 +475,15 @@ def shared_scores(
     numpy.ndarray
         Cells × scores. The mean square of a cell's scores summed is the sum of squared canonical correlations: so they
         are on the scale of posterior means under a standard normal prior.
+
+    Examples
+    --------
+    >>> from pyromosaic import pbmc_mosaic, protein_gene_links
+    >>> mosaic = Mosaic.from_mudata(pbmc_mosaic())
+    >>> links = protein_gene_links().rename(columns={"protein": "adt", "gene": "rna"})
+    >>> graph = GuidanceGraph.from_table(mosaic, links, drop_absent=True)
+    >>> shared_scores(mosaic, graph, n_components=5).shape
+    (1600, 5)
     """
     scores: dict[str, np.ndarray] = {}
     radius = 1.0

@@ -60,6 +60,11 @@ class Labels(nn.Module):
 def check_labels(mosaic: Mosaic) -> None:
     """See that the modalities that have labels speak of the same ones.
 
+    Parameters
+    ----------
+    mosaic
+        The data.
+
     Raises
     ------
     ValueError
@@ -69,6 +74,11 @@ def check_labels(mosaic: Mosaic) -> None:
     -----
     UserWarning
         If a label is known in one modality and in no other that has labels.
+
+    Examples
+    --------
+    >>> from pyromosaic import pbmc_mosaic
+    >>> check_labels(Mosaic.from_mudata(pbmc_mosaic(), label_key="celltype"))  # one vocabulary
     """
     used = {}
     for name, m in mosaic.modalities.items():

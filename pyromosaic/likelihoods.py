@@ -37,7 +37,23 @@ Predictors = Mapping[str, Tensor]
 
 
 def logit(p: Tensor) -> Tensor:
-    """Log odds of a probability, kept away from 0 and 1."""
+    """Log odds of a probability, kept away from 0 and 1.
+
+    Parameters
+    ----------
+    p
+        Probabilities, of any shape.
+
+    Returns
+    -------
+    Tensor
+        Log odds in nats, of the same shape.
+
+    Examples
+    --------
+    >>> logit(torch.tensor([0.5, 0.9]))
+    tensor([0.0000, 2.1972])
+    """
     return torch.logit(p, eps=1e-6)
 
 
@@ -99,6 +115,22 @@ class CountLikelihood(Likelihood):
 
     theta is one number a feature, or one a feature and batch or label; where a cell's batch or label is not known, the
     geometric mean over them.
+
+    Parameters
+    ----------
+    schema
+        The modality.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, ModalitySpec, simulate
+    >>> from pyromosaic.data import measured
+    >>> spec = ModalitySpec("nb", batch_key="batch", dispersion="gene-batch")
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], {"rna": spec})
+    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
+    >>> likelihood = CountLikelihood(mosaic.schema["rna"])
+    >>> likelihood.log_theta.shape, likelihood.theta(view).shape
+    (torch.Size([2, 50]), torch.Size([40, 50]))
     """
 
     def __init__(self, schema: ModalitySchema) -> None:
@@ -119,7 +151,24 @@ class CountLikelihood(Likelihood):
 
 
 class NB(CountLikelihood):
-    """RNA counts: ``x ~ NB(mean = l * softmax(rate), theta)``, l the cell's size, theta per gene (MultiVI, Methods)."""
+    """RNA counts: ``x ~ NB(mean = l * softmax(rate), theta)``, l the cell's size, theta per gene (MultiVI, Methods).
+
+    Parameters
+    ----------
+    schema
+        The modality.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], {"rna": "nb"})
+    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
+    >>> likelihood = NB(mosaic.schema["rna"])
+    >>> distribution = likelihood.distribution(likelihood.start(view), view)
+    >>> torch.allclose(distribution.mean.sum(-1, keepdim=True), view.library)  # the cell's size
+    True
+    """
 
     family = "nb"
     data_kind = "count"
@@ -140,7 +189,24 @@ class NB(CountLikelihood):
 
 
 class ZINB(NB):
-    """RNA counts with structural zeros, of probability ``sigmoid(gate)``; else as `NB`."""
+    """RNA counts with structural zeros, of probability ``sigmoid(gate)``; else as `NB`.
+
+    Parameters
+    ----------
+    schema
+        The modality.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50}, likelihoods={"rna": "zinb"})[0], {"rna": "zinb"})
+    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
+    >>> likelihood = ZINB(mosaic.schema["rna"])
+    >>> start = likelihood.start(view)
+    >>> sorted(start), likelihood.distribution(start, view).batch_shape
+    (['gate', 'rate'], torch.Size([40, 50]))
+    """
 
     family = "zinb"
     predictors = ("rate", "gate")
@@ -160,6 +226,22 @@ class MultinomialLikelihood(NB):
     """Counts given a cell's total: ``x ~ Multinomial(l, softmax(rate))`` (Cobolt; Gong et al. 2021).
 
     Nothing but the shares is modelled: no dispersion, and no chance in the total.
+
+    Parameters
+    ----------
+    schema
+        The modality.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], {"rna": "multinomial"})
+    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
+    >>> likelihood = MultinomialLikelihood(mosaic.schema["rna"])
+    >>> distribution = likelihood.distribution(likelihood.start(view), view)
+    >>> distribution.batch_shape, distribution.log_prob(view.dense_counts()).shape
+    (torch.Size([40, 50]), torch.Size([40, 50]))
     """
 
     family = "multinomial"
@@ -180,6 +262,23 @@ class NBMixture(CountLikelihood):
     and batch. With probability ``sigmoid(mixing)`` the count is background, ``NB(l * exp(b), theta)``, else it is
     foreground, ``NB(l * exp(b) * (1 + exp(foreground)), theta)``; l is the cell's antibody count over the median
     cell's. The posterior of b given the latent variable is normal, by a decoder of the guide.
+
+    Parameters
+    ----------
+    schema
+        The modality.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"adt": 5})[0], {"adt": "nb_mixture"})
+    >>> view = measured(mosaic, mosaic.find(None)).observed["adt"]
+    >>> likelihood = NBMixture(mosaic.schema["adt"])
+    >>> {name: bias.shape for name, bias in likelihood.start(view).items()}
+    {'foreground': torch.Size([5]), 'mixing': torch.Size([5]), 'loc': torch.Size([5]), 'log_scale': torch.Size([5])}
+    >>> bool(likelihood.theta(view).isclose(torch.tensor(10.0)).all())
+    True
     """
 
     family = "nb_mixture"
@@ -265,10 +364,18 @@ def two_normals(x: np.ndarray, n_cells: int = 500, n_steps: int = 20) -> tuple[n
 
     Returns
     -------
-    loc, scale
+    loc, scale : numpy.ndarray
         Lower component first, shape (2, features).
-    weight
+    weight : numpy.ndarray
         Share of the lower component, shape (features,).
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> x = np.concatenate([rng.normal(1.0, 0.3, (700, 1)), rng.normal(4.0, 0.5, (300, 1))])
+    >>> loc, scale, weight = two_normals(x, n_cells=1000)
+    >>> loc[:, 0].round(), weight.round(1)
+    (array([1., 4.], dtype=float32), array([0.7], dtype=float32))
     """
     x = x[:: max(1, len(x) // n_cells)]
     loc = np.quantile(x, [0.25, 0.9], axis=0)
@@ -291,6 +398,22 @@ class Bernoulli(Likelihood):
 
     The region factor is ``sigmoid`` of a free parameter; the cell factor is ``sigmoid`` of a small network of the
     cell's depth, the log of its fragment count relative to the median cell's.
+
+    Parameters
+    ----------
+    schema
+        The modality.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"atac": 50})[0], {"atac": "bernoulli"})
+    >>> view = measured(mosaic, mosaic.find(None)).observed["atac"]
+    >>> likelihood = Bernoulli(mosaic.schema["atac"])
+    >>> distribution = likelihood.distribution(likelihood.start(view), view)
+    >>> bool((distribution.mean < likelihood.normalized(distribution)).all())  # as the factors are below 1
+    True
     """
 
     family = "bernoulli"
@@ -331,7 +454,24 @@ class Bernoulli(Likelihood):
 
 
 class Normal(Likelihood):
-    """Real values: ``x ~ Normal(loc, sigma)``, sigma per feature."""
+    """Real values: ``x ~ Normal(loc, sigma)``, sigma per feature.
+
+    Parameters
+    ----------
+    schema
+        The modality.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"x": 50}, likelihoods={"x": "normal"})[0], {"x": "normal"})
+    >>> view = measured(mosaic, mosaic.find(None)).observed["x"]
+    >>> likelihood = Normal(mosaic.schema["x"])
+    >>> distribution = likelihood.distribution(likelihood.start(view), view)
+    >>> torch.allclose(distribution.mean, view.counts.mean(0), atol=1e-5)
+    True
+    """
 
     family = "normal"
     predictors = ("loc",)
@@ -357,7 +497,24 @@ class Normal(Likelihood):
 
 
 class Log1pNormalLikelihood(Normal):
-    """Non-negative values: ``log(1 + x) ~ Normal(loc, sigma)``."""
+    """Non-negative values: ``log(1 + x) ~ Normal(loc, sigma)``.
+
+    Parameters
+    ----------
+    schema
+        The modality.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], {"rna": "log1p_normal"})
+    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
+    >>> likelihood = Log1pNormalLikelihood(mosaic.schema["rna"])
+    >>> distribution = likelihood.distribution(likelihood.start(view), view)
+    >>> distribution.log_prob(view.dense_counts()).shape
+    torch.Size([40, 50])
+    """
 
     family = "log1p_normal"
     data_kind = "nonnegative"
@@ -372,7 +529,25 @@ class Log1pNormalLikelihood(Normal):
 
 
 class ZILN(Likelihood):
-    """Non-negative values with exact zeros: 0 with probability ``sigmoid(gate)``, else ``LogNormal(loc, sigma)``."""
+    """Non-negative values with exact zeros: 0 with probability ``sigmoid(gate)``, else ``LogNormal(loc, sigma)``.
+
+    Parameters
+    ----------
+    schema
+        The modality.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], {"rna": "ziln"})
+    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
+    >>> likelihood = ZILN(mosaic.schema["rna"])
+    >>> distribution = likelihood.distribution(likelihood.start(view), view)
+    >>> zeros = distribution.log_prob(torch.zeros(())).exp()  # as many as in the data
+    >>> torch.allclose(zeros, (view.dense_counts() == 0).float().mean(0), atol=0.02)
+    True
+    """
 
     family = "ziln"
     data_kind = "nonnegative"
@@ -400,7 +575,25 @@ class ZILN(Likelihood):
 
 
 class ZIG(Likelihood):
-    """Non-negative values with exact zeros: of probability ``sigmoid(gate)``, else ``Gamma(softplus(shape), rate)``."""
+    """Non-negative values with exact zeros: of probability ``sigmoid(gate)``, else ``Gamma(softplus(shape), rate)``.
+
+    Parameters
+    ----------
+    schema
+        The modality.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], {"rna": "zig"})
+    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
+    >>> likelihood = ZIG(mosaic.schema["rna"])
+    >>> distribution = likelihood.distribution(likelihood.start(view), view)
+    >>> zeros = distribution.log_prob(torch.zeros(())).exp()  # as many as in the data
+    >>> torch.allclose(zeros, (view.dense_counts() == 0).float().mean(0), atol=0.02)
+    True
+    """
 
     family = "zig"
     data_kind = "nonnegative"
@@ -436,7 +629,25 @@ LIKELIHOODS: Mapping[str, type[Likelihood]] = {
 
 
 def likelihoods_of(schema: Schema) -> dict[str, Any]:
-    """The likelihood of each modality, by its name or of the user's class."""
+    """The likelihood of each modality, by its name or of the user's class.
+
+    Parameters
+    ----------
+    schema
+        The modalities.
+
+    Returns
+    -------
+    dict
+        By modality.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50, "adt": 5})[0])
+    >>> {name: type(likelihood).__name__ for name, likelihood in likelihoods_of(mosaic.schema).items()}
+    {'rna': 'NB', 'adt': 'NBMixture'}
+    """
     made: dict[str, Any] = {}
     for name, modality in schema.modalities.items():
         likelihood: Any = modality.spec.likelihood

@@ -13,6 +13,18 @@ from pyromosaic.data import ModalitySchema, View
 def layers(n_in: int, n_hidden: int, n_layers: int, dropout: float) -> nn.Sequential:
     """Fully connected layers, each followed by LayerNorm without affine part, LeakyReLU and dropout.
 
+    Parameters
+    ----------
+    n_in, n_hidden, n_layers
+        Width of the input, width of every layer, and their number; 0 layers leave the input as it is.
+    dropout
+        Share of units left out in training.
+
+    Returns
+    -------
+    torch.nn.Sequential
+        From shape (..., n_in) to (..., n_hidden).
+
     Examples
     --------
     >>> layers(50, 128, 2, dropout=0.1)(torch.zeros(3, 50)).shape
@@ -194,7 +206,22 @@ class _UnitColumns(nn.Module):
 
 
 def unit_columns(layer: nn.Module, start: int, stop: int) -> None:
-    """Keep the weights of inputs `start` to `stop` of a linear layer at norm 1 for each input."""
+    """Keep the weights of inputs `start` to `stop` of a linear layer at norm 1 for each input.
+
+    Parameters
+    ----------
+    layer
+        A linear layer, changed in place: its ``weight`` is parametrised.
+    start, stop
+        The first of the inputs, and the one after the last.
+
+    Examples
+    --------
+    >>> layer = nn.Linear(5, 8)
+    >>> unit_columns(layer, 0, 3)
+    >>> torch.allclose(layer.weight[:, :3].norm(dim=0), torch.ones(3))
+    True
+    """
     nn.utils.parametrize.register_parametrization(layer, "weight", _UnitColumns(start, stop))
 
 
@@ -219,6 +246,13 @@ class GraphEncoder(nn.Module):
     References
     ----------
     After the graph encoder of GLUE (Cao and Gao, Nature Biotechnology 2022), which leaves weights and signs out.
+
+    Examples
+    --------
+    >>> edges = torch.tensor([[0, 1, 0, 1, 2], [1, 0, 0, 1, 2]])  # 0 and 1 are linked, 2 is alone
+    >>> loc, scale = GraphEncoder(3, edges, torch.ones(5), n_latent=4)()
+    >>> loc.shape, torch.allclose(loc[0], loc[1])
+    (torch.Size([3, 4]), True)
     """
 
     edges: Tensor
@@ -268,6 +302,16 @@ class InnerProductDecoder(nn.Module):
         Names of the predictors, each as wide as the modality has features.
     n_private
         Width of the private latent variable.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], batch_key="batch")
+    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
+    >>> decoder = InnerProductDecoder(mosaic.schema["rna"], ("rate",))
+    >>> decoder(torch.zeros(40, 10), torch.randn(50, 10), None, view)["rate"].shape
+    torch.Size([40, 50])
     """
 
     def __init__(self, schema: ModalitySchema, predictors: tuple[str, ...], n_private: int = 0) -> None:

@@ -76,6 +76,11 @@ def embedding(coordinates: pd.DataFrame, colour: pd.Series, ax: Axes | None = No
     title
         Title of the panel; by default the name of `colour`.
 
+    Returns
+    -------
+    matplotlib.axes.Axes
+        The axes given, or new ones.
+
     Examples
     --------
     >>> import pandas as pd
@@ -138,10 +143,22 @@ def imputation(
     unit
         Unit of both.
 
+    Returns
+    -------
+    matplotlib.axes.Axes
+        The axes given, or new ones.
+
     Notes
     -----
     Both axes are spaced by log(1 + value), or linearly if a value is negative or none is above 1. The line is where
     imputed and measured are equal. Colour is the number of entries, on a logarithmic scale.
+
+    Examples
+    --------
+    >>> truth = np.random.default_rng(0).poisson(3.0, (50, 4))
+    >>> ax = imputation(truth, truth + 0.5, title="antibodies")
+    >>> ax.get_title(), ax.texts[0].get_text()
+    ('antibodies', 'Spearman 1.00')
     """
     ax = _axes(ax)
     spearman = imputation_spearman(truth, imputed)
@@ -182,9 +199,20 @@ def history(history: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax
         Where to draw.
 
+    Returns
+    -------
+    matplotlib.axes.Axes
+        The axes given, or new ones.
+
     Notes
     -----
     The vertical range is that of the curves after the first tenth of the epochs, in which they rise steeply.
+
+    Examples
+    --------
+    >>> course = pd.DataFrame({"train_elbo": [-90.0, -80.0, -75.0], "validation_elbo": [-91.0, -82.0, -78.0]})
+    >>> [line.get_label() for line in history(course).lines]
+    ['train', 'validation']
     """
     ax = _axes(ax)
     names = [name for name in ("train_elbo", "validation_elbo") if name in history]
@@ -221,6 +249,22 @@ def overview(
         Held-out values, imputed values and their unit, a panel each by its title; see `imputation`.
     training
         A model's ``history``.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        The cells above, imputation and training below.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> coordinates = pd.DataFrame(rng.normal(size=(50, 2)), columns=["UMAP 1", "UMAP 2"])
+    >>> truth = rng.poisson(3.0, (50, 4))
+    >>> course = pd.DataFrame({"train_elbo": [-90.0, -80.0, -75.0]})
+    >>> batch = pd.Series(["a", "b"] * 25, name="batch")
+    >>> figure = overview(coordinates, [batch], {"antibodies": (truth, truth + 0.5, "counts")}, course)
+    >>> [ax.get_title() for ax in figure.axes if ax.get_title()]
+    ['batch', 'antibodies', 'training']
     """
     n_columns = max(len(colours), len(imputed) + 1, 2)
     layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1)
@@ -260,11 +304,23 @@ def predictive(check: "PredictiveCheck", modality: str, statistic: str, ax: Axes
     ax
         Where to draw.
 
+    Returns
+    -------
+    matplotlib.axes.Axes
+        The axes given, or new ones.
+
     Notes
     -----
     A dot a feature (or pair, or quantile): the observed value, and the mean over the draws with their 90 % interval.
     Triangles are observed values outside their intervals, of which a right model has about one in ten. On the line
     both are equal.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, MultiVI, checks, simulate
+    >>> model = MultiVI(Mosaic.from_mudata(simulate(100, {"rna": 50})[0]), n_latent=3)
+    >>> predictive(checks.predictive_check(model, n_samples=9), "rna", "zeros").get_title()
+    'rna: share of zeros of a feature'
     """
     ax = _axes(ax)
     table: Any = check.table.loc[(modality, statistic)]
@@ -307,9 +363,21 @@ def mean_variance(check: "PredictiveCheck", modality: str, ax: Axes | None = Non
     ax
         Where to draw.
 
+    Returns
+    -------
+    matplotlib.axes.Axes
+        The axes given, or new ones.
+
     Notes
     -----
     The thin line is variance = mean, as of Poisson counts.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, MultiVI, checks, simulate
+    >>> model = MultiVI(Mosaic.from_mudata(simulate(100, {"rna": 50})[0]), n_latent=3)
+    >>> mean_variance(checks.predictive_check(model, n_samples=9), "rna").get_title()
+    'rna: variance and mean'
     """
     ax = _axes(ax)
     mean: Any = check.table.loc[(modality, "mean")]
@@ -336,6 +404,11 @@ def predictive_checks(check: "PredictiveCheck") -> Figure:
     ----------
     check
         From `pyromosaic.checks.predictive_check`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Panels in rows of four at most.
 
     Examples
     --------
@@ -379,10 +452,23 @@ def ranks(ranks: "Ranks", variable: str | None = None, ax: Axes | None = None, n
     n_bins
         Number of bins.
 
+    Returns
+    -------
+    matplotlib.axes.Axes
+        The axes given, or new ones.
+
     Notes
     -----
     The thick line is of all quantities of the variable together. If there are at most 30, thin lines are of each of
     them, and the band is where 95 % of their bins lie if ranks are uniform.
+
+    Examples
+    --------
+    >>> from pyromosaic.checks import Ranks
+    >>> columns = pd.MultiIndex.from_tuples([("z", "z_0")], names=["variable", "name"])
+    >>> below = pd.DataFrame(np.arange(1000)[:, None] % 100, columns=columns)  # of 99 draws
+    >>> ranks(Ranks(below, 0 * below, n_samples=99)).get_xlabel()
+    'rank of the truth among 99 draws (share)'
     """
     ax = _axes(ax)
     name = ranks.below.columns[0][0] if variable is None else variable
@@ -415,10 +501,23 @@ def coverage(ranks: "Ranks", ax: Axes | None = None) -> Axes:
     ax
         Where to draw.
 
+    Returns
+    -------
+    matplotlib.axes.Axes
+        The axes given, or new ones.
+
     Notes
     -----
     A line a variable, by the randomised share (`pyromosaic.checks.Ranks.coverage`). Below the diagonal intervals are
     too narrow, above it too wide.
+
+    Examples
+    --------
+    >>> from pyromosaic.checks import Ranks
+    >>> columns = pd.MultiIndex.from_tuples([("z", "z_0")], names=["variable", "name"])
+    >>> below = pd.DataFrame(np.arange(1000)[:, None] % 100, columns=columns)  # of 99 draws
+    >>> len(coverage(Ranks(below, 0 * below, n_samples=99)).lines)  # the diagonal and z
+    2
     """
     ax = _axes(ax)
     levels = np.linspace(0.05, 0.95, 19)

@@ -29,6 +29,14 @@ class weighted(Messenger):
     ----------
     weight
         How many times.
+
+    Examples
+    --------
+    >>> with poutine.trace() as tracer, weighted(0.5):
+    ...     x = pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.tensor(0.0))
+    >>> site = tracer.trace.nodes["x"]
+    >>> site["scale"], site["infer"]["weight"]
+    (0.5, 0.5)
     """
 
     def __init__(self, weight: float) -> None:
@@ -47,6 +55,13 @@ class AtMean(Messenger):
     ----------
     which
         Says by a site's name whether it is to take its mean; by default all do.
+
+    Examples
+    --------
+    >>> with AtMean():
+    ...     x = pyro.sample("x", dist.Gamma(6.0, 2.0))
+    >>> x
+    tensor(3.)
     """
 
     def __init__(self, which: Callable[[str], bool] = lambda name: True) -> None:
@@ -64,7 +79,19 @@ def _itself(parameter: Tensor) -> Tensor:
 
 
 class Slots(PyroModule[nn.ModuleDict]):
-    """Modules by modality, in which Pyro finds parameters and global latent variables."""
+    """Modules by modality, in which Pyro finds parameters and global latent variables.
+
+    Parameters
+    ----------
+    modules
+        By modality.
+
+    Examples
+    --------
+    >>> modules = Program.container({"rna": nn.Linear(2, 3), "adt": nn.Linear(2, 1)})
+    >>> modules["adt"]
+    Linear(in_features=2, out_features=1, bias=True)
+    """
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)  # by which Pyro takes note of a plain module's parameters
@@ -84,6 +111,19 @@ class Program(PyroModule):
     ----------
     name
         What the names of parameters begin with, so that those of a guide are not taken for the model's.
+
+    Examples
+    --------
+    >>> from pyro.nn import PyroSample
+    >>> class Story(Program):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.slope = PyroSample(dist.Normal(0.0, 1.0))  # global: one for all cells
+    ...
+    ...     def forward(self, x):
+    ...         pyro.sample("y", dist.Normal(self.slope * x, 1.0).to_event(1))
+    >>> list(poutine.trace(Story()).get_trace(torch.ones(3)).stochastic_nodes)
+    ['slope', 'y']
     """
 
     def __init__(self, name: str = "") -> None:
@@ -137,7 +177,21 @@ class Program(PyroModule):
 
 
 class SiteError(ValueError):
-    """A model and a guide that do not fit each other or the data, with the site at fault."""
+    """A model and a guide that do not fit each other or the data, with the site at fault.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, MultiVI, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0])
+    >>> model = MultiVI(mosaic)
+    >>> guide = Program("guide")
+    >>> guide.forward = lambda minibatch: None  # infers nothing
+    >>> check(model.model, guide, measured(mosaic, mosaic.find(None)))
+    Traceback (most recent call last):
+        ...
+    pyromosaic.program.SiteError: site 'z' of the model, of shape (40, 1, 15), is latent and missing from the guide
+    """
 
 
 class Inspection(Messenger):
@@ -149,6 +203,13 @@ class Inspection(Messenger):
         ``"model"`` or ``"guide"``, for the message.
     unchecked
         Names of sites whose values may lie outside the support.
+
+    Examples
+    --------
+    >>> with Inspection("model") as look:
+    ...     x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    >>> list(look.sites)
+    ['x']
     """
 
     def __init__(self, part: str, unchecked: Collection[str] = ()) -> None:
@@ -232,6 +293,14 @@ def check(model: Program, guide: Program, minibatch: Minibatch, unchecked: Colle
     SiteError
         In one sentence with the name of the site: if a latent site is in one of the two programs only, if a shape does
         not fit the plates, the other program or the measurements, or if values lie outside a support.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, MultiVI, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0])
+    >>> model = MultiVI(mosaic)
+    >>> check(model.model, model.guide, measured(mosaic, mosaic.find(None)))  # they fit
     """
     story, inference = Inspection("model", unchecked), Inspection("guide")
     failures = [_inspected(look, program, minibatch) for look, program in ((story, model), (inference, guide))]

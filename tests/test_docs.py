@@ -1,11 +1,13 @@
 """What the documentation shows runs: the Python blocks of each page, in order, in one namespace."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import matplotlib
 import pytest
 
+from pyromosaic import checks
 from pyromosaic.models import MosaicModel
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +41,9 @@ def workshop(monkeypatch, tmp_path):
     monkeypatch.setattr(
         MosaicModel, "train", lambda model, n_epochs=150, **o: train(model, n_epochs if n_epochs <= 100 else 2, **o)
     )
+    for name in ("simulation_based_calibration", "imputation_ranks"):
+        short = partial(getattr(checks, name), n_samples=9, **({"n_steps": 5} if name.startswith("sim") else {}))
+        monkeypatch.setattr(checks, name, short)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -21,6 +21,16 @@ class Ranks:
         ``variable`` (a latent variable, a modality) and ``name``; NaN where a cell has no such quantity.
     n_samples
         Number of draws.
+
+    Examples
+    --------
+    >>> columns = pd.MultiIndex.from_tuples([("z", "z_0")], names=["variable", "name"])
+    >>> below = pd.DataFrame(np.arange(1000)[:, None] % 100, columns=columns)  # of 99 draws, evenly: all is right
+    >>> ranks = Ranks(below, 0 * below, n_samples=99)
+    >>> bool(ranks.test()["p_value"].item() > 0.05)
+    True
+    >>> bool(abs(ranks.coverage([0.9])["randomised"].item() - 0.9) < 0.02)
+    True
     """
 
     below: pd.DataFrame

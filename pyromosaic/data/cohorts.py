@@ -24,6 +24,14 @@ class Cohorts:
         Names of the groups, the background first.
     values
         For each group its values in the column.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50}, treated=0.5)[0])
+    >>> cohorts = Cohorts("condition", ("control", "treated"), (("control",), ("treated",)))
+    >>> np.bincount(cohorts.codes(mosaic))
+    array([30, 30])
     """
 
     key: str | None

@@ -43,6 +43,11 @@ def pbmc_mosaic() -> "MuData":
 def protein_gene_links() -> pd.DataFrame:
     """Which gene encodes the target of which antibody of `pbmc_mosaic`: columns ``protein`` and ``gene``.
 
+    Returns
+    -------
+    pandas.DataFrame
+        Columns ``protein`` and ``gene``, a row a link.
+
     Examples
     --------
     >>> protein_gene_links().shape

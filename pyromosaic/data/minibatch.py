@@ -37,6 +37,16 @@ class View:
     exposure
         What each measurement was made out of (trials, coverage), shape (b, features); the median where nothing was
         measured. None unless the modality has an exposure layer.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50})[0], batch_key="batch")
+    >>> view = measured(mosaic, np.arange(4)).observed["rna"]
+    >>> view.dense_counts().shape, view.library.shape
+    (torch.Size([4, 50]), torch.Size([4, 1]))
+    >>> view.design().sum(1)  # indicators of the batch
+    tensor([1., 1., 1., 1.])
     """
 
     rows: Tensor
@@ -101,6 +111,16 @@ class Minibatch:
         What the model explains (views with counts: training) or predicts (views without).
     groups
         Cohort of each cell, shape (B,): 0 background, 1, 2, … target groups, -1 neither; None without cohorts.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> mdata, _ = simulate(90, {"rna": 50, "adt": 5}, patterns=["rna", "rna+adt"])
+    >>> minibatch = measured(Mosaic.from_mudata(mdata), np.arange(90))
+    >>> {name: len(view.rows) for name, view in minibatch.observed.items()}
+    {'rna': 90, 'adt': 45}
+    >>> minibatch.decoded["adt"] is minibatch.observed["adt"]  # training: what is seen is explained
+    True
     """
 
     index: Tensor
@@ -148,6 +168,11 @@ def measured(mosaic: Mosaic, index: np.ndarray, n_cells: int | None = None) -> M
         Numbers of the cells, shape (B,).
     n_cells
         Number of cells that the minibatch stands for (default: all of the mosaic).
+
+    Returns
+    -------
+    Minibatch
+        What is observed is also what is to be explained.
 
     Examples
     --------
@@ -201,6 +226,11 @@ def to_predict(
         measured in the cell's batch.
     library
         Size to predict at, one number or one a cell; by default the cell's own, missing (NaN) where unmeasured.
+
+    Returns
+    -------
+    Minibatch
+        Views to decode hold no counts, and one row for every cell.
 
     Raises
     ------
@@ -290,6 +320,11 @@ def loader(
         Seed of the shuffling; None leaves the order as it is.
     n_workers
         Processes that read ahead; 0 reads in the process itself.
+
+    Returns
+    -------
+    torch.utils.data.DataLoader
+        Of `Minibatch`, each to be trained on or validated with.
 
     Raises
     ------
@@ -384,6 +419,11 @@ def contrastive_loader(
         Within an epoch repeat the smaller cohort's minibatches in the same order and cut the longer of two minibatches
         to the shorter, as the reference implementation does, instead of drawing the smaller cohort anew.
 
+    Returns
+    -------
+    torch.utils.data.DataLoader
+        Of `Minibatch`.
+
     Raises
     ------
     ValueError
@@ -418,7 +458,20 @@ def contrastive_loader(
 
 @dataclass(frozen=True)
 class Split:
-    """Numbers of the cells for training, validation and test."""
+    """Numbers of the cells for training, validation and test.
+
+    Parameters
+    ----------
+    train, validation, test
+        Numbers of the cells in the mosaic, each sorted, without overlap.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> parts = split(Mosaic.from_mudata(simulate(100, {"rna": 50})[0]), validation=0.1, test=0.2)
+    >>> len(parts.train), len(parts.validation), len(parts.test)
+    (70, 10, 20)
+    """
 
     train: np.ndarray
     validation: np.ndarray
@@ -438,6 +491,11 @@ def split(mosaic: Mosaic, validation: float = 0.1, test: float = 0.0, seed: int 
         Shares of the cells, from 0 up to less than 1 together.
     seed
         Seed of the split.
+
+    Returns
+    -------
+    Split
+        Numbers of the cells of each part.
 
     Raises
     ------

@@ -57,6 +57,14 @@ class Modality:
         Whether minibatches are strided tensors rather than sparse ones.
     exposures
         What each measurement was made out of, rows as in `matrix`; None if the likelihood needs no such thing.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> adt = Mosaic.from_mudata(simulate(90, {"rna": 50, "adt": 5})[0]).modalities["adt"]
+    >>> cells = np.flatnonzero(adt.present)
+    >>> len(cells), adt.tensor(cells[:3]).shape
+    (60, torch.Size([3, 5]))
     """
 
     name: str

@@ -50,6 +50,13 @@ class Truth:
         For each modality the expected measurements, shape (cells, features); empty if not kept.
     links
         Features that have the signal of a gene: columns ``gene``, ``modality``, ``feature`` and ``sign`` (1 or -1).
+
+    Examples
+    --------
+    >>> from pyromosaic import simulate
+    >>> mdata, truth = simulate(60, {"rna": 50, "adt": 5}, types=3)
+    >>> truth.z.shape, truth.centers.shape, truth.loadings["adt"].shape
+    ((60, 5), (3, 5), (5, 5))
     """
 
     z: np.ndarray

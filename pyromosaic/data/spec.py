@@ -58,6 +58,13 @@ class ModalitySpec:
     exposure_layer
         Layer that holds what each value was measured out of (trials, coverage, exposure), for likelihoods that need it;
         0 where nothing was measured.
+
+    Examples
+    --------
+    >>> from pyromosaic import ModalitySpec
+    >>> spec = ModalitySpec("nb", batch_key="batch", categorical_covariates=["sex"])
+    >>> spec.data_kind, spec.needs_library, spec.categorical
+    ('count', True, ('batch', 'sex'))
     """
 
     likelihood: str | type
@@ -149,6 +156,12 @@ class ModalitySchema:
         Median size of a cell, in counts.
     exposure
         Median exposure of a value that was measured, at which others are predicted.
+
+    Examples
+    --------
+    >>> schema = ModalitySchema(ModalitySpec("nb", batch_key="batch"), ("CD4", "CD8A"), {"batch": ("a", "b", "c")})
+    >>> schema.n_features, schema.n_covariates, schema.dispersion_shape
+    (2, 3, (2,))
     """
 
     spec: ModalitySpec
@@ -180,7 +193,23 @@ class ModalitySchema:
 
 @dataclass(frozen=True)
 class Schema:
-    """The modalities of a model, by name, in the model's order; and its cohorts, if it contrasts any."""
+    """The modalities of a model, by name, in the model's order; and its cohorts, if it contrasts any.
+
+    Parameters
+    ----------
+    modalities
+        What is remembered of each modality, by name.
+    cohorts
+        Background and target groups, see `Mosaic.with_cohorts`; None if there are none.
+
+    Examples
+    --------
+    >>> schema = Schema({"rna": ModalitySchema(ModalitySpec("nb"), ("CD4", "CD8A"))})
+    >>> schema["rna"].n_features
+    2
+    >>> Schema.from_json(schema.to_json()) == schema
+    True
+    """
 
     modalities: Mapping[str, ModalitySchema]
     cohorts: Cohorts | None = None

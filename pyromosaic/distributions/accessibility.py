@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.types import _size
 
-from pyromosaic.distributions.counts import Lookup, _CountDistribution, _everywhere
+from pyromosaic.distributions.counts import _EVERYWHERE, Lookup, _CountDistribution
 
 
 class AccessibilityBernoulli(_CountDistribution):
@@ -74,7 +74,7 @@ class AccessibilityBernoulli(_CountDistribution):
         with torch.no_grad():
             return torch.bernoulli(self.mean.expand(self._extended_shape(sample_shape)))
 
-    def _log_open(self, at: Lookup = _everywhere) -> Tensor:
+    def _log_open(self, at: Lookup = _EVERYWHERE) -> Tensor:
         return logsigmoid(at(self.logits)) + (logsigmoid(at(self.region_logits)) + logsigmoid(at(self.cell_logits)))
 
     def _log_prob_zero(self, at: Lookup) -> Tensor:

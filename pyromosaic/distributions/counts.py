@@ -13,6 +13,7 @@ from torch.types import _size
 LARGEST_RATE = 1e9  # Poisson samplers overflow 32-bit integers above about 4e9
 SMALLEST_MEAN = 1e-30  # keeps count / mean finite in float32 when a mean has underflowed to zero
 SMALL_COUNT = 24  # up to here a table of logarithms is cheaper than lgamma
+MOSTLY_POSITIVE = 0.5  # share of positive counts beyond which looking entries up costs more than it saves
 
 #: From a parameter to its values at the entries concerned.
 Lookup = Callable[[Tensor], Tensor]
@@ -36,7 +37,7 @@ class _CountDistribution(TorchDistribution):
         """Log-probability of a zero; ``at(parameter)`` is a parameter at the entries."""
         raise NotImplementedError
 
-    def _log_prob_positive(self, count: Tensor, at: "_Entries") -> Tensor:
+    def _log_prob_positive(self, count: Tensor, at: "_Entries | _Everywhere") -> Tensor:
         """Log-probability of positive counts, which are given in float64.
 
         In float32 the terms of large counts cancel: ``at(parameter, Tensor.double)`` is in float64.
@@ -68,8 +69,11 @@ class _CountDistribution(TorchDistribution):
         shape = torch.Size(broadcast_shape(self.batch_shape, value.shape))
         if value.layout == torch.strided:
             value = value.expand(shape)
-            index = value.nonzero().T
-            count = value[value != 0]
+            if value.count_nonzero() > MOSTLY_POSITIVE * value.numel():
+                log_prob = self._log_prob_positive(value.double().clamp_min(1), _EVERYWHERE).expand(shape)
+                zero = value == 0
+                return log_prob.masked_scatter(zero, self._log_prob_zero(_Entries(zero.nonzero().T, shape)))
+            index, count = value.nonzero().T, value[value != 0]
         elif value.shape != shape:
             raise ValueError(f"A sparse value must have the shape {tuple(shape)}, not {tuple(value.shape)}.")
         else:
@@ -78,7 +82,7 @@ class _CountDistribution(TorchDistribution):
             if not count.all():  # a sparse tensor may store zeros
                 index, count = index[:, count != 0], count[count != 0]
         at = _Entries(index, shape)
-        log_prob = self._log_prob_zero(_everywhere).expand(shape).reshape(-1)
+        log_prob = self._log_prob_zero(_EVERYWHERE).expand(shape).reshape(-1)
         return log_prob.index_put((at.entry,), self._log_prob_positive(count.double(), at)).reshape(shape)
 
     def expand(self, batch_shape: _size, _instance: TorchDistribution | None = None) -> "_CountDistribution":
@@ -157,7 +161,7 @@ class NegativeBinomial(_CountDistribution):
     def _log_prob_zero(self, at: Lookup) -> Tensor:
         return _log_zero(at(self.mu), at(self.theta))
 
-    def _log_prob_positive(self, count: Tensor, at: "_Entries") -> Tensor:
+    def _log_prob_positive(self, count: Tensor, at: "_Entries | _Everywhere") -> Tensor:
         return _log_positive(count, [self.mu], self.theta, at)[0]
 
 
@@ -229,7 +233,7 @@ class ZeroInflatedNegativeBinomial(_CountDistribution):
         structural = self.gate_logits.new_zeros(())
         return _log_mixture(at(self.gate_logits), structural, _log_zero(at(self.mu), at(self.theta)))
 
-    def _log_prob_positive(self, count: Tensor, at: "_Entries") -> Tensor:
+    def _log_prob_positive(self, count: Tensor, at: "_Entries | _Everywhere") -> Tensor:
         return logsigmoid(-at(self.gate_logits)) + _log_positive(count, [self.mu], self.theta, at)[0]
 
 
@@ -330,7 +334,7 @@ class NegativeBinomialMixture(_CountDistribution):
         background, foreground = (_log_zero(at(mu), theta) for mu in (self.mu_background, self.mu_foreground))
         return _log_mixture(at(self.mixture_logits), background, foreground)
 
-    def _log_prob_positive(self, count: Tensor, at: "_Entries") -> Tensor:
+    def _log_prob_positive(self, count: Tensor, at: "_Entries | _Everywhere") -> Tensor:
         means = [self.mu_background, self.mu_foreground]
         background, foreground = _log_positive(count, means, self.theta, at)
         logits = at(self.mixture_logits)
@@ -351,7 +355,7 @@ def _log_zero(mu: Tensor, theta: Tensor) -> Tensor:
     return -theta * torch.log1p(mu * theta.reciprocal())
 
 
-def _log_positive(count: Tensor, means: list[Tensor], theta: Tensor, at: "_Entries") -> list[Tensor]:
+def _log_positive(count: Tensor, means: list[Tensor], theta: Tensor, at: "_Entries | _Everywhere") -> list[Tensor]:
     """Negative binomial log-probability of positive counts under each mean; terms without a mean are computed once."""
     theta_at = at(theta, Tensor.double)
     shared = _log_coefficient(count, theta, at) + at(theta, lambda theta: torch.xlogy(theta.double(), theta.double()))
@@ -363,35 +367,48 @@ def _log_positive(count: Tensor, means: list[Tensor], theta: Tensor, at: "_Entri
     return log_probs
 
 
-def _log_coefficient(count: Tensor, theta: Tensor, at: "_Entries") -> Tensor:
+def _log_coefficient(count: Tensor, theta: Tensor, at: "_Entries | _Everywhere") -> Tensor:
     """Log of the binomial coefficient ``gamma(count + theta) / (gamma(theta) count!)`` at the entries.
 
     Where a parameter serves many entries, that of a small count comes from a table of the sums of
     ``log((theta + k) / (k + 1))`` over k < count.
     """
-    if theta.numel() >= len(count):
+    if theta.numel() >= count.numel():
         return _log_coefficient_by_lgamma(count, at(theta, Tensor.double))
     k = torch.arange(SMALL_COUNT, dtype=count.dtype, device=count.device).unsqueeze(-1)
     table = torch.log((theta.double().reshape(-1) + k) / (k + 1)).cumsum(0)
-    position = at.position(theta)
-    row = count.long().clamp(max=SMALL_COUNT) - 1
-    coefficient = table.reshape(-1).index_select(0, row * theta.numel() + position)
-    large = (count > SMALL_COUNT).nonzero().squeeze(-1)
+    position = at.position(theta).expand(count.shape)
+    place = (count.long().clamp(max=SMALL_COUNT) - 1) * theta.numel() + position
+    coefficient = table.reshape(-1).index_select(0, place.reshape(-1)).reshape(count.shape)
+    large = count > SMALL_COUNT
     of_theta = theta.double().reshape(-1).index_select(0, position[large])
-    return coefficient.index_put((large,), _log_coefficient_by_lgamma(count[large], of_theta))
+    return coefficient.masked_scatter(large, _log_coefficient_by_lgamma(count[large], of_theta))
 
 
 def _log_coefficient_by_lgamma(count: Tensor, theta: Tensor) -> Tensor:
     return torch.lgamma(count + theta) - torch.lgamma(theta) - torch.lgamma(count + 1)
 
 
-def _everywhere(parameter: Tensor) -> Tensor:
-    """A parameter at every entry, in a shape that broadcasts."""
+def _itself(parameter: Tensor) -> Tensor:
     return parameter
 
 
+class _Everywhere:
+    """A function from a parameter, and a transform of it, to its transformed values in a shape that broadcasts."""
+
+    def position(self, parameter: Tensor) -> Tensor:
+        """Row-major position of each of its entries."""
+        return torch.arange(parameter.numel(), device=parameter.device).reshape(parameter.shape)
+
+    def __call__(self, parameter: Tensor, transform: Callable[[Tensor], Tensor] = _itself) -> Tensor:
+        return transform(parameter)
+
+
+_EVERYWHERE = _Everywhere()
+
+
 class _Entries:
-    """A function from a parameter, and a transform of it, to its transformed values at some entries of a tensor."""
+    """The same at some entries of a tensor."""
 
     def __init__(self, index: Tensor, shape: torch.Size) -> None:
         self.index, self.shape = index, shape
@@ -401,7 +418,7 @@ class _Entries:
         """Row-major position of the entries in the parameter."""
         return self.entry if parameter.shape == self.shape else _flat_position(self.index, parameter.shape)
 
-    def __call__(self, parameter: Tensor, transform: Callable[[Tensor], Tensor] = _everywhere) -> Tensor:
+    def __call__(self, parameter: Tensor, transform: Callable[[Tensor], Tensor] = _itself) -> Tensor:
         position = self.position(parameter)
         # The transform runs on the smaller of the two.
         if parameter.numel() < len(position):

@@ -202,6 +202,17 @@ class Linkage:
         0 where nothing is shared. Harder ways of matching have larger values without being better.
     links
         The linked features that were used, if any.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, linkage, simulate
+    >>> mdata, truth = simulate(300, {"rna": 60, "adt": 20}, patterns=["rna", "adt"], links={"adt": 1.0})
+    >>> mosaic, links = Mosaic.from_mudata(mdata, batch_key="batch"), truth.links[["gene", "feature"]]
+    >>> link = linkage.cca(mosaic, ("rna", "adt"), links, n_pcs=10)
+    >>> link.scores["adt"].shape[1] == len(link.correlations)
+    True
+    >>> link.feature_links().columns.tolist()
+    ['rna', 'adt', 'correlation', 'mutual']
     """
 
     scores: dict[str, pd.DataFrame]
@@ -225,7 +236,8 @@ class Linkage:
 
         Returns
         -------
-        Scores for each modality that is in the mosaic.
+        dict of str to pandas.DataFrame
+            Scores for each modality that is in the mosaic.
 
         Raises
         ------
@@ -268,8 +280,9 @@ class Linkage:
 
         Returns
         -------
-        One row a pair, the strongest first: columns named after the modalities, ``correlation``, and ``mutual``:
-        whether each is the strongest partner of the other.
+        pandas.DataFrame
+            One row a pair, the strongest first: columns named after the modalities, ``correlation``, and ``mutual``:
+            whether each is the strongest partner of the other.
         """
         n = len(self.correlations)
         first, second = (
@@ -308,10 +321,17 @@ def link_recovery(found: pd.DataFrame, held_out: Links) -> tuple[float, float]:
 
     Returns
     -------
-    precision
+    precision : float
         Share of known links among the found pairs of two features that both have a known link; NaN if there is none.
-    recall
+    recall : float
         Share of the known links that were found.
+
+    Examples
+    --------
+    >>> held_out = Links(pd.DataFrame({"rna": ["CD19", "CD14"], "adt": ["cd19", "cd14"]}))
+    >>> found = pd.DataFrame({"rna": ["CD19", "CD14"], "adt": ["cd19", "cd19"]})
+    >>> link_recovery(found, held_out)
+    (0.5, 0.5)
     """
     names = list(held_out.modalities)
     judged = found[np.all([found[name].isin(held_out.pairs[name]) for name in names], axis=0)]
@@ -384,6 +404,11 @@ def cca(
         supervised.
     seed
         Seed of principal components, trial and shuffles.
+
+    Returns
+    -------
+    Linkage
+        Scores of the cells of both modalities, and how they were found.
 
     Raises
     ------

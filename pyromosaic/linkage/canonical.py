@@ -18,6 +18,18 @@ class Canonical:
         From centred variables to canonical variables, one matrix a modality, shape (variables, components).
     correlations
         Canonical correlations, falling, shape (components,).
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> shared = rng.standard_normal((300, 1))
+    >>> x, y = (np.hstack([shared, rng.standard_normal((300, 2))]) for _ in range(2))  # one variable in common
+    >>> pairs = Correspondence.from_pairs(np.arange(300), np.arange(300), (300, 300))
+    >>> canonical = canonical_correlation(x, y, pairs, ridge=0.01)
+    >>> canonical.keep(1).correlations.round(1)
+    array([1.])
+    >>> canonical.keep(1).scores(x - x.mean(0), side=0).shape
+    (300, 1)
     """
 
     coefficients: tuple[np.ndarray, np.ndarray]
@@ -54,6 +66,11 @@ def canonical_correlation(x: np.ndarray, y: np.ndarray, pi: Correspondence, ridg
         The correspondence.
     ridge
         Added to the diagonal of both covariances, as a share of their mean variance.
+
+    Returns
+    -------
+    Canonical
+        As many components as the narrower of the two has variables, correlations falling.
 
     Examples
     --------
@@ -94,6 +111,20 @@ def shuffled_covariances(
         Number of shuffles of the second modality's groups.
     seed
         Seed of the shuffles.
+
+    Returns
+    -------
+    numpy.ndarray
+        What `Correspondence.cross_covariance` is for each shuffle.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> shared = rng.standard_normal((300, 1))
+    >>> x, y = (np.hstack([shared, rng.standard_normal((300, 2))]) for _ in range(2))  # one variable in common
+    >>> pairs = Correspondence.from_pairs(np.arange(300), np.arange(300), (300, 300))
+    >>> shuffled_covariances(x, y, pairs, n_shuffles=50).shape
+    (50, 3, 3)
     """
     x, y = pi.means(x, y)
     first, second = pi.marginals
@@ -121,6 +152,20 @@ def count_components(canonical: Canonical, null: np.ndarray, level: float = 0.05
         Cross-covariances under shuffled correspondences.
     level
         Share of the shuffles that may exceed the correlation.
+
+    Returns
+    -------
+    int
+        Number of components, from 0 to all.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> shared = rng.standard_normal((300, 1))
+    >>> x, y = (np.hstack([shared, rng.standard_normal((300, 2))]) for _ in range(2))  # one variable in common
+    >>> pairs = Correspondence.from_pairs(np.arange(300), np.arange(300), (300, 300))
+    >>> count_components(canonical_correlation(x, y, pairs), shuffled_covariances(x, y, pairs))
+    1
     """
     for k, correlation in enumerate(canonical.correlations):
         left = [np.linalg.norm(rotated[k:, k:], 2) for rotated in canonical.rotated(null)]
@@ -146,7 +191,18 @@ def crossfit_correlations(
 
     Returns
     -------
-    Mean over both halves, shape (components,); not sorted, and about 0 for a component that was over-fitted.
+    numpy.ndarray
+        Mean over both halves, shape (components,); not sorted, and about 0 for a component that was over-fitted.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> shared = rng.standard_normal((300, 1))
+    >>> x, y = (np.hstack([shared, rng.standard_normal((300, 2))]) for _ in range(2))  # one variable in common
+    >>> pairs = Correspondence.from_pairs(np.arange(300), np.arange(300), (300, 300))
+    >>> held_out = crossfit_correlations(x, y, pairs, ridge=0.01)
+    >>> held_out.shape, bool(held_out[0] > 0.9)
+    ((3,), True)
     """
     rng = np.random.default_rng(seed)
     halves = []

@@ -20,6 +20,14 @@ class Links:
         above 0 to 1, and ``sign``, 1 or -1.
     n_unknown
         Number of links that were left out because the mosaic lacks one of their features.
+
+    Examples
+    --------
+    >>> links = Links(pd.DataFrame({"rna": ["CD19", "CD14"], "adt": ["cd19", "cd14"], "weight": 1.0, "sign": 1.0}))
+    >>> len(links), links.modalities
+    (2, ('rna', 'adt'))
+    >>> links.take(np.array([1])).pairs["rna"].tolist()
+    ['CD14']
     """
 
     pairs: pd.DataFrame
@@ -110,6 +118,18 @@ def links_from_table(mosaic: Mosaic, modalities: tuple[str, str], table: pd.Data
 def links_by_name(mosaic: Mosaic, modalities: tuple[str, str]) -> Links:
     """Links between features of the same name, genes and the activities of genes say.
 
+    Parameters
+    ----------
+    mosaic
+        The data.
+    modalities
+        Names of the two modalities.
+
+    Returns
+    -------
+    Links
+        One for each name in both, of weight and sign 1.
+
     Raises
     ------
     ValueError
@@ -144,10 +164,25 @@ def links_by_overlap(mosaic: Mosaic, modalities: tuple[str, str], genes: pd.Data
     promoter
         Bases upstream of the gene that count as its promoter.
 
+    Returns
+    -------
+    Links
+        One for each gene and region that overlap, of weight and sign 1.
+
     Raises
     ------
     ValueError
         If a modality or a column does not exist, a region's name is not a coordinate, or nothing overlaps.
+
+    Examples
+    --------
+    >>> from pyromosaic import simulate
+    >>> mdata, _ = simulate(60, {"rna": 10, "atac": 10})
+    >>> mdata["atac"].var_names = [f"chr1:{start}-{start + 500}" for start in range(0, 10_000, 1000)]
+    >>> mosaic, place = Mosaic.from_mudata(mdata), {"chromosome": "chr1", "start": 4600, "end": 5200, "strand": "+"}
+    >>> genes = pd.DataFrame(place, index=mdata["rna"].var_names[:1])
+    >>> links_by_overlap(mosaic, ("rna", "atac"), genes).pairs["atac"].tolist()
+    ['chr1:3000-3500', 'chr1:4000-4500', 'chr1:5000-5500']
     """
     wanted = ["chromosome", "start", "end", "strand"]
     if not set(wanted) <= set(genes.columns):

@@ -26,6 +26,13 @@ class Correspondence:
         Correspondence of groups, array or sparse, shape (groups of the first, groups of the second).
     groups
         Group of each cell, for both modalities.
+
+    Examples
+    --------
+    >>> pi = Correspondence.from_labels(["B", "B", "T"], ["T", "B"])
+    >>> first, second = pi.draw(100, np.random.default_rng(0))  # pairs of cells
+    >>> bool((np.array(["B", "B", "T"])[first] == np.array(["T", "B"])[second]).all())
+    True
     """
 
     plan: Any
@@ -139,6 +146,11 @@ def transport(
     n_iterations
         Sinkhorn steps.
 
+    Returns
+    -------
+    numpy.ndarray
+        The plan, shape of `similarity`; if balanced, its row and column sums are the weights.
+
     Examples
     --------
     >>> import numpy as np
@@ -161,7 +173,30 @@ def transport(
 
 
 def mutual_nearest(similarity: np.ndarray, weights: tuple[np.ndarray, np.ndarray], *, k: int = 30) -> sparse.csr_array:
-    """Pairs of cells that are among the k most similar of each other, all of the same weight."""
+    """Pairs of cells that are among the k most similar of each other, all of the same weight.
+
+    Parameters
+    ----------
+    similarity
+        Similarity of all cells, shape (n, m).
+    weights
+        Weight of each cell of both modalities; not used, as each pair counts alike.
+    k
+        Each of two cells is among so many most similar of the other.
+
+    Returns
+    -------
+    scipy.sparse.csr_array
+        1 where cells are a pair, shape (n, m).
+
+    Examples
+    --------
+    >>> weights = np.full(3, 1 / 3), np.full(3, 1 / 3)
+    >>> mutual_nearest(np.eye(3), weights, k=1).toarray()
+    array([[1., 0., 0.],
+           [0., 1., 0.],
+           [0., 0., 1.]])
+    """
     n, m = similarity.shape
     k = min(k, n, m)
     best = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
@@ -175,6 +210,20 @@ def assignment(
     similarity: np.ndarray, weights: tuple[np.ndarray, np.ndarray], *, keep: float = 0.8
 ) -> sparse.csr_array:
     """One-to-one matching of greatest total similarity, of which the best share is kept.
+
+    Parameters
+    ----------
+    similarity
+        Similarity of all cells, shape (n, m).
+    weights
+        Weight of each cell of both modalities; not used, as each matched cell counts alike.
+    keep
+        Share of the matched pairs that is kept, the most similar ones.
+
+    Returns
+    -------
+    scipy.sparse.csr_array
+        1 where cells are matched, shape (n, m).
 
     Examples
     --------
@@ -203,7 +252,15 @@ def diagonal(x: np.ndarray, y: np.ndarray, n_components: int = 15) -> tuple[np.n
 
     Returns
     -------
-    Left and right singular vectors, each row of length one.
+    tuple of numpy.ndarray
+        Left and right singular vectors, each row of length one.
+
+    Examples
+    --------
+    >>> x = np.random.default_rng(0).standard_normal((50, 20))
+    >>> u, v = diagonal(x, x + 0.1, n_components=5)
+    >>> u.shape, np.allclose(np.linalg.norm(v, axis=1), 1)
+    ((50, 5), True)
     """
     n_links = x.shape[1]
     basis = x @ np.random.default_rng(0).standard_normal((n_links, min(n_components + 10, n_links)))
@@ -237,6 +294,22 @@ def gromov_wasserstein(
         Similarity of the metacells by their linked features; None where there is no link.
     geometry
         Share of the distances in the cost, next to `similarity`.
+
+    Returns
+    -------
+    numpy.ndarray
+        The plan, shape (rows of x, rows of y), whose row and column sums are the weights.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If the package POT is not installed.
+
+    Examples
+    --------
+    >>> x, weights = np.array([[0.0], [1.0], [5.0]]), np.full(3, 1 / 3)
+    >>> gromov_wasserstein(x, x[::-1] + 7, (weights, weights)).argmax(axis=1)  # mirrored and shifted
+    array([2, 1, 0])
     """
     try:
         import ot

@@ -202,7 +202,8 @@ def metacells(x: np.ndarray, at_most: int) -> np.ndarray:
 
     Returns
     -------
-    Group of each cell; it depends on what was measured, not on the order of the cells.
+    numpy.ndarray
+        Group of each cell; it depends on what was measured, not on the order of the cells.
     """
     if len(x) <= at_most:
         return np.arange(len(x))

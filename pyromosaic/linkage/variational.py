@@ -62,6 +62,14 @@ class VariationalCCAModel(Program):
         Width of z.
     n_hidden
         Hidden units of the decoders f; 0 for linear ones.
+
+    Examples
+    --------
+    >>> views = {"rna": (torch.arange(4), torch.zeros(4, 3)), "adt": (torch.arange(2), torch.zeros(2, 5))}
+    >>> model = VariationalCCAModel({"rna": 3, "adt": 5}, n_latent=2, n_hidden=0)
+    >>> trace = poutine.trace(model).get_trace(views, 4)
+    >>> trace.nodes["z"]["value"].shape, trace.nodes["adt"]["fn"].event_shape
+    (torch.Size([4, 2]), torch.Size([5]))
     """
 
     def __init__(self, widths: Mapping[str, int], n_latent: int, n_hidden: int) -> None:
@@ -97,6 +105,14 @@ class VariationalCCAGuide(Program):
     ----------
     widths, n_latent, n_hidden
         As in `VariationalCCAModel`.
+
+    Examples
+    --------
+    >>> views = {"rna": (torch.arange(4), torch.zeros(4, 3)), "adt": (torch.arange(2), torch.zeros(2, 5))}
+    >>> guide = VariationalCCAGuide({"rna": 3, "adt": 5}, n_latent=2, n_hidden=0)
+    >>> loc, scale = guide.posterior(views, 4)
+    >>> bool((scale[:2] < scale[2:]).all())  # the first two cells have both modalities
+    True
     """
 
     def __init__(self, widths: Mapping[str, int], n_latent: int, n_hidden: int) -> None:
@@ -182,7 +198,8 @@ def minibatches(
 
     Yields
     ------
-    What `VariationalCCAModel` and `VariationalCCAGuide` are called with.
+    tuple
+        What `VariationalCCAModel` and `VariationalCCAGuide` are called with.
     """
     rng = np.random.default_rng(seed)
     pairs = np.stack(pi.draw(n * size // 2, rng)).reshape(2, n, size // 2)
@@ -216,6 +233,16 @@ class VariationalLinkage(Linkage):
     shares
         Standard deviation over cells of the posterior mean of each component of z: near 1 where one modality tells the
         component, near 0 where it does not.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, linkage, simulate
+    >>> mdata, truth = simulate(300, {"rna": 60, "adt": 20}, patterns=["rna", "adt"], links={"adt": 1.0})
+    >>> mosaic, links = Mosaic.from_mudata(mdata, batch_key="batch"), truth.links[["gene", "feature"]]
+    >>> link = linkage.variational_cca(mosaic, ("rna", "adt"), links, n_pcs=10, n_steps=10)
+    >>> mean, sd = link.posterior(mosaic)
+    >>> mean.shape == sd.shape == (300, link.model.n_latent)
+    True
     """
 
     model: VariationalCCAModel = field(repr=False)
@@ -242,7 +269,7 @@ class VariationalLinkage(Linkage):
 
         Returns
         -------
-        mean, sd
+        mean, sd : pandas.DataFrame
             Posterior means and standard deviations, cells × components.
 
         Raises
@@ -320,6 +347,11 @@ def variational_cca(
     **matching
         Further arguments of `cca`: ``correspondence`` (from true pairs it makes an upper bound, from labels the result
         is supervised), ``n_components`` (width of z), ``n_pcs``, how cells are matched.
+
+    Returns
+    -------
+    VariationalLinkage
+        Scores of the cells of both modalities, the trained programs, and the course of training.
 
     Raises
     ------
@@ -403,7 +435,8 @@ def train(
 
     Returns
     -------
-    The bound at each step, in nats per cell.
+    numpy.ndarray
+        The bound at each step, in nats per cell.
     """
     optimizer = torch.optim.Adam([*model.parameters(), *guide.parameters()], learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)

@@ -40,7 +40,8 @@ def foscttm(
 
     Returns
     -------
-    The mean over cells, or one value a cell.
+    float or numpy.ndarray
+        The mean over cells, or one value a cell.
 
     Raises
     ------
@@ -101,7 +102,8 @@ def neighbor_rank_distance(
 
     Returns
     -------
-    The mean over cells.
+    float
+        The mean over cells.
 
     Raises
     ------
@@ -163,7 +165,14 @@ def _closer_than_match(
 
 
 class LabelTransfer(NamedTuple):
-    """Label transfer accuracy in both directions."""
+    """Label transfer accuracy in both directions.
+
+    Examples
+    --------
+    >>> found = label_transfer_both_ways([[0.0], [1.0]], ["B", "T"], [[0.1], [0.2]], ["B", "T"])
+    >>> found.x_to_y, found.y_to_x
+    (0.5, 1.0)
+    """
 
     x_to_y: float
     """Share of `y` cells that get their own label from `x` cells."""
@@ -193,7 +202,8 @@ def label_transfer_accuracy(
 
     Returns
     -------
-    Accuracy from 0 to 1. Compare it with the share of the most frequent label, not with 0.
+    float
+        Accuracy from 0 to 1. Compare it with the share of the most frequent label, not with 0.
 
     Raises
     ------
@@ -238,13 +248,18 @@ def label_transfer_both_ways(
 
     Returns
     -------
-    ``LabelTransfer(x_to_y, y_to_x)``.
+    LabelTransfer
+        Accuracies ``x_to_y`` and ``y_to_x``, each from 0 to 1.
 
     Raises
     ------
     ValueError
         As :func:`label_transfer_accuracy`.
 
+    Examples
+    --------
+    >>> label_transfer_both_ways([[0.0], [1.0]], ["B", "T"], [[0.1], [0.9]], ["B", "T"])
+    LabelTransfer(x_to_y=1.0, y_to_x=1.0)
     """
     x, y = as_latent(x, "x"), as_latent(y, "y")
     return LabelTransfer(

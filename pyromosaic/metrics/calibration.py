@@ -20,8 +20,9 @@ def interval_coverage(truth: ArrayLike, lower: ArrayLike, upper: ArrayLike) -> f
 
     Returns
     -------
-    Coverage from 0 to 1. Intervals meant to hold 90 % of values are calibrated when it is 0.9; for counts, whose
-    quantiles are whole numbers, it lies at or above that.
+    float
+        Coverage from 0 to 1. Intervals meant to hold 90 % of values are calibrated when it is 0.9; for counts, whose
+        quantiles are whole numbers, it lies at or above that.
 
     Raises
     ------
@@ -59,8 +60,9 @@ def reliability_curve(confidence: ArrayLike, correct: ArrayLike, n_bins: int = 1
 
     Returns
     -------
-    One row a bin: ``lower`` and ``upper`` edge, mean ``confidence``, ``accuracy`` and number ``n`` of predictions;
-    NaN means in an empty bin. Calibrated: accuracy equals confidence in every row.
+    pandas.DataFrame
+        One row a bin: ``lower`` and ``upper`` edge, mean ``confidence``, ``accuracy`` and number ``n`` of predictions;
+        NaN means in an empty bin. Calibrated: accuracy equals confidence in every row.
 
     Raises
     ------
@@ -107,7 +109,8 @@ def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, n_bins
 
     Returns
     -------
-    The error from 0 (calibrated) to 1.
+    float
+        The error from 0 (calibrated) to 1.
 
     Raises
     ------
@@ -143,9 +146,10 @@ def error_by_uncertainty(error: ArrayLike, uncertainty: ArrayLike, n_bins: int =
 
     Returns
     -------
-    One row a bin, most certain first: mean ``uncertainty``, mean ``squared_error`` and number ``n`` of predictions.
-    An honest model's error grows from row to row; if the uncertainty is a standard deviation of an unbiased
-    prediction, ``squared_error`` is the mean squared uncertainty.
+    pandas.DataFrame
+        One row a bin, most certain first: mean ``uncertainty``, mean ``squared_error`` and number ``n`` of predictions.
+        An honest model's error grows from row to row; if the uncertainty is a standard deviation of an unbiased
+        prediction, ``squared_error`` is the mean squared uncertainty.
 
     Raises
     ------

@@ -33,7 +33,8 @@ def imputation_spearman(
 
     Returns
     -------
-    One number, or one a feature or cell; NaN where either side is constant.
+    float or numpy.ndarray
+        One number, or one a feature or cell; NaN where either side is constant.
 
     Raises
     ------
@@ -99,8 +100,9 @@ def imputation_auprc(truth: Any, probability: ArrayLike) -> float:
 
     Returns
     -------
-    Average precision: the mean of the precisions at each score, weighted by the recall gained there. Scores without
-    information give the share of detections.
+    float
+        Average precision: the mean of the precisions at each score, weighted by the recall gained there. Scores without
+        information give the share of detections.
 
     Raises
     ------
@@ -132,7 +134,8 @@ def scale_by_library(counts: Any, total: float = 1e4) -> sparse.csr_array:
 
     Returns
     -------
-    The scaled counts as a CSR array; a cell without counts stays without.
+    scipy.sparse.csr_array
+        The scaled counts as a CSR array; a cell without counts stays without.
 
     Raises
     ------
@@ -179,7 +182,8 @@ def smooth_by_neighbors(
 
     Returns
     -------
-    Smoothed values, cells by features, dense.
+    numpy.ndarray
+        Smoothed values, cells by features, dense.
 
     Raises
     ------

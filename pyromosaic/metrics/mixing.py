@@ -24,7 +24,8 @@ def label_purity(latent: ArrayLike, labels: Any, n_neighbors: int = 15) -> float
 
     Returns
     -------
-    Purity from 0 to 1; labels unrelated to the latents give about the sum of their squared shares.
+    float
+        Purity from 0 to 1; labels unrelated to the latents give about the sum of their squared shares.
 
     Raises
     ------
@@ -63,7 +64,8 @@ def modality_enrichment(latent: ArrayLike, groups: Any, n_neighbors: int = 15) -
 
     Returns
     -------
-    1 when mixed; :math:`1 / \sum_l p_l^2` when no cell has a neighbour of another group (2 for two equal groups).
+    float
+        1 when mixed; :math:`1 / \sum_l p_l^2` when no cell has a neighbour of another group (2 for two equal groups).
 
     Raises
     ------

@@ -23,14 +23,19 @@ def nearest_neighbors(
 
     Returns
     -------
-    Row numbers, query cells by `n_neighbors`. Cells at exactly the same distance come in the order in which the
-    tree meets them, which depends on the input alone.
+    numpy.ndarray
+        Row numbers, query cells by `n_neighbors`. Cells at exactly the same distance come in the order in which the
+        tree meets them, which depends on the input alone.
 
     Raises
     ------
     ValueError
         If there are fewer cells than neighbours.
 
+    Examples
+    --------
+    >>> nearest_neighbors(np.array([[0.0], [1.0], [5.0]]), 1).ravel()
+    array([1, 0, 1])
     """
     n_candidates = len(reference) - (query is None)
     limit = "the number of cells" if query is not None else "the number of other cells"

@@ -69,6 +69,18 @@ class ContrastiveModel(Program):
 
     Every cell has a background variable z. A target cell also has a salient variable s, which is 0 in background cells.
     One decoder a modality, shared by both cohorts, turns [z, s] into what the likelihood needs.
+
+    Examples
+    --------
+    >>> from pyro import poutine
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mdata, _ = simulate(60, {"rna": 50}, treated=0.5)
+    >>> mosaic = Mosaic.from_mudata(mdata).with_cohorts("condition", background="control")
+    >>> model, minibatch = ContrastiveVI(mosaic, n_latent=3, n_salient=2), measured(mosaic, mosaic.find(None))
+    >>> trace = poutine.trace(model.model).get_trace(minibatch)
+    >>> trace.nodes["z"]["fn"].event_shape, trace.nodes["s"]["fn"].event_shape
+    (torch.Size([3]), torch.Size([2]))
     """
 
     def __init__(
@@ -115,6 +127,18 @@ class ContrastiveGuide(Program):
 
     Each modality has one encoder for z and one for s; the normal posteriors of a cell's modalities are fused to one.
     Penalties compare what is inferred from different modalities, in different cohorts, and of z and s.
+
+    Examples
+    --------
+    >>> from pyro import poutine
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mdata, _ = simulate(60, {"rna": 50}, treated=0.5)
+    >>> mosaic = Mosaic.from_mudata(mdata).with_cohorts("condition", background="control")
+    >>> model, minibatch = ContrastiveVI(mosaic, n_latent=3, n_salient=2), measured(mosaic, mosaic.find(None))
+    >>> trace = poutine.trace(model.guide).get_trace(minibatch)
+    >>> int(trace.nodes["s"]["mask"].sum())  # target cells alone have s
+    30
     """
 
     def __init__(
@@ -776,6 +800,15 @@ class CellEffects(NamedTuple):
         Natural log odds of the probability.
     is_significant
         Called, at the share of false discoveries that is accepted over the whole table.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> mdata, _ = simulate(60, {"rna": 50}, treated=0.5)
+    >>> mosaic = Mosaic.from_mudata(mdata).with_cohorts("condition", background="control")
+    >>> effects = ContrastiveVI(mosaic).salient_effect_per_cell(n_samples=5, features=["rna_0"])
+    >>> effects.mean.shape, effects.is_significant.shape
+    ((30, 1), (30, 1))
     """
 
     mean: pd.DataFrame

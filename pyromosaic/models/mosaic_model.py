@@ -60,6 +60,20 @@ class MosaicModel:
         A row an epoch, once trained; see `pyromosaic.train.Plan`.
     split
         Training, validation and test cells, once trained.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, MultiVI, simulate
+    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0], batch_key="batch")
+    >>> model = MultiVI(mosaic, n_latent=3)
+    >>> model  # what it was not trained for it answers by its start values
+    MultiVI, not trained, on Mosaic of 60 cells
+      rna: 40 cells × 50 features, nb, batch 'batch' (2)
+      adt: 40 cells × 5 features, nb_mixture, batch 'batch' (2)
+    >>> model.get_latent_representation().shape
+    (60, 3)
+    >>> model.get_normalized_expression("rna", features=["rna_0", "rna_1"]).shape  # also where RNA was not measured
+    (60, 2)
     """
 
     model: Program
@@ -157,6 +171,15 @@ class MosaicModel:
             (`pyromosaic.program.SiteError`).
         NonFiniteLossError
             If the loss is not finite; the parameters are then those at the start of the epoch.
+
+        Examples
+        --------
+        >>> from pyromosaic import Mosaic, MultiVI, simulate
+        >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0], batch_key="batch")
+        >>> model = MultiVI(mosaic, n_latent=3)
+        >>> model.train(n_epochs=2, validation=0.2, progress_bar=False)
+        >>> len(model.history), "validation_elbo" in model.history
+        (2, True)
         """
         mosaic = self._data(None)
         if n_epochs < 1 or batch_size < 1:
@@ -217,6 +240,16 @@ class MosaicModel:
         -------
         pandas.DataFrame
             Cells × latent dimensions ``z_0``, ``z_1``, …
+
+        Examples
+        --------
+        >>> from pyromosaic import Mosaic, MultiVI, simulate
+        >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0], batch_key="batch")
+        >>> model = MultiVI(mosaic, n_latent=3)
+        >>> model.get_latent_representation().columns.tolist()
+        ['z_0', 'z_1', 'z_2']
+        >>> len(model.get_latent_representation(modality="adt"))  # cells that have antibodies, seen by these alone
+        40
         """
         mosaic = self._data(data)
         index = self._having(mosaic, mosaic.find(cells), modality)
@@ -273,6 +306,20 @@ class MosaicModel:
         ------
         ValueError
             If the model has no global latent variable.
+
+        Examples
+        --------
+        >>> from pyro.nn import PyroSample
+        >>> from pyromosaic import ModalitySpec, Mosaic, MultiVI, simulate
+        >>> from pyromosaic.likelihoods import NB
+        >>> class Uncertain(NB):  # dispersions with a prior, and so with a posterior
+        ...     def __init__(self, schema):
+        ...         super().__init__(schema)
+        ...         self.log_theta = PyroSample(pyro.distributions.Normal(torch.zeros(50), 1.5).to_event(1))
+        >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50})[0], {"rna": ModalitySpec(Uncertain)})
+        >>> model = MultiVI(mosaic, n_latent=3)
+        >>> model.get_global_posterior(n_samples=20).loc["likelihoods.rna.log_theta"].shape
+        (50, 4)
         """
         values: dict[str, list[Tensor]] = {}
         with inference_mode(self.guide, seed=seed):
@@ -326,6 +373,15 @@ class MosaicModel:
         -------
         pandas.DataFrame
             Cells × features.
+
+        Examples
+        --------
+        >>> from pyromosaic import Mosaic, MultiVI, simulate
+        >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0], batch_key="batch")
+        >>> model = MultiVI(mosaic, n_latent=3)
+        >>> shares = model.get_normalized_expression("rna", batch=["batch0", "batch1"])
+        >>> shares.shape, np.allclose(shares.sum(axis=1), 1)
+        ((60, 50), True)
         """
         if modality is None:
             modality = self._first({m.spec.family for m in self.schema.modalities.values()} - {"bernoulli"})
@@ -357,6 +413,14 @@ class MosaicModel:
         -------
         pandas.DataFrame
             Cells × proteins, between 0 and 1.
+
+        Examples
+        --------
+        >>> from pyromosaic import Mosaic, MultiVI, simulate
+        >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0], batch_key="batch")
+        >>> model = MultiVI(mosaic, n_latent=3)
+        >>> model.get_protein_foreground_probability(cells=["cell0", "cell1"]).shape
+        (2, 5)
         """
         modality = self._first({"nb_mixture"}) if modality is None else modality
         if self.schema[modality].spec.family != "nb_mixture":
@@ -398,6 +462,16 @@ class MosaicModel:
         -------
         pandas.DataFrame
             Cells × regions, between 0 and 1.
+
+        Examples
+        --------
+        >>> from pyromosaic import Mosaic, MultiVI, simulate
+        >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "atac": 40, "adt": 5})[0], batch_key="batch")
+        >>> model = MultiVI(mosaic, n_latent=3)
+        >>> open_ = model.get_accessibility_estimates()
+        >>> seen = model.get_accessibility_estimates(factors=True)
+        >>> bool((seen <= open_).all(axis=None))
+        True
         """
         modality = self._first({"bernoulli"}) if modality is None else modality
         value = (lambda d: d.mean) if factors else self._likelihood(modality).normalized
@@ -420,6 +494,15 @@ class MosaicModel:
         -------
         pandas.DataFrame
             Cells × modalities, NaN where a modality was not measured.
+
+        Examples
+        --------
+        >>> from pyromosaic import Mosaic, MultiVI, simulate
+        >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "atac": 40, "adt": 5})[0], batch_key="batch")
+        >>> model = MultiVI(mosaic, n_latent=3)
+        >>> factors = model.get_cell_factors()
+        >>> factors.columns.tolist(), np.array_equal(factors["rna"].isna(), ~mosaic.modalities["rna"].present)
+        (['rna', 'atac', 'adt'], True)
         """
         mosaic = self._data(data)
         index = mosaic.find(cells)
@@ -443,6 +526,14 @@ class MosaicModel:
         ----------
         modality
             The modality; by default the first one with a Bernoulli likelihood.
+
+        Examples
+        --------
+        >>> from pyromosaic import Mosaic, MultiVI, simulate
+        >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "atac": 40, "adt": 5})[0], batch_key="batch")
+        >>> model = MultiVI(mosaic, n_latent=3)
+        >>> model.get_region_factors().shape
+        (40,)
         """
         modality = self._first({"bernoulli"}) if modality is None else modality
         if self.schema[modality].spec.family != "bernoulli":
@@ -493,6 +584,15 @@ class MosaicModel:
         -------
         Estimate
             Mean, standard deviation and quantiles, each cells × features.
+
+        Examples
+        --------
+        >>> from pyromosaic import Mosaic, MultiVI, simulate
+        >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0], batch_key="batch")
+        >>> model = MultiVI(mosaic, n_latent=3)
+        >>> found = model.get_imputed_values("adt", encode=["rna"], cells=mosaic.modalities["rna"].present, n_samples=5)
+        >>> found.mean.shape, sorted(found.quantiles)
+        ((40, 5), [0.05, 0.95])
         """
         return self._estimate(
             modality, cells, features, batch, library, n_samples, quantiles, data, encode, seed, lambda d: d.mean
@@ -529,6 +629,14 @@ class MosaicModel:
         -----
         A cell in which the modality was measured keeps its size. Elsewhere the size is drawn as well, see
         `pyromosaic.sizes.Size`, so the draws have the noise of depth.
+
+        Examples
+        --------
+        >>> from pyromosaic import Mosaic, MultiVI, simulate
+        >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0], batch_key="batch")
+        >>> model = MultiVI(mosaic, n_latent=3)
+        >>> model.posterior_predictive_sample("adt", cells=["cell0"], n_samples=4).shape
+        (4, 1, 5)
         """
         chunks = self._draws(modality, cells, features, batch, library, n_samples, data, encode, seed, None)
         return np.concatenate([chunk.cpu().numpy() for chunk in chunks], axis=1)
@@ -804,6 +912,14 @@ class MosaicModel:
             For each cell the ``nearest`` cell of the other modality; the mean ``distance`` to its nearest cells there,
             over what 95 % of the cells there stay within among themselves; and ``alone``, whether that is above 1: a
             cell of a type, say, that the other modality has not seen.
+
+        Examples
+        --------
+        >>> from pyromosaic import Mosaic, MultiVI, simulate
+        >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0], batch_key="batch")
+        >>> model = MultiVI(mosaic, n_latent=3)
+        >>> model.nearest_cells("adt", to="rna", n_neighbors=5).columns.tolist()
+        ['nearest', 'distance', 'alone']
         """
         query = self.get_latent_representation(cells, modality=modality)
         distance, rows, reference = self._neighbours(query, to, n_neighbors)
@@ -834,6 +950,14 @@ class MosaicModel:
         pandas.DataFrame
             Cells × ``prediction`` and ``confidence``, the share of the votes; of labels with equal votes the nearest
             cell's wins.
+
+        Examples
+        --------
+        >>> from pyromosaic import Mosaic, MultiVI, simulate
+        >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0], batch_key="batch")
+        >>> model = MultiVI(mosaic, n_latent=3)
+        >>> model.transfer_labels("celltype", "rna", to="adt", n_neighbors=5).columns.tolist()
+        ['prediction', 'confidence']
         """
         labels = self._data(None).column(key)
         known = labels.notna().to_numpy() & self._data(None).modalities[modality].present
@@ -873,6 +997,17 @@ class MosaicModel:
         ------
         FileExistsError
             If a model is there and `overwrite` is False.
+
+        Examples
+        --------
+        >>> from pyromosaic import Mosaic, MultiVI, simulate
+        >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0], batch_key="batch")
+        >>> model = MultiVI(mosaic, n_latent=3)
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as directory:
+        ...     model.save(directory)
+        ...     sorted(path.name for path in Path(directory).iterdir())
+        ['model.json', 'weights.safetensors']
         """
         directory = Path(directory)
         if (directory / "model.json").exists() and not overwrite:
@@ -919,6 +1054,18 @@ class MosaicModel:
         ------
         ValueError
             If the files are missing, damaged, or not those of such a model, or the data do not fit.
+
+        Examples
+        --------
+        >>> from pyromosaic import Mosaic, MultiVI, simulate
+        >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0], batch_key="batch")
+        >>> model = MultiVI(mosaic, n_latent=3)
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as directory:
+        ...     model.save(directory)
+        ...     again = MultiVI.load(directory, data=mosaic)
+        >>> model.get_latent_representation().equals(again.get_latent_representation())
+        True
         """
         directory = Path(directory)
         try:
@@ -971,6 +1118,14 @@ class MosaicModel:
         ------
         ValueError
             If features, batches or labels are not those of the model.
+
+        Examples
+        --------
+        >>> from pyromosaic import Mosaic, MultiVI, simulate
+        >>> mdata, _ = simulate(60, {"rna": 50, "adt": 5}, patterns=["rna+adt"])
+        >>> model = MultiVI(Mosaic.from_mudata(mdata[:40].copy()), n_latent=3)
+        >>> model.get_latent_representation(data=model.register(mdata[40:].copy())).shape
+        (20, 3)
         """
         if isinstance(data, Mosaic):
             return self._data(data)
@@ -1002,6 +1157,16 @@ class MosaicModel:
         ----------
         Lotfollahi et al., Mapping single-cell data to reference atlases by transfer learning, Nature Biotechnology
         2022.
+
+        Examples
+        --------
+        >>> from pyromosaic import Mosaic, MultiVI, simulate
+        >>> mdata, _ = simulate(90, {"rna": 50, "adt": 5}, n_batches=3)
+        >>> new = (mdata.obs["batch"] == "batch2").to_numpy()
+        >>> model = MultiVI(Mosaic.from_mudata(mdata[~new].copy(), batch_key="batch"), n_latent=3)
+        >>> adapted = model.adapt(mdata[new].copy(), n_epochs=1, progress_bar=False)
+        >>> adapted.schema["rna"].categories["batch"]
+        ('batch0', 'batch1', 'batch2')
         """
         if isinstance(data, Mapping):
             mosaic = Mosaic.from_anndata(data, match_cells=True, schema=self.schema, new_batches="add")

@@ -110,6 +110,19 @@ class ScModalModel(Program):
 
     Each cell has a latent variable z, and one more, z_<modality>, for what only its modality can see. The modality is
     decoded from both and the cell's batch and covariates, and its likelihood gives the measurements.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from pyro import poutine
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 25}, patterns=["rna", "adt"])[0])
+    >>> links = pd.DataFrame({"rna": mosaic.schema["rna"].features[:25], "adt": mosaic.schema["adt"].features})
+    >>> model, minibatch = ScModal(mosaic, links, n_latent=3), measured(mosaic, mosaic.find(None))
+    >>> trace = poutine.trace(model.model).get_trace(minibatch)
+    >>> trace.nodes["z"]["fn"].event_shape, trace.observation_nodes
+    (torch.Size([3]), ['rna', 'adt'])
     """
 
     def __init__(
@@ -155,6 +168,19 @@ class ScModalGuide(Program):
 
     Each modality is encoded to a normal posterior of z and of the private variable, or to a point. Penalties align the
     modalities in z. Likelihoods with latent variables of their own have a decoder for their posteriors.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from pyro import poutine
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 25}, patterns=["rna", "adt"])[0])
+    >>> links = pd.DataFrame({"rna": mosaic.schema["rna"].features[:25], "adt": mosaic.schema["adt"].features})
+    >>> model, minibatch = ScModal(mosaic, links, n_latent=3), measured(mosaic, mosaic.find(None))
+    >>> trace = poutine.trace(model.guide).get_trace(minibatch)
+    >>> trace.nodes["z"]["fn"].event_shape, "penalty/geometry" in trace.nodes
+    (torch.Size([3]), True)
     """
 
     def __init__(
@@ -604,6 +630,16 @@ class AttentionEncoder(Encoder):
         As in `pyromosaic.nn.Encoder`.
     n_tokens
         Number of tokens.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], batch_key="batch")
+    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
+    >>> loc, scale = AttentionEncoder(mosaic.schema["rna"], n_latent=10, n_hidden=16)(view)
+    >>> loc.shape, scale.shape
+    (torch.Size([40, 10]), torch.Size([40, 10]))
     """
 
     def __init__(

@@ -136,6 +136,16 @@ def discrepancy(x: Tensor, y: Tensor) -> Tensor:
     The squared widths are 1, 1/2, 1/4 and 1/8 of the mean squared distance in the pooled sample, through which no
     gradient flows.
 
+    Parameters
+    ----------
+    x, y
+        The two samples, shapes (n, d) and (m, d), each of two points at least.
+
+    Returns
+    -------
+    Tensor
+        A scalar, about 0 for samples of one distribution; it may be negative.
+
     Examples
     --------
     >>> import torch

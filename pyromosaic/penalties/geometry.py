@@ -25,6 +25,17 @@ class Geometry(Penalty):
         The guide's encoders, whose ``scaling`` prepares the measurements.
     likeness
         Function of (cells, features) and (cells, latent): `kernel_alignment`, or `row_cosine` as in scMODAL.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, MultiVI, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50})[0])
+    >>> model, minibatch = MultiVI(mosaic), measured(mosaic, mosaic.find(None))
+    >>> scaled = model.guide.encoders["rna"].scaling(minibatch.observed["rna"])
+    >>> q = Posterior(torch.arange(60), scaled, torch.ones_like(scaled))  # the very geometry of the measurements
+    >>> round(Geometry(1.0, {"rna": model.guide.encoders["rna"]})({"rna": q}, minibatch).item(), 3)
+    -1.0
     """
 
     name = "geometry"
@@ -72,6 +83,17 @@ def row_cosine(x: Tensor, z: Tensor, ceiling: float = 0.975) -> Tensor:
         Two representations of the same cells, shapes (n, p) and (n, q).
     ceiling
         No gradient flows through rows that are more alike.
+
+    Returns
+    -------
+    Tensor
+        A scalar, from 0 to `ceiling`.
+
+    Examples
+    --------
+    >>> x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    >>> round(row_cosine(x, x).item(), 3)  # the ceiling
+    0.975
     """
     a, b = (torch.exp(-squared_distances(values) / (2 * values.shape[-1])) for values in (x, z))
     return torch.nn.functional.cosine_similarity(a, b, dim=-1).clamp_max(ceiling).mean()
@@ -88,6 +110,11 @@ def kernel_alignment(x: Tensor, z: Tensor) -> Tensor:
     ----------
     x, z
         Two representations of the same cells, shapes (n, p) and (n, q).
+
+    Returns
+    -------
+    Tensor
+        A scalar, at most 1.
 
     References
     ----------

@@ -51,7 +51,32 @@ class Penalty(nn.Module):
 def apply(
     penalties: Iterable[Any], posteriors: Mapping[str, Posterior], minibatch: Minibatch, kl_weight: float
 ) -> None:
-    """Add each penalty to the guide, scaled from the mean over the minibatch to all cells; outside every plate."""
+    """Add each penalty to the guide, scaled from the mean over the minibatch to all cells; outside every plate.
+
+    Parameters
+    ----------
+    penalties
+        Instances of `Penalty`; those of weight 0 are passed over.
+    posteriors
+        What is compared, by name.
+    minibatch
+        The cells.
+    kl_weight
+        Weight of the divergences, by which those that warm up are multiplied.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> from pyromosaic.penalties import Wasserstein
+    >>> minibatch = measured(Mosaic.from_mudata(simulate(20, {"rna": 50})[0]), np.arange(20))
+    >>> q = Posterior(torch.arange(20), torch.ones(20, 2), torch.ones(20, 2))
+    >>> with pyro.poutine.trace() as tracer:
+    ...     apply([Wasserstein(0.5)], {"s": q}, minibatch, kl_weight=1.0)
+    >>> tracer.trace.nodes["penalty/wasserstein"]["fn"].log_factor  # half of 4, for 20 cells
+    tensor(40.)
+    """
     if all(view.counts is None for view in minibatch.decoded.values()):
         return  # nothing is explained, so nothing is trained
     for penalty in penalties:

@@ -42,6 +42,17 @@ class Sinkhorn(Penalty):
     ----------
     Feydy et al., Interpolating between optimal transport and MMD using Sinkhorn divergences, AISTATS 2019, by whose
     package geomloss it is computed; the adaptive blur is that of OTT-JAX.
+
+    Examples
+    --------
+    >>> import numpy as np, torch
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> minibatch = measured(Mosaic.from_mudata(simulate(20, {"rna": 50})[0]), np.arange(20))
+    >>> rna, adt = (Posterior(torch.arange(20), torch.randn(20, 2) + 5 * k, torch.ones(20, 2)) for k in range(2))
+    >>> near, far = (Sinkhorn()({"a": rna, "b": q}, minibatch) for q in (rna, adt))
+    >>> bool(near < far)
+    True
     """
 
     name = "sinkhorn"
@@ -79,6 +90,23 @@ def sinkhorn_divergence(
 
     With an adaptive blur nothing is copied from the device: the divergence is homogeneous, so the points are divided
     by the blur, compared at blur 1, and the result is multiplied by ``blur^p``.
+
+    Parameters
+    ----------
+    x, y
+        The two samples.
+    p, blur, reach
+        As in `Sinkhorn`.
+
+    Returns
+    -------
+    Tensor
+        A scalar, about 0 for equal samples.
+
+    Raises
+    ------
+    ValueError
+        If a finite `reach` is given without a `blur`.
 
     Examples
     --------

@@ -153,6 +153,11 @@ def estimate_delta(effects: ArrayLike, scale: Scale = "log2") -> float:
     scale
         ``"log2"`` or ``"difference"``.
 
+    Returns
+    -------
+    float
+        On the scale of the effects.
+
     Raises
     ------
     ValueError
@@ -257,6 +262,11 @@ def contrasts(
     cells1, cells2
         Instead of these: names, numbers or masks; without `cells2` the second group is the rest.
 
+    Returns
+    -------
+    list of Contrast
+        A pair of groups each: names, and numbers of the cells.
+
     Raises
     ------
     ValueError
@@ -355,6 +365,18 @@ def compare_groups(
     ------
     ValueError
         If an argument is out of range, or batches are to be corrected and the modality has none.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50}, types=2)[0])
+    >>> rna = mosaic.modalities["rna"]
+    >>> def draw(cells, batch, seed):  # shares as measured, in place of a model's
+    ...     return rna.tensor(cells).to_dense().numpy() / rna.library[cells, None]
+    >>> (contrast,) = contrasts(mosaic, "celltype", "type0")
+    >>> table = compare_groups(contrast, draw, draw, rna, n_samples=200)
+    >>> table["comparison"].iloc[0], len(table)
+    ('type0 vs rest', 50)
     """
     check(mode, delta, fdr)
     if n_samples < 1:

@@ -12,6 +12,13 @@ from torch import nn
 def inference_mode(*modules: nn.Module, seed: int | None = None) -> Iterator[None]:
     """No dropout, no gradients, no validation; with a seed, random numbers that leave the caller's stream alone.
 
+    Parameters
+    ----------
+    *modules
+        Put in evaluation mode, and back into theirs afterwards.
+    seed
+        Seed of PyTorch's random numbers; None draws from the caller's.
+
     Examples
     --------
     >>> network = nn.Dropout(0.5)

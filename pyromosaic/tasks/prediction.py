@@ -25,6 +25,16 @@ class Estimate:
         Mean and standard deviation over the draws, cells × features.
     quantiles
         Quantiles over the draws by level, each cells × features.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, MultiVI, simulate
+    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0])
+    >>> found = MultiVI(mosaic).get_imputed_values("adt", n_samples=4, quantiles=(0.05, 0.95))
+    >>> found.mean.shape, list(found.quantiles)
+    ((60, 5), [0.05, 0.95])
+    >>> bool((found.quantiles[0.05] <= found.quantiles[0.95]).all(axis=None))
+    True
     """
 
     mean: pd.DataFrame
@@ -73,6 +83,18 @@ def draws(
     -------
     Tensor
         Shape (draws, cells, features).
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, MultiVI, simulate
+    >>> from pyromosaic.data import to_predict
+    >>> from pyromosaic.tasks import inference_mode
+    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0])
+    >>> model, minibatch = MultiVI(mosaic), to_predict(mosaic, np.arange(10), ("adt",))
+    >>> with inference_mode(model.model, model.guide):
+    ...     counts = draws(model.model, model.guide, minibatch, "adt", None, 2, torch.arange(3))
+    >>> counts.shape
+    torch.Size([2, 10, 3])
     """
     values = []
     for _ in range(n_samples or 1):
@@ -94,6 +116,16 @@ def estimate(
         Names.
     quantiles
         Levels between 0 and 1.
+
+    Returns
+    -------
+    Estimate
+        Tables of cells × features; the standard deviation is 0 where there is a single draw.
+
+    Raises
+    ------
+    ValueError
+        If a level is not between 0 and 1.
 
     Examples
     --------
