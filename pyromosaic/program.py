@@ -176,6 +176,24 @@ class Program(PyroModule):
             yield
 
 
+def make_local(module: nn.Module) -> None:
+    """Let a module that was made outside of the package, a prior say, be part of a program whose parameters are local.
+
+    Parameters
+    ----------
+    module
+        The module; changed in place if it is a `pyro.nn.PyroModule`.
+
+    Examples
+    --------
+    >>> from pyro.nn import PyroModule
+    >>> make_local(PyroModule())
+    """
+    for part in module.modules():
+        if isinstance(part, PyroModule) and not hasattr(part._pyro_context, "param_state"):
+            part._pyro_context.param_state = {"params": {}, "constraints": {}}
+
+
 class SiteError(ValueError):
     """A model and a guide that do not fit each other or the data, with the site at fault.
 

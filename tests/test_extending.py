@@ -9,6 +9,7 @@ import torch
 from mudata import MuData
 from pyro import distributions as dist
 from pyro import poutine
+from pyro.nn import PyroModule, PyroSample
 from scipy import stats
 from torch import nn
 
@@ -385,3 +386,18 @@ def test_the_check_changes_nothing(name, data):
     assert torch.equal(state, torch.random.get_rng_state())
     after = {k: v for p in (model.model, model.guide) for k, v in p.state_dict().items()}
     assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_a_prior_with_a_global_latent_variable_made_outside():
+    class Hierarchical(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.spread = PyroSample(dist.LogNormal(0.0, 0.5))
+
+        def forward(self, minibatch):
+            return dist.Normal(0.0, self.spread).expand([len(minibatch), 1, 4]).to_event(1)
+
+    mdata, _ = simulate(200, {"rna": 30}, seed=0)
+    model = MultiVI(Mosaic.from_mudata(mdata), n_latent=4, n_hidden=16, prior=Hierarchical())
+    model.train(2, progress_bar=False)
+    assert model.get_global_posterior(50).loc[("prior.spread", 0), "mean"] > 0

@@ -17,13 +17,13 @@ from pyro.distributions import TorchDistribution
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sklearn.neighbors import NearestNeighbors
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyromosaic.data import Minibatch, ModalitySpec, Mosaic, Schema, Split, loader, measured, split, to_predict
 from pyromosaic.likelihoods import Likelihood
 from pyromosaic.models.query import carry_over, only
-from pyromosaic.program import Program, check
+from pyromosaic.program import Program, check, make_local
 from pyromosaic.tasks import AtMean, Estimate, compare_groups, contrasts, draws, estimate, inference_mode
 from pyromosaic.tasks.differential import Delta, Mode
 from pyromosaic.train import Optimisation, Schedule, fit
@@ -87,6 +87,9 @@ class MosaicModel:
         self.options = {k: v for k, v in options.items() if k not in ("self", "data", "__class__")}
         self.history = pd.DataFrame()
         self.split: Split | None = None
+        for option in self.options.values():
+            if isinstance(option, nn.Module):
+                make_local(option)
         with torch.random.fork_rng(), pyro.settings.context(module_local_params=True):
             torch.manual_seed(seed)
             yield self.schema
