@@ -339,7 +339,7 @@ class ScModal(MosaicModel):
         data: Mosaic | Schema,
         graph: Any = None,
         *,
-        n_latent: int = 12,
+        n_latent: int = 15,
         n_private: int = 8,
         private_kl: float = 2.0,
         n_hidden: int = 128,
