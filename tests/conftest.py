@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import anndata
@@ -5,8 +6,13 @@ import numpy as np
 import pandas as pd
 import pyro
 import pytest
+import torch
 from mudata import MuData
 from scipy import sparse
+
+# Tests run in several processes: threads beside them, in a notebook's kernel too, would only get in each other's way.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)
