@@ -319,7 +319,7 @@ class ScModal(MosaicModel):
     >>> model = ScModal(mosaic, graph)
     >>> model.train(n_epochs=1, progress_bar=False)
     >>> model.get_latent_representation(modality="adt").shape
-    (1200, 12)
+    (1200, 15)
 
     As in the reference, but for fewer steps:
 
