@@ -6,6 +6,7 @@ are ranked among draws of the guide: as it was trained, and after it was fitted 
     python benchmarks/calibration.py
     python benchmarks/calibration.py --held-out
     python benchmarks/calibration.py --effects
+    python benchmarks/calibration.py --means --epochs 40
 """
 
 import argparse
@@ -19,6 +20,8 @@ from common import quiet
 from pyromosaic import ContrastiveVI, DiagVI, Mosaic, MultiVI, ScModal, checks, hide, pbmc_mosaic, simulate
 from pyromosaic.models.mosaic_model import MosaicModel
 
+#: Nothing but the likelihood and the divergence of the posterior from the prior.
+PLAIN = {"dropout": 0.0, "left_out": 0.0, "mmd": 0.0, "jeffreys": 0.0}
 N_CELLS, SIZES = 800, {"rna": 60, "adt": 20}
 
 
@@ -94,10 +97,41 @@ def effect_coverage(n_epochs: int, n_samples: int, n_pairs: int = 50) -> pd.Data
     return pd.DataFrame({"coverage of 90 % intervals": found})
 
 
+def mean_coverage(n_epochs: int, n_samples: int) -> pd.DataFrame:
+    """Coverage of the 90 % intervals of expected measurements at the median size, against the simulation's truth."""
+    patterns = {"rna+atac+adt": 0.5, "rna": 0.17, "atac": 0.17, "adt": 0.16}
+    drawn = {"rna": ("size", 1), "atac": ("cell_factor", 1000), "adt": ("size", 100)}
+    rows = {}
+    for n_cells in (4000, 16_000):
+        mdata, truth = simulate(n_cells, {"rna": 60, "atac": 80, "adt": 16}, patterns=patterns, n_batches=1)
+        sizes = {name: scale * truth.parameters[name][size] for name, (size, scale) in drawn.items()}
+        for name, size in sizes.items():
+            mdata[name].obs["size"] = size[mdata.obs_names.get_indexer(mdata[name].obs_names)]
+        mosaic = Mosaic.from_mudata(mdata, size_factor_key="size")
+        for of, options in (("defaults", {}), ("plain ELBO", PLAIN)):
+            model = MultiVI(mosaic, **options)
+            model.train(n_epochs, progress_bar=False)
+            for name, size in sizes.items():
+                for kind, those in (("measured", mosaic.presence[name]), ("imputed", ~mosaic.presence[name])):
+                    cells, median = mosaic.obs_names[those][:1000], float(np.median(size))
+                    found = model.get_imputed_values(name, cells, library=median, n_samples=n_samples)
+                    at = mdata.obs_names.get_indexer(cells)
+                    expected = truth.mean[name][at] / size[at, None] * median
+                    low, high = (found.quantiles[level].to_numpy() for level in (0.05, 0.95))
+                    error = float(np.median(np.abs(found.mean / expected - 1)))
+                    rows[n_cells, of, name, kind] = {
+                        "coverage": float(((low <= expected) & (expected <= high)).mean()),
+                        "median relative error": error,
+                    }
+            print(pd.DataFrame(rows).T.round(3).tail(6), flush=True)
+    return pd.DataFrame(rows).T.rename_axis(["cells", "trained with", "modality", "cell"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--held-out", action="store_true", help="coverage of held-out counts instead")
     parser.add_argument("--effects", action="store_true", help="coverage of differential effects instead")
+    parser.add_argument("--means", action="store_true", help="coverage of expected measurements instead")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--steps", type=int, default=600, help="steps by which guides are fitted")
     parser.add_argument("--samples", type=int, default=49, help="number of posterior draws")
@@ -108,6 +142,8 @@ def main() -> None:
         table = held_out_coverage(200, given.samples)
     elif given.effects:
         table = effect_coverage(given.epochs, given.samples)
+    elif given.means:
+        table = mean_coverage(given.epochs, given.samples)
     else:
         table = latent_coverage(given.epochs, given.steps, given.samples)
     print(table.round(3).to_string())

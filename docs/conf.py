@@ -43,7 +43,14 @@ numpydoc_class_members_toctree = False
 
 html_theme = "sphinx_book_theme"
 html_title = f"pyromosaic {release}"
-html_theme_options = {"show_navbar_depth": 1, "show_toc_level": 2, "home_page_in_toc": True}
+html_theme_options = {
+    "show_navbar_depth": 1,
+    "show_toc_level": 2,
+    "home_page_in_toc": True,
+    "navbar_persistent": [],  # the sidebar has a search field
+}
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 copybutton_exclude = ".linenos, .gp, .go"
 
 

@@ -51,6 +51,14 @@ def umap(latent: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     References
     ----------
     McInnes et al., UMAP: uniform manifold approximation and projection, 2018; computed by the package `umap-learn`.
+
+    Examples
+    --------
+    >>> import numpy as np, pandas as pd
+    >>> from pyromosaic.plot import umap
+    >>> latent = pd.DataFrame(np.random.default_rng(0).normal(size=(30, 5)))
+    >>> umap(latent).shape
+    (30, 2)
     """
     from umap import UMAP
 

@@ -17,6 +17,7 @@ from pyro.infer import SVI, TraceMeanField_ELBO
 
 from pyromosaic import ModalitySpec, Mosaic, MultiVI, hide, metrics, pbmc_mosaic
 from pyromosaic.data import loader, measured, split, to_predict
+from pyromosaic.data import simulate as simulate_mosaic
 from pyromosaic.fusion import Posterior
 from pyromosaic.penalties import Jeffreys, MeanDistance, discrepancy
 from pyromosaic.program import AtMean
@@ -1063,6 +1064,43 @@ def test_parameters_of_the_story_are_recovered():
     background = 1 - model.get_protein_foreground_probability().to_numpy()
     for cells in (mosaic.presence["adt"], ~mosaic.presence["adt"]):
         assert agreement(background[cells], truth[cells]) > 0.9
+
+
+def test_sizes_of_unmeasured_cells_are_those_of_measured_ones():
+    """Latent dimensions that say nothing are noise in a draw, however well their tiny means seem to explain sizes."""
+    mdata, truth = simulate_mosaic(600, {"rna": 60, "adt": 10}, seed=0)
+    mosaic = Mosaic.from_mudata(mdata)
+    model = MultiVI(mosaic)
+    model.train(40, **QUIET)
+    for name in ("rna", "adt"):
+        cells = mosaic.obs_names[~mosaic.presence[name]]
+        imputed = model.get_imputed_values(name, cells, n_samples=50).mean.to_numpy()
+        assert 0.8 < imputed.sum() / truth.mean[name][mdata.obs_names.get_indexer(cells)].sum() < 1.25
+
+
+def test_intervals_of_imputed_means_cover_the_truth():
+    """Of cells in which the modality was not measured, at the median size: the intervals are not about sizes."""
+    patterns = {"rna+atac+adt": 0.5, "rna": 0.17, "atac": 0.17, "adt": 0.16}
+    mdata, truth = simulate_mosaic(4000, {"rna": 60, "atac": 80, "adt": 16}, patterns=patterns, n_batches=1, seed=0)
+    drawn = truth.parameters
+    sizes = {
+        "rna": drawn["rna"]["size"],
+        "atac": drawn["atac"]["cell_factor"] * 1000,
+        "adt": drawn["adt"]["size"] * 100,
+    }
+    for name, size in sizes.items():
+        mdata[name].obs["size"] = size[mdata.obs_names.get_indexer(mdata[name].obs_names)]
+    mosaic = Mosaic.from_mudata(mdata, size_factor_key="size")
+    model = MultiVI(mosaic, dropout=0.0, left_out=0.0, mmd=0.0, jeffreys=0.0)
+    model.train(40, **QUIET)
+    covered = []
+    for name, size in sizes.items():
+        cells = mosaic.obs_names[~mosaic.presence[name]]
+        rows, median = mdata.obs_names.get_indexer(cells), float(np.median(size))
+        found = model.get_imputed_values(name, cells, library=median, n_samples=100, quantiles=(0.05, 0.95))
+        expected = truth.mean[name][rows] / size[rows, None] * median
+        covered.append((found.quantiles[0.05].to_numpy() <= expected) & (expected <= found.quantiles[0.95].to_numpy()))
+    assert 0.85 < np.concatenate([c.ravel() for c in covered]).mean() < 0.95
 
 
 def test_pbmc_mosaic_integrates():

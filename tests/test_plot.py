@@ -53,7 +53,6 @@ def legend(ax):
     return dict(zip([text.get_text() for text in entries.get_texts()], colours, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:Tensorflow not installed:ImportWarning")
 def test_umap_keeps_cells_apart_that_are_apart_and_their_names():
     latent = np.random.default_rng(0).normal(size=(60, 5))
     latent[:30] += 20

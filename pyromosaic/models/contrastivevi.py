@@ -419,10 +419,11 @@ class ContrastiveVI(MosaicModel):
                 )
 
     def explaining_size(self, mosaic: Mosaic, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Cells of the cohorts, and their latent variables."""
+        """Cells of the cohorts, and draws of their latent variables."""
         assert mosaic.groups is not None
         cells = cells[mosaic.groups[cells] >= 0]
-        return cells, np.concatenate([self._latent(mosaic, cells, site) for site in self._variables], axis=1)
+        latent = [self._latent(mosaic, cells, site, sample=True) for site in self._variables]
+        return cells, np.concatenate(latent, axis=1)
 
     def train(self, n_epochs: int = 150, *, replay: bool = False, **options: Any) -> None:
         """Fit the parameters by stochastic variational inference.

@@ -118,8 +118,8 @@ class MosaicModel:
                 self.model.sizes[name].fit(torch.from_numpy(latent).to(self._device), view)
 
     def explaining_size(self, mosaic: Mosaic, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of these cells those to learn sizes from, and what explains them."""
-        return cells, self._latent(mosaic, cells, "z")
+        """Of these cells those to learn sizes from, and draws of what explains them (as predicting does)."""
+        return cells, self._latent(mosaic, cells, "z", sample=True)
 
     def __repr__(self) -> str:
         trained = f"trained for {len(self.history)} epochs" if len(self.history) else "not trained"
