@@ -451,9 +451,7 @@ class GuidanceGraph:
         return graph
 
 
-def shared_scores(
-    mosaic: Mosaic, graph: GuidanceGraph, n_components: int, seed: int = 0, match: Any = "transport"
-) -> np.ndarray:
+def shared_scores(mosaic: Mosaic, graph: GuidanceGraph, n_components: int, seed: int = 0) -> np.ndarray:
     """Scores of cells that all modalities share, from canonical correlation started at the graph's links.
 
     The two modalities with the most links are linked by `pyromosaic.linkage.cca`. Each further one is linked to one of
@@ -494,7 +492,7 @@ def shared_scores(
         width = min(
             n_components, *(min(len(graph.features[k]), mosaic.modalities[k].present.sum()) - 1 for k in (a, b))
         )
-        linkage = cca(mosaic, (a, b), links[a, b], match=match, n_components=width, seed=seed)
+        linkage = cca(mosaic, (a, b), links[a, b], n_components=width, seed=seed)
         if not scores:
             scores = {name: linkage.scores[name].to_numpy() for name in (a, b)}
             radius = float(np.sqrt((linkage.correlations**2).sum()))

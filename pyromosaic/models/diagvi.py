@@ -8,7 +8,6 @@ space in two parts, one shared by all modalities and one private to each.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -24,7 +23,6 @@ from pyromosaic.fusion import Fusion, Posterior, alone, fusion_of, presence
 from pyromosaic.guidance import GuidanceGraph, shared_scores
 from pyromosaic.labels import Labels, check_labels
 from pyromosaic.likelihoods import likelihoods_of
-from pyromosaic.linkage import transport
 from pyromosaic.models.mosaic_model import Cells, MosaicModel
 from pyromosaic.nn import Decoder, Encoder, GraphEncoder, InnerProductDecoder
 from pyromosaic.penalties import Anchors, Classifier, Penalty, Pull, Scores, Sinkhorn, apply
@@ -329,7 +327,8 @@ class DiagVI(MosaicModel):
     lam_data, lam_kl, lam_private, lam_graph, lam_sinkhorn, lam_anchors, lam_pull, lam_class
         Weights of the likelihoods, of the divergences of shared and private variables, of the graph (its likelihood
         and its divergence), of the Sinkhorn divergence, of anchors and pull to the linkage's scores, and of the
-        classifier of labels. `REFERENCE` holds the reference's.
+        classifier of labels. The pull is 4 by default, and 1 beside a mixture, whose components must be free to move.
+        `REFERENCE` holds the reference's.
     kl_per_feature
         Divide the divergences of a modality's cells by its number of features, as the reference does.
     align_draws
@@ -389,7 +388,7 @@ class DiagVI(MosaicModel):
         blur: float | None = None,
         reach: float | None = None,
         lam_anchors: float = 2.0,
-        lam_pull: float = 1.0,
+        lam_pull: float | None = None,
         lam_class: float = 5.0,
         linkage: Literal["cca"] | pd.DataFrame | None = "cca",
         penalties: Sequence[Penalty] = (),
@@ -424,6 +423,8 @@ class DiagVI(MosaicModel):
                 if likelihood.posterior_predictors
             }
             sizes = {name: Size(name, m, n_latent) for name, m in modalities.items()}
+            if lam_pull is None:
+                lam_pull = 1.0 if prior == "mixture" else 4.0
             if prior == "normal":
                 prior = StandardNormal(n_latent)
             elif prior == "mixture":
@@ -496,8 +497,7 @@ class DiagVI(MosaicModel):
             return self.linkage.loc[mosaic.obs_names].to_numpy(dtype=np.float32)
         if self.linkage != "cca":
             raise ValueError(f'linkage is "cca", a table of scores, or None; found {self.linkage!r}')
-        # Types of cells may be in one modality only: not all mass need be matched.
-        return shared_scores(mosaic, self.graph, self.model.n_latent, match=partial(transport, reach=0.3))
+        return shared_scores(mosaic, self.graph, self.model.n_latent)
 
     def finish(self, mosaic: Mosaic) -> None:
         """Learn the sizes of cells from their latent variables; calibrate the classifier."""
