@@ -7,9 +7,11 @@ Cells without all modalities are left out. One experiment a call:
 ``uncertainty``  imputation at 75 % unpaired, and its error against its uncertainty (Fig. 4)
 ``heldout``      one modality of one cell type is taken away altogether; its differences are inferred (Fig. 5)
 ``robustness``   fusions and penalties (Supplementary Fig. 3)
+``markers``      differential expression of types with known marker genes, and of shuffled types
 
     python benchmarks/multivi_paper.py unpairing --figure unpairing.png
     python benchmarks/multivi_paper.py heldout --types B Mono
+    python benchmarks/multivi_paper.py markers --markers B=MS4A1,CD79A NK=NKG7,GNLY
     python benchmarks/multivi_paper.py uncertainty --data snare_cortex.h5mu --min-share 0.005 --label-key cell_class
 """
 
@@ -33,6 +35,7 @@ PENALTIES = {
 }
 N_DRAWS = 15  # draws of z behind an uncertainty, as in the paper
 TENTHS = 10
+N_SHUFFLES = 5
 LINES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 4)))
 
 
@@ -279,6 +282,34 @@ def robustness(options: Namespace, seed: int, choices: Mapping[str, Any]) -> Fig
     return figures
 
 
+def markers(options: Namespace, seed: int) -> dict[str, Figures]:
+    """Where the known markers of a type stand among the features that it has more of, and what chance calls."""
+    quiet()
+    from pyromosaic import unpair
+
+    mosaic = unpair(complete(options), options.unpair, seed)
+    model = train(mosaic, options, seed)
+    types = pd.concat([a.obs[options.label_key].astype(str) for a in mosaic.mod.values()])
+    types = types[~types.index.duplicated()].reindex(model.mosaic.obs_names)
+    rng = np.random.default_rng(seed)
+    results = {}
+    for tested, known in options.markers.items():
+        own = (types == tested).to_numpy()
+        table = model.differential(cells1=own, modality="rna", n_samples=2000, seed=seed)
+        up = table.index[table["lfc_median"] > 0]
+        chance = [
+            model.differential(cells1=rng.permutation(own), modality="rna", n_samples=2000, seed=seed)["is_significant"]
+            for _ in range(N_SHUFFLES)
+        ]
+        results[tested] = {
+            "cells": float(own.sum()),
+            "called": float(table["is_significant"].sum()),
+            "called, types shuffled": float(np.mean([calls.sum() for calls in chance])),
+            **{f"rank of {gene}": float(up.get_loc(gene) + 1) for gene in known if gene in up},
+        }
+    return results
+
+
 # Experiments, all seeds: run, print, draw
 
 
@@ -331,7 +362,21 @@ def run_robustness(options: Namespace) -> None:
         show(options, what, {name: over_seeds(options, robustness, choices) for name, choices in systems.items()})
 
 
+def run_markers(options: Namespace) -> None:
+    """A table a type."""
+    seeds = over_seeds(options, markers)
+    for tested in options.markers:
+        show(options, f"markers of {tested}", {"pyromosaic": [r[tested] for r in seeds]})
+
+
+def type_and_markers(words: str) -> tuple[str, list[str]]:
+    """``TYPE=GENE,GENE``, as given on the command line."""
+    name, genes = words.split("=")
+    return name, genes.split(",")
+
+
 EXPERIMENTS = {
+    "markers": run_markers,
     "unpairing": run_unpairing,
     "factors": run_factors,
     "uncertainty": run_uncertainty,
@@ -423,6 +468,14 @@ def main() -> None:
     )
     parser.add_argument("--unpair", type=float, default=0.75, help="the other experiments: share of cells unpaired")
     parser.add_argument("--types", nargs="+", help="heldout: cell types; all that are frequent enough if left out")
+    parser.add_argument(
+        "--markers",
+        type=type_and_markers,
+        nargs="+",
+        default=[],
+        metavar="TYPE=GENE,GENE",
+        help="what is known",
+    )
     parser.add_argument("--min-cells", type=int, default=40, help="heldout: fewest cells of a type")
     parser.add_argument(
         "--min-share", type=float, default=0.0, help="use regions seen in more than this share of cells"
@@ -438,6 +491,7 @@ def main() -> None:
         parser.error("--peer goes with unpairing only")
     if options.figure and options.experiment not in ("unpairing", "uncertainty"):
         parser.error("--figure goes with unpairing and uncertainty only")
+    options.markers = dict(options.markers)
     quiet()
     EXPERIMENTS[options.experiment](options)
 

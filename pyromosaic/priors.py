@@ -11,9 +11,8 @@ import torch
 from pyro import distributions as dist
 from torch import Tensor, nn
 
-from pyromosaic.data import Minibatch
+from pyromosaic.data import Minibatch, View
 from pyromosaic.labels import Labels
-from pyromosaic.penalties.cycle import typical
 
 
 class StandardNormal(nn.Module):
@@ -197,7 +196,7 @@ class VampPrior(nn.Module):
     def forward(self, minibatch: Minibatch) -> dist.TorchDistribution:
         """The prior of every cell of the minibatch."""
         (encoder,) = self.encoder
-        loc, scale = encoder.posterior(self.inputs, typical(encoder.scaling.schema, self.inputs))
+        loc, scale = encoder.posterior(self.inputs, View.typical(encoder.scaling.schema, self.inputs))
         components = dist.Normal(loc[:, : self.n_latent], scale[:, : self.n_latent]).to_event(1)
         shape = [len(minibatch), 1, len(self.logits)]
         return dist.MixtureSameFamily(dist.Categorical(logits=self.logits.expand(shape)), components.expand(shape))

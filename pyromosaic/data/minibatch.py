@@ -11,6 +11,7 @@ from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pyromosaic.data.mosaic import Modality, Mosaic
+from pyromosaic.data.spec import ModalitySchema
 
 
 @dataclass
@@ -57,6 +58,21 @@ class View:
     counts: Tensor | None
     labels: Tensor | None = None
     exposure: Tensor | None = None
+
+    @classmethod
+    def typical(cls, schema: ModalitySchema, like: Tensor) -> "View":
+        """A modality to predict in n cells of median size and average covariates, for a tensor with n rows."""
+        n, device = len(like), like.device
+        return cls(
+            rows=torch.arange(n, device=device),
+            codes=torch.full((n, len(schema.categories)), -1, device=device),
+            n_categories=tuple(len(categories) for categories in schema.categories.values()),
+            continuous=like.new_zeros(n, len(schema.continuous)),
+            library=like.new_full((n, 1), schema.library),
+            counts=None,
+            labels=torch.full((n,), -1, device=device),
+            exposure=like.new_full((n, schema.n_features), schema.exposure) if schema.spec.exposure_layer else None,
+        )
 
     def dense_counts(self) -> Tensor:
         """Measurements as a strided tensor, shape (b, features)."""

@@ -66,12 +66,12 @@ class Cycle(Penalty):
 
     def there(self, name: str, z: Tensor) -> Tensor:
         """Posterior means given what a modality is expected to measure at z, shape (n, latent)."""
-        loc, _ = self.encoders[name].posterior(self.expected(name, z), typical(self.schema[name], z))
+        loc, _ = self.encoders[name].posterior(self.expected(name, z), View.typical(self.schema[name], z))
         return loc[:, : z.shape[-1]]
 
     def expected(self, name: str, z: Tensor) -> Tensor:
         """What a modality is expected to measure at z, as its encoder sees it, shape (n, features)."""
-        likelihood, view = self.likelihoods[name], typical(self.schema[name], z)
+        likelihood, view = self.likelihoods[name], View.typical(self.schema[name], z)
         predictors = self.decoders[name](torch.nn.functional.pad(z, (0, self.n_private)), view)
         if hasattr(likelihood, "seen"):
             own: Tensor = likelihood.seen(predictors)
@@ -83,18 +83,3 @@ class Cycle(Penalty):
             return (view.rates(mean) - scaling.mean) / scaling.sd
         x = mean if self.schema[name].spec.data_kind == "real" else torch.log1p(mean)  # of a cell of median size
         return (x - scaling.mean) / scaling.sd
-
-
-def typical(schema: ModalitySchema, like: Tensor) -> View:
-    """A modality in n cells of median size and average covariates, for a tensor with n rows."""
-    n, device = len(like), like.device
-    return View(
-        rows=torch.arange(n, device=device),
-        codes=torch.full((n, len(schema.categories)), -1, device=device),
-        n_categories=tuple(len(categories) for categories in schema.categories.values()),
-        continuous=like.new_zeros(n, len(schema.continuous)),
-        library=like.new_full((n, 1), schema.library),
-        counts=None,
-        labels=torch.full((n,), -1, device=device),
-        exposure=like.new_full((n, schema.n_features), schema.exposure) if schema.spec.exposure_layer else None,
-    )

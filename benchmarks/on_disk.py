@@ -1,0 +1,96 @@
+"""An epoch of DiagVI on data that stay on disk: two modalities of as many cells as asked for, in different cells.
+
+python benchmarks/on_disk.py --cells 1000000 --folder /tmp/million
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from common import Figures, isolated, measured_cost, quiet, report
+
+BLOCK = 20_000  # cells written at once
+
+
+def write(path: Path, prefix: str, n_cells: int, profiles: np.ndarray, seed: int) -> None:
+    """Counts of cells of one type each, written block by block as CSR."""
+    import anndata
+    import pandas as pd
+    from scipy import sparse
+
+    rng = np.random.default_rng(seed)
+    for start in range(0, n_cells, BLOCK):
+        size = min(BLOCK, n_cells - start)
+        mean = profiles[rng.integers(len(profiles), size=size)] * rng.gamma(4, 0.25, (size, 1))
+        counts = sparse.csr_matrix(rng.poisson(mean).astype(np.float32))
+        counts[:, 0] = np.maximum(counts[:, 0].toarray(), 1)  # no cell is empty
+        if start == 0:
+            features = pd.DataFrame(index=[f"{prefix}{j}" for j in range(profiles.shape[1])])
+            cells = pd.DataFrame(index=[f"{prefix}_cell{i}" for i in range(size)])
+            anndata.AnnData(counts.tocsr(), cells, features).write_h5ad(path)
+        else:
+            append(path, counts.tocsr())
+    import h5py
+
+    with h5py.File(path, "r+") as file:
+        del file["obs"]
+        anndata.io.write_elem(file, "obs", pd.DataFrame(index=[f"{prefix}_cell{i}" for i in range(n_cells)]))
+
+
+def append(path: Path, counts: object) -> None:
+    """Add rows to the matrix of a file."""
+    import anndata
+    import h5py
+
+    with h5py.File(path, "r+") as file:
+        anndata.io.sparse_dataset(file["X"]).append(counts)
+
+
+def train(folder: Path, n_links: int, batch_size: int, linkage: str | None) -> Figures:
+    """One epoch from the files."""
+    quiet()
+    import anndata
+    import pandas as pd
+
+    from pyromosaic import DiagVI, Mosaic
+
+    with measured_cost() as registration:
+        adatas = {name: anndata.read_h5ad(folder / f"{name}.h5ad", backed="r") for name in ("rna", "adt")}
+        mosaic = Mosaic.from_anndata(adatas)
+        links = pd.DataFrame({name: adata.var_names[:n_links] for name, adata in adatas.items()})
+        model = DiagVI(mosaic, links, linkage=linkage)
+    with measured_cost() as cost:
+        model.train(1, batch_size=batch_size, progress_bar=False)
+    return {
+        "cells": mosaic.n_cells,
+        "size of the files, MB": sum((folder / f"{name}.h5ad").stat().st_size for name in adatas) / 2**20,
+        "seconds to register": registration.seconds,
+        "seconds for an epoch": cost.seconds,
+        "peak memory, MB": cost.peak_mb,
+    }
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", type=int, default=1_000_000, help="of each modality")
+    parser.add_argument("--genes", type=int, default=500)
+    parser.add_argument("--proteins", type=int, default=50)
+    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--linkage", action="store_true", help="canonical correlation before training too")
+    parser.add_argument("--folder", type=Path, required=True, help="where the files are written")
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    signal = rng.normal(size=(10, max(options.genes, options.proteins)))  # of ten types, the same in linked features
+    for seed, (name, width, depth) in enumerate((("rna", options.genes, 0.15), ("adt", options.proteins, 1.0))):
+        profiles = depth * np.exp(signal[:, :width] + rng.normal(size=width))
+        write(options.folder / f"{name}.h5ad", name, options.cells, profiles, seed)
+    linkage = "cca" if options.linkage else None
+    figures = isolated(train, options.folder, options.proteins, options.batch_size, linkage)
+    report("DiagVI from disk", {"pyromosaic": [figures]}, vars(options), options.json)
+
+
+if __name__ == "__main__":
+    main()
