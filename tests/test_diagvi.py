@@ -292,7 +292,7 @@ def test_sinkhorn_is_the_converged_divergence_and_homogeneous():
     assert sinkhorn_divergence(x, y, blur=0.5, reach=float("inf")) > sinkhorn_divergence(x, y, blur=0.5, reach=0.5)
 
 
-def test_sinkhorn_sums_over_pairs_and_warms_up():
+def test_sinkhorn_sums_over_pairs_or_from_a_reference_and_warms_up(mosaic, graph):
     generator = torch.Generator().manual_seed(0)
     posteriors = {
         name: Posterior(torch.arange(9), torch.randn(9, 2, generator=generator), torch.full((9, 2), 1e-3))
@@ -302,7 +302,11 @@ def test_sinkhorn_sums_over_pairs_and_warms_up():
     total = sinkhorn_divergence(a, b) + sinkhorn_divergence(a, c) + sinkhorn_divergence(b, c)
     torch.testing.assert_close(Sinkhorn()(posteriors, None), total)
     torch.testing.assert_close(Sinkhorn(sampled=True)(posteriors, None), total, rtol=0.05, atol=1e-2)
+    to_b = sinkhorn_divergence(a, b) + sinkhorn_divergence(b, c)
+    torch.testing.assert_close(Sinkhorn(reference="b")(posteriors, None), to_b)
     assert Sinkhorn()({"a": posteriors["a"]}, None) == 0
+    with pytest.raises(ValueError, match="the reference is one of rna, adt, or None; found 'atac'"):
+        small(mosaic, graph, reference="atac")
     assert Sinkhorn.warms_up
 
 

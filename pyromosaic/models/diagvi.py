@@ -335,6 +335,8 @@ class DiagVI(MosaicModel):
         Align draws from the posteriors, as the reference does, instead of their means.
     blur, reach
         Of the Sinkhorn divergence; None adapts them to the minibatch.
+    reference
+        Modality that all others are aligned to; None aligns every pair. Without effect on two modalities.
     linkage
         Scores of cells that all modalities share, for anchors and pull: ``"cca"`` computes them from the graph's links
         before training; a table with a row a cell holds your own; None goes without.
@@ -387,6 +389,7 @@ class DiagVI(MosaicModel):
         align_draws: bool = False,
         blur: float | None = None,
         reach: float | None = None,
+        reference: str | None = None,
         lam_anchors: float = 2.0,
         lam_pull: float | None = None,
         lam_class: float = 5.0,
@@ -407,6 +410,8 @@ class DiagVI(MosaicModel):
             self.scores = Scores()
             labels = Labels(schema)
             modalities = schema.modalities
+            if reference not in (None, *modalities):
+                raise ValueError(f"the reference is one of {', '.join(modalities)}, or None; found {reference!r}")
             likelihoods = likelihoods_of(schema)
             width = n_latent + n_private
             encoders = {
@@ -436,7 +441,7 @@ class DiagVI(MosaicModel):
             edges, weight, sign = directed(self.graph)
             self.classifier = Classifier(lam_class, labels, n_latent) if len(labels) else None
             aligned = [
-                Sinkhorn(lam_sinkhorn, blur=blur, reach=reach, sampled=align_draws),
+                Sinkhorn(lam_sinkhorn, blur=blur, reach=reach, sampled=align_draws, reference=reference),
                 Anchors(lam_anchors, self.scores),
                 Pull(lam_pull, self.scores),
                 *([] if self.classifier is None else [self.classifier]),
