@@ -486,12 +486,22 @@ class DiagVI(MosaicModel):
                 if name in decoders:
                     decoders[name].start(values)
 
-    def train(self, n_epochs: int = 150, **options: Any) -> None:
-        """Link the cells of different modalities, then fit the parameters; see `MosaicModel.train`."""
+    def train(self, n_epochs: int = 150, *, batch_size: int = 512, **options: Any) -> None:
+        """Link the cells of different modalities, then fit the parameters.
+
+        Parameters
+        ----------
+        n_epochs
+            Passes over the training cells.
+        batch_size
+            Cells in a minibatch, of all modalities together: populations are aligned by what a minibatch holds of them.
+        **options
+            As in `MosaicModel.train`.
+        """
         mosaic = self._data(None)
         if not self.scores and self.linkage is not None:
             self.scores.set(torch.from_numpy(self.link(mosaic)).to(self._device))
-        super().train(n_epochs, **options)
+        super().train(n_epochs, batch_size=batch_size, **options)
 
     def link(self, mosaic: Mosaic) -> np.ndarray:
         """Scores of the cells that all modalities share, shape (N, c)."""
