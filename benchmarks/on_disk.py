@@ -22,14 +22,15 @@ def write(path: Path, prefix: str, n_cells: int, profiles: np.ndarray, seed: int
     for start in range(0, n_cells, BLOCK):
         size = min(BLOCK, n_cells - start)
         mean = profiles[rng.integers(len(profiles), size=size)] * rng.gamma(4, 0.25, (size, 1))
-        counts = sparse.csr_matrix(rng.poisson(mean).astype(np.float32))
-        counts[:, 0] = np.maximum(counts[:, 0].toarray(), 1)  # no cell is empty
+        drawn = rng.poisson(mean).astype(np.float32)
+        drawn[:, 0] = np.maximum(drawn[:, 0], 1)  # no cell is empty
+        counts = sparse.csr_matrix(drawn)
         if start == 0:
             features = pd.DataFrame(index=[f"{prefix}{j}" for j in range(profiles.shape[1])])
             cells = pd.DataFrame(index=[f"{prefix}_cell{i}" for i in range(size)])
-            anndata.AnnData(counts.tocsr(), cells, features).write_h5ad(path)
+            anndata.AnnData(counts, cells, features).write_h5ad(path)
         else:
-            append(path, counts.tocsr())
+            append(path, counts)
     import h5py
 
     with h5py.File(path, "r+") as file:
