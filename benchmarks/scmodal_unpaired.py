@@ -42,7 +42,7 @@ def ours(options: Namespace, seed: int) -> Figures:
     left_out = order < round(options.leave_out * len(links))
     kept = links.take(order < options.n_links) if options.n_links is not None else links.take(~left_out)
     settings: dict[str, Any] = {}
-    training: dict[str, Any] = {"n_epochs": options.epochs}
+    training: dict[str, Any] = {"n_epochs": options.epochs, "validation": options.validation}
     if options.reference:
         preset = ScModal.presets["reference"]
         settings, training = dict(preset.options), {**preset.training, "max_steps": options.steps}
@@ -158,6 +158,7 @@ def main() -> None:
     )
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--validation", type=float, default=0.1, help="share of cells kept out of training")
     parser.add_argument("--reference", action="store_true", help="the reference's program and weights instead of ours")
     parser.add_argument("--steps", type=int, default=10_000, help="training steps of the reference")
     parser.add_argument("--timed-steps", type=int, default=0, help="steps of the reference to time; 0 for none")
