@@ -128,7 +128,8 @@ def ours(options: Namespace, seed: int, arguments: dict[str, Any]) -> Figures:
     figures["leakage: |s|² of held-out background / target cells"] = float(
         size[groups[held_out] == 0].mean() / size[groups[held_out] > 0].mean()
     )
-    figures["salient dimensions used (> 0.1 nats)"] = float((model.salient_information() > 0.1).sum())
+    for least in (0.1, 0.5):
+        figures[f"salient dimensions used (> {least} nats)"] = float((model.salient_information() > least).sum())
     if options.markers:
         figures |= marker_ranks(model.salient_effect().index, options)
     seconds = cost.seconds / len(model.history)
