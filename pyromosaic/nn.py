@@ -103,6 +103,8 @@ class Encoder(nn.Module):
         Width of the latent space and shape of the network.
     covariates
         Whether the encoder sees the covariates too.
+    embedding
+        Width of a learnt embedding of the covariates, seen in their place; 0 for the covariates as they are.
 
     Examples
     --------
@@ -123,11 +125,13 @@ class Encoder(nn.Module):
         n_layers: int = 2,
         dropout: float = 0.1,
         covariates: bool = True,
+        embedding: int = 0,
     ) -> None:
         super().__init__()
         self.scaling = InputScaling(schema)
         self.covariates = covariates
-        self.hidden = layers(schema.n_features + covariates * schema.n_covariates, n_hidden, n_layers, dropout)
+        self.embed, width = embed(schema, embedding if covariates else 0)
+        self.hidden = layers(schema.n_features + covariates * width, n_hidden, n_layers, dropout)
         self.loc = nn.Linear(n_hidden, n_latent)
         self.log_variance = nn.Linear(n_hidden, n_latent)
 
@@ -138,9 +142,24 @@ class Encoder(nn.Module):
     def posterior(self, x: Tensor, view: View) -> tuple[Tensor, Tensor]:
         """The same given scaled measurements, shape (b, features), whatever the view holds."""
         if self.covariates:
-            x = torch.cat([x, view.design()], dim=-1)
+            x = torch.cat([x, self.embed(view.design())], dim=-1)
         hidden = self.hidden(x)
         return self.loc(hidden), torch.exp(0.5 * self.log_variance(hidden).clamp(-20.0, 20.0))
+
+
+def embed(schema: ModalitySchema, width: int) -> tuple[nn.Module, int]:
+    """What a network makes of the covariates, and how wide that is: an embedding, a row a category, or as they are.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50}, n_batches=4)[0], batch_key="batch")
+    >>> embed(mosaic.schema["rna"], 2)
+    (Linear(in_features=4, out_features=2, bias=False), 2)
+    """
+    if width == 0 or schema.n_covariates == 0:
+        return nn.Identity(), schema.n_covariates
+    return nn.Linear(schema.n_covariates, width, bias=False), width
 
 
 class Decoder(nn.Module):
@@ -154,6 +173,8 @@ class Decoder(nn.Module):
         Names of the heads, each as wide as the modality has features.
     n_latent, n_hidden, n_layers, dropout
         Width of the latent space and shape of the network.
+    embedding
+        As in `Encoder`.
 
     Examples
     --------
@@ -174,12 +195,12 @@ class Decoder(nn.Module):
         n_hidden: int = 128,
         n_layers: int = 1,
         dropout: float = 0.0,
+        embedding: int = 0,
     ) -> None:
         super().__init__()
-        self.hidden = layers(n_latent + schema.n_covariates, n_hidden, n_layers, dropout)
-        self.heads: Any = nn.ModuleDict(
-            {name: nn.Linear(n_hidden + schema.n_covariates, schema.n_features) for name in predictors}
-        )
+        self.embed, width = embed(schema, embedding)
+        self.hidden = layers(n_latent + width, n_hidden, n_layers, dropout)
+        self.heads: Any = nn.ModuleDict({name: nn.Linear(n_hidden + width, schema.n_features) for name in predictors})
 
     def start(self, biases: Mapping[str, Tensor]) -> None:
         """Begin training at these biases, the data's mean profile say, rather than at random ones."""
@@ -189,7 +210,7 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor, view: View) -> dict[str, Tensor]:
         """Predictors by name, each of shape (..., b, features), for z of shape (..., b, latent)."""
-        design = view.design().expand(*z.shape[:-1], -1)
+        design = self.embed(view.design()).expand(*z.shape[:-1], -1)
         hidden = self.hidden(torch.cat([z, design], dim=-1))
         hidden = torch.cat([hidden, design], dim=-1)
         return {name: head(hidden) for name, head in self.heads.items()}

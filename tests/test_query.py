@@ -1,6 +1,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from pyromosaic import ContrastiveVI, DiagVI, Mosaic, MultiVI, ScModal, metrics, simulate
 from pyromosaic.guidance import GuidanceGraph
@@ -63,6 +64,33 @@ def test_adapting_moves_only_what_belongs_to_the_new_batch(trained):
                 assert changed[masks[name]].float().mean() > 0.9
             else:
                 assert not changed.any()
+
+
+def test_networks_may_see_an_embedding_of_the_batch(tmp_path):
+    reference, query, last = mosaics()
+    mosaic = Mosaic.from_mudata(reference[:300].copy(), batch_key="batch")
+    with pytest.raises(ValueError, match="covariate_embedding is at least 0; found -1"):
+        MultiVI(mosaic, covariate_embedding=-1)
+    plain = MultiVI(mosaic, n_latent=4, n_hidden=16, dropout=0.0)
+    model = MultiVI(mosaic, n_latent=4, n_hidden=16, dropout=0.0, covariate_embedding=3)
+    for part in ("model", "guide"):  # an embedding that is the indicators themselves
+        embedded = getattr(model, part)
+        embedded.load_state_dict(getattr(plain, part).state_dict(), strict=False)
+        weights = [p for name, p in embedded.named_parameters() if name.endswith("embed.weight")]
+        assert len(weights) == (2 if part == "model" else 3)
+        for weight in weights:
+            torch.nn.init.eye_(weight)
+    np.testing.assert_allclose(model.get_latent_representation(), plain.get_latent_representation(), atol=1e-6)
+
+    model = MultiVI(mosaic, n_latent=4, n_hidden=16, covariate_embedding=2)
+    model.train(3, progress_bar=False)
+    expected = model.get_normalized_expression("rna")
+    model.save(tmp_path / "model")
+    pd.testing.assert_frame_equal(MultiVI.load(tmp_path / "model", mosaic).get_normalized_expression("rna"), expected)
+    adapted = model.adapt(query[:100].copy(), 3, progress_bar=False)
+    old, new = (m.model.decoders["rna"].embed.weight.detach() for m in (model, adapted))
+    assert new.shape == (2, 4) and torch.equal(new[:, :3], old)
+    assert not torch.equal(new[:, 3], old.mean(1))
 
 
 def test_adapted_model_explains_new_cells_better_and_mixes_them(trained):

@@ -5,6 +5,7 @@ Ashuach et al., MultiVI: deep generative model for the integration of multimodal
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -217,6 +218,9 @@ class MultiVI(MosaicModel):
         Dropout of the encoders.
     encode_covariates
         Whether encoders see batch and covariates.
+    covariate_embedding
+        Width of a learnt embedding of batch and covariates, which networks see in their place; 0 for indicators. Of use
+        with many batches.
     library
         Cell factor of RNA: ``"observed"`` is its total count; ``"latent"`` infers it by a network, with a normal prior
         on its logarithm from the cell's batch.
@@ -291,6 +295,7 @@ class MultiVI(MosaicModel):
         n_decoder_layers: int = 1,
         dropout: float = 0.1,
         encode_covariates: bool = True,
+        covariate_embedding: int = 0,
         library: str = "observed",
         fusion: str | Fusion = "mean",
         n_private: int | Mapping[str, int] = 0,
@@ -310,6 +315,9 @@ class MultiVI(MosaicModel):
             modalities = schema.modalities
             if library not in ("observed", "latent"):
                 raise ValueError(f'library is "observed" or "latent"; found {library!r}')
+            if covariate_embedding < 0:
+                raise ValueError(f"covariate_embedding is at least 0; found {covariate_embedding}")
+            seen: dict[str, Any] = {"embedding": covariate_embedding}
             if n_hidden is None:
                 regions = [m.n_features for m in modalities.values() if m.spec.family == "bernoulli"]
                 n_hidden = min(128, int(max(regions or [m.n_features for m in modalities.values()]) ** 0.5))
@@ -317,12 +325,13 @@ class MultiVI(MosaicModel):
             private = _private(n_private, schema)
             width = {name: n_latent + private.get(name, 0) for name in modalities}
             likelihoods = likelihoods_of(schema)
+            encode, decode = (encoder or partial(Encoder, **seen)), partial(Decoder, **seen)
             encoders = {
-                name: (encoder or Encoder)(m, width[name], n_hidden, n_encoder_layers, dropout, encode_covariates)
+                name: encode(m, width[name], n_hidden, n_encoder_layers, dropout, encode_covariates)
                 for name, m in modalities.items()
             }
 
-            def decoders(heads: str, network: Callable[..., nn.Module] = Decoder) -> dict[str, nn.Module]:
+            def decoders(heads: str, network: Callable[..., nn.Module]) -> dict[str, nn.Module]:
                 wanted = {name: getattr(likelihood, heads) for name, likelihood in likelihoods.items()}
                 return {
                     name: network(schema[name], predictors, width[name], n_hidden, n_decoder_layers)
@@ -336,7 +345,7 @@ class MultiVI(MosaicModel):
                 private,
                 private_kl,
                 {n: (LatentSize if n in inferred else Size)(n, m, n_latent) for n, m in modalities.items()},
-                decoders("predictors", decoder or Decoder),
+                decoders("predictors", decoder or decode),
                 likelihoods,
             )
             self.guide = self.Guide(
@@ -347,8 +356,8 @@ class MultiVI(MosaicModel):
                 left_out,
                 [Jeffreys(jeffreys), MMD(mmd), *penalties],
                 [Adversary(schema, n_latent, adversary_target, adversary)] if adversary else [],
-                {name: Encoder(schema[name], 1, n_hidden, 1, dropout, encode_covariates) for name in inferred},
-                decoders("posterior_predictors"),
+                {name: Encoder(schema[name], 1, n_hidden, 1, dropout, encode_covariates, **seen) for name in inferred},
+                decoders("posterior_predictors", decode),
                 likelihoods,
             )
 
