@@ -8,6 +8,7 @@ Cells without all modalities are left out. One experiment a call:
 ``heldout``      one modality of one cell type is taken away altogether; its differences are inferred (Fig. 5)
 ``robustness``   fusions and penalties (Supplementary Fig. 3)
 ``markers``      differential expression of types with known marker genes, and of shuffled types
+``trimodal``     RNA, chromatin and antibodies in all seven patterns, simulated with known truth
 
     python benchmarks/multivi_paper.py unpairing --figure unpairing.png
     python benchmarks/multivi_paper.py heldout --types B Mono
@@ -310,6 +311,35 @@ def markers(options: Namespace, seed: int) -> dict[str, Figures]:
     return results
 
 
+def trimodal(options: Namespace, seed: int) -> Figures:
+    """Mixing of seven patterns of three modalities, and imputed against expected measurements, simulated cells."""
+    quiet()
+    from pyromosaic import metrics, simulate
+
+    mdata, truth = simulate(options.cells, {"rna": 300, "atac": 500, "adt": 30}, seed=seed)
+    model = train(mdata, options, seed)
+    latent, patterns = model.get_latent_representation(), model.mosaic.patterns
+    labels = pd.Series(truth.type.astype(str), mdata.obs_names)[latent.index]
+    figures = {
+        "modality enrichment (1 = mixed)": metrics.modality_enrichment(latent, patterns),
+        "  largest possible": 1 / float((patterns.value_counts(normalize=True) ** 2).sum()),
+        "label purity": metrics.label_purity(latent, labels),
+    }
+    for a, b in [(a, b) for a in mdata.mod for b in mdata.mod if a != b]:
+        one, other = (patterns == name for name in (a, b))
+        figures[f"transfer {a} -> {b}, cells with one modality"] = metrics.label_transfer_accuracy(
+            latent[one], labels[one], latent[other], labels[other], n_neighbors=15
+        )
+    for name in mdata.mod:
+        for word, cells in (("measured", model.mosaic.presence[name]), ("imputed", ~model.mosaic.presence[name])):
+            found = model.get_imputed_values(name, cells.index[cells], n_samples=None).mean.to_numpy()
+            expected = truth.mean[name][mdata.obs_names.get_indexer(cells.index[cells])]
+            shares = [x / x.sum(axis=1, keepdims=True) for x in (found, expected)]
+            per_feature = [np.corrcoef(a, b)[0, 1] for a, b in zip(*(x.T for x in shares), strict=True)]
+            figures[f"{name} {word}: Pearson with truth, median of features"] = float(np.nanmedian(per_feature))
+    return figures
+
+
 # Experiments, all seeds: run, print, draw
 
 
@@ -362,6 +392,11 @@ def run_robustness(options: Namespace) -> None:
         show(options, what, {name: over_seeds(options, robustness, choices) for name, choices in systems.items()})
 
 
+def run_trimodal(options: Namespace) -> None:
+    """One column."""
+    report("three modalities, simulated", {"pyromosaic": over_seeds(options, trimodal)}, vars(options), options.json)
+
+
 def run_markers(options: Namespace) -> None:
     """A table a type."""
     seeds = over_seeds(options, markers)
@@ -377,6 +412,7 @@ def type_and_markers(words: str) -> tuple[str, list[str]]:
 
 EXPERIMENTS = {
     "markers": run_markers,
+    "trimodal": run_trimodal,
     "unpairing": run_unpairing,
     "factors": run_factors,
     "uncertainty": run_uncertainty,
@@ -476,6 +512,7 @@ def main() -> None:
         metavar="TYPE=GENE,GENE",
         help="what is known",
     )
+    parser.add_argument("--cells", type=int, default=2800, help="trimodal: simulated cells")
     parser.add_argument("--min-cells", type=int, default=40, help="heldout: fewest cells of a type")
     parser.add_argument(
         "--min-share", type=float, default=0.0, help="use regions seen in more than this share of cells"
