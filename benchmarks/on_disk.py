@@ -1,6 +1,6 @@
 """An epoch of DiagVI on data that stay on disk: two modalities of as many cells as asked for, in different cells.
 
-python benchmarks/on_disk.py --cells 1000000 --folder /tmp/million
+python benchmarks/on_disk.py --cells 1000000 --folder million
 """
 
 import argparse
@@ -15,8 +15,12 @@ BLOCK = 20_000  # cells written at once
 def write(path: Path, prefix: str, n_cells: int, profiles: np.ndarray, seed: int) -> None:
     """Counts of cells of one type each, written block by block as CSR."""
     import anndata
+    import h5py
     import pandas as pd
     from scipy import sparse
+
+    def names(what: str, n: int) -> pd.DataFrame:
+        return pd.DataFrame(index=[f"{prefix}{what}{i}" for i in range(n)])
 
     rng = np.random.default_rng(seed)
     for start in range(0, n_cells, BLOCK):
@@ -26,25 +30,13 @@ def write(path: Path, prefix: str, n_cells: int, profiles: np.ndarray, seed: int
         drawn[:, 0] = np.maximum(drawn[:, 0], 1)  # no cell is empty
         counts = sparse.csr_matrix(drawn)
         if start == 0:
-            features = pd.DataFrame(index=[f"{prefix}{j}" for j in range(profiles.shape[1])])
-            cells = pd.DataFrame(index=[f"{prefix}_cell{i}" for i in range(size)])
-            anndata.AnnData(counts, cells, features).write_h5ad(path)
+            anndata.AnnData(counts, names("_cell", size), names("", profiles.shape[1])).write_h5ad(path)
         else:
-            append(path, counts)
-    import h5py
-
+            with h5py.File(path, "r+") as file:
+                anndata.io.sparse_dataset(file["X"]).append(counts)
     with h5py.File(path, "r+") as file:
         del file["obs"]
-        anndata.io.write_elem(file, "obs", pd.DataFrame(index=[f"{prefix}_cell{i}" for i in range(n_cells)]))
-
-
-def append(path: Path, counts: object) -> None:
-    """Add rows to the matrix of a file."""
-    import anndata
-    import h5py
-
-    with h5py.File(path, "r+") as file:
-        anndata.io.sparse_dataset(file["X"]).append(counts)
+        anndata.io.write_elem(file, "obs", names("_cell", n_cells))
 
 
 def train(folder: Path, n_links: int, batch_size: int, linkage: str | None) -> Figures:
