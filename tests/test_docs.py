@@ -1,6 +1,8 @@
 """What the documentation shows runs: the Python blocks of each page, in order, in one namespace."""
 
 import re
+import shlex
+import subprocess
 from functools import partial
 from pathlib import Path
 
@@ -49,3 +51,30 @@ def workshop(monkeypatch, tmp_path):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_page_runs(page, workshop):
     assert run(page)
+
+
+COMMANDS = re.compile(r"^```(?:bash|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def scripts():
+    """Every call of a benchmark on a page, as words."""
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        for block in COMMANDS.findall(page.read_text()) if "_build" not in page.parts else ():
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if len(words) > 1 and words[0] == "python":
+                    yield pytest.param(words[1], words[2:], id=f"{page.stem}: {line}")
+
+
+@pytest.mark.parametrize(("script", "words"), list(scripts()))
+def test_commands_name_scripts_and_options_that_exist(script, words):
+    text = (ROOT / "benchmarks" / Path(script).name).read_text() + (ROOT / "benchmarks" / "common.py").read_text()
+    for option in words:
+        if option.startswith("--"):
+            assert f'"{option}"' in text
+
+
+def test_commands_are_shell():
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        for block in COMMANDS.findall(page.read_text()) if "_build" not in page.parts else ():
+            subprocess.run(["bash", "-n"], input=block, text=True, check=True)

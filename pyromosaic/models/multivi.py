@@ -317,7 +317,6 @@ class MultiVI(MosaicModel):
                 raise ValueError(f'library is "observed" or "latent"; found {library!r}')
             if covariate_embedding < 0:
                 raise ValueError(f"covariate_embedding is at least 0; found {covariate_embedding}")
-            seen: dict[str, Any] = {"embedding": covariate_embedding}
             if n_hidden is None:
                 regions = [m.n_features for m in modalities.values() if m.spec.family == "bernoulli"]
                 n_hidden = min(128, int(max(regions or [m.n_features for m in modalities.values()]) ** 0.5))
@@ -325,9 +324,10 @@ class MultiVI(MosaicModel):
             private = _private(n_private, schema)
             width = {name: n_latent + private.get(name, 0) for name in modalities}
             likelihoods = likelihoods_of(schema)
-            encode, decode = (encoder or partial(Encoder, **seen)), partial(Decoder, **seen)
+            encode: Callable[..., nn.Module] = partial(Encoder, embedding=covariate_embedding)
+            decode: Callable[..., nn.Module] = partial(Decoder, embedding=covariate_embedding)
             encoders = {
-                name: encode(m, width[name], n_hidden, n_encoder_layers, dropout, encode_covariates)
+                name: (encoder or encode)(m, width[name], n_hidden, n_encoder_layers, dropout, encode_covariates)
                 for name, m in modalities.items()
             }
 
@@ -356,7 +356,7 @@ class MultiVI(MosaicModel):
                 left_out,
                 [Jeffreys(jeffreys), MMD(mmd), *penalties],
                 [Adversary(schema, n_latent, adversary_target, adversary)] if adversary else [],
-                {name: Encoder(schema[name], 1, n_hidden, 1, dropout, encode_covariates, **seen) for name in inferred},
+                {name: encode(schema[name], 1, n_hidden, 1, dropout, encode_covariates) for name in inferred},
                 decoders("posterior_predictors", decode),
                 likelihoods,
             )
