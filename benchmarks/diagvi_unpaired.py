@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from common import Figures, arguments, isolated, measured_cost, quiet, report
-from multivi_mosaic import open_regions
+from multivi_mosaic import gene_activity, open_regions
 
 
 def load(options: Namespace, seed: int) -> tuple[dict[str, Any], dict[str, pd.Series], pd.DataFrame]:
@@ -29,7 +29,11 @@ def load(options: Namespace, seed: int) -> tuple[dict[str, Any], dict[str, pd.Se
         for name, adata in open_regions(mdata, options.min_share).mod.items()
     }
     first, second = adatas
-    if options.data is None or options.links is not None:
+    if options.activity:
+        adatas[second] = gene_activity(mdata[second][adatas[second].obs_names])
+        shared = adatas[first].var_names.intersection(adatas[second].var_names)
+        table = pd.DataFrame({first: shared, second: shared})
+    elif options.data is None or options.links is not None:
         table = protein_gene_links() if options.links is None else pd.read_csv(options.links)
         table = table.rename(columns={"gene": first, "protein": second})
     else:
@@ -51,6 +55,14 @@ def load(options: Namespace, seed: int) -> tuple[dict[str, Any], dict[str, pd.Se
             adata = adata[shuffled.sum(axis=1) > 0].copy()
         hidden[name] = adata
     return hidden, labels, table
+
+
+def as_mosaic(options: Namespace, adatas: dict[str, Any]) -> Any:
+    """The modalities with their likelihoods; a gene's activity is a count."""
+    from pyromosaic import Mosaic
+
+    kinds = dict.fromkeys(adatas, "nb") if options.activity else None
+    return Mosaic.from_anndata(adatas, kinds, batch_key=options.batch_key)
 
 
 def quality(latent: dict[str, pd.DataFrame], labels: dict[str, pd.Series], prefix: str = "") -> Figures:
@@ -75,13 +87,13 @@ def ours(options: Namespace, seed: int) -> Figures:
     quiet()
     import torch
 
-    from pyromosaic import DiagVI, Mosaic
+    from pyromosaic import DiagVI
     from pyromosaic.guidance import GuidanceGraph
     from pyromosaic.models.diagvi import REFERENCE
 
     torch.set_num_threads(options.threads)
     adatas, labels, table = load(options, seed)
-    mosaic = Mosaic.from_anndata(adatas, batch_key=options.batch_key)
+    mosaic = as_mosaic(options, adatas)
     graph = GuidanceGraph.from_table(mosaic, table, drop_absent=True)
     changes = {"linkage": None} if options.no_linkage else {}
     model = DiagVI(mosaic, graph, seed=seed, **(REFERENCE if options.reference else changes))
@@ -132,6 +144,7 @@ def main() -> None:
     parser.add_argument(
         "--min-share", type=float, default=0.0, help="use regions seen in more than this share of cells"
     )
+    parser.add_argument("--activity", action="store_true", help="sum the regions at each gene: links by gene name")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--peer-epochs", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)

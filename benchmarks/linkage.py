@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from common import Figures, arguments, isolated, measured_cost, quiet, report
+from multivi_mosaic import gene_activity
 from scipy import sparse
 
 SYSTEMS: dict[str, dict[str, Any]] = {
@@ -44,7 +45,6 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 
 def load(options: Namespace) -> tuple[Any, pd.DataFrame]:
     """The two modalities without the cells that have no label, and the table of links."""
-    import anndata
     import mudata
 
     from pyromosaic import pbmc_mosaic, protein_gene_links
@@ -56,10 +56,8 @@ def load(options: Namespace) -> tuple[Any, pd.DataFrame]:
         parts[name] = whole.mod[name][(labels != options.leave_out).to_numpy()].copy()
     second = parts[options.second]
     if options.activity:
-        at_gene = sparse.csr_matrix(second.varm.pop("gene_links"))
-        genes = pd.DataFrame(index=np.asarray(second.uns["gene_links_columns"]))
-        parts[options.second] = anndata.AnnData(sparse.csr_matrix(second.X @ at_gene), second.obs, genes)
-        shared = parts[options.first].var_names.intersection(genes.index)
+        parts[options.second] = gene_activity(second)
+        shared = parts[options.first].var_names.intersection(parts[options.second].var_names)
         return mudata.MuData(parts), pd.DataFrame({options.first: shared, options.second: shared})
     if options.min_share:
         opened = np.asarray((second.X > 0).mean(axis=0)).ravel()

@@ -27,6 +27,15 @@ def open_regions(mdata: Any, min_share: float) -> Any:
     return mudata.MuData(modalities | {"atac": modalities["atac"][:, opened > min_share].copy()})
 
 
+def gene_activity(adata: Any) -> Any:
+    """Chromatin by gene: fragments of the regions that lie at each, of all regions."""
+    import anndata
+    from scipy import sparse
+
+    genes = pd.DataFrame(index=np.asarray(adata.uns["gene_links_columns"]))
+    return anndata.AnnData(sparse.csr_matrix(adata.X @ sparse.csr_matrix(adata.varm["gene_links"])), adata.obs, genes)
+
+
 def load(options: Namespace, seed: int) -> tuple[Any, dict[str, Any]]:
     """The mosaic, and per modality the hidden measurements with the names of the cells they belong to."""
     import mudata

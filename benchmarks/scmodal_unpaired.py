@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from common import Figures, arguments, isolated, measured_cost, quiet, report
-from diagvi_unpaired import load, quality
+from diagvi_unpaired import as_mosaic, load, quality
 
 
 def ours(options: Namespace, seed: int) -> Figures:
@@ -30,13 +30,13 @@ def ours(options: Namespace, seed: int) -> Figures:
     quiet()
     import torch
 
-    from pyromosaic import Mosaic, ScModal, linkage
+    from pyromosaic import ScModal, linkage
     from pyromosaic.guidance import GuidanceGraph
 
     torch.set_num_threads(options.threads)
     adatas, labels, table = load(options, seed)
     first, second = adatas
-    mosaic = Mosaic.from_anndata(adatas, batch_key=options.batch_key)
+    mosaic = as_mosaic(options, adatas)
     links = linkage.links_from_table(mosaic, (first, second), table)
     order = np.random.default_rng(seed).permutation(len(links))
     left_out = order < round(options.leave_out * len(links))
@@ -93,7 +93,7 @@ def steps(options: Namespace, seed: int, naive: bool) -> Figures:
     quiet()
     import torch
 
-    from pyromosaic import Mosaic, ScModal
+    from pyromosaic import ScModal
     from pyromosaic.data import measured
     from pyromosaic.guidance import GuidanceGraph
     from pyromosaic.penalties import geometry
@@ -103,7 +103,7 @@ def steps(options: Namespace, seed: int, naive: bool) -> Figures:
     if naive:
         geometry.squared_distances = lambda x: (x.unsqueeze(1) - x).square().sum(-1)
     adatas, _, table = load(options, seed)
-    mosaic = Mosaic.from_anndata(adatas, batch_key=options.batch_key)
+    mosaic = as_mosaic(options, adatas)
     graph = GuidanceGraph.from_table(mosaic, table, drop_absent=True)
     preset = ScModal.presets["reference"]
     model = ScModal(mosaic, graph, **preset.options)
@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument(
         "--min-share", type=float, default=0.0, help="use regions seen in more than this share of cells"
     )
+    parser.add_argument("--activity", action="store_true", help="sum the regions at each gene: links by gene name")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--validation", type=float, default=0.1, help="share of cells kept out of training")
