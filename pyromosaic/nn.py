@@ -79,7 +79,7 @@ class InputScaling(nn.Module):
             return view.rates(x)
         if self.schema.spec.family == "bernoulli":
             x = (x > 0).to(x.dtype)
-        return torch.log1p(x * (self.schema.library / view.library.clamp_min(1e-8)))
+        return (x * (self.schema.library / view.library.clamp_min(1e-8))).log1p_()
 
     def start(self, view: View) -> None:
         """Learn mean and standard deviation from the cells of a view."""
@@ -89,7 +89,7 @@ class InputScaling(nn.Module):
 
     def forward(self, view: View) -> Tensor:
         """Scaled measurements, shape (b, features)."""
-        return (self.transform(view) - self.mean) / self.sd
+        return (self.transform(view) - self.mean).div_(self.sd)
 
 
 class Encoder(nn.Module):

@@ -224,11 +224,11 @@ def history(history: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     ax = _axes(ax)
     names = [name for name in ("train_elbo", "validation_elbo") if name in history]
-    curves = history[names].to_numpy()
-    for name, colour, curve in zip(names, PALETTE, curves.T, strict=False):
-        ax.plot(history.index, curve, "." if len(curve) == 1 else "-", color=colour, label=name.removesuffix("_elbo"))
-    tail = curves[len(curves) // 10 :]
-    low, high = tail.min(), tail.max()
+    for name, colour in zip(names, PALETTE, strict=False):
+        curve = history[name].dropna()  # validation cells are not looked at in every epoch
+        ax.plot(curve.index, curve, "." if len(curve) == 1 else "-", color=colour, label=name.removesuffix("_elbo"))
+    tail = history[names].to_numpy()[len(history) // 10 :]
+    low, high = np.nanmin(tail), np.nanmax(tail)
     if low < high:
         ax.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
     ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))

@@ -158,7 +158,7 @@ def test_the_reference_loss_is_that_of_the_seed(data):
     draws = [torch.normal(q.mean, q.stddev) for q in posteriors.values()]
     cost = torch.cdist(*draws).square() / 2
     blur = (0.5 * cost.mean()).sqrt().item()
-    sinkhorn = SamplesLoss("sinkhorn", p=2, blur=blur, reach=3 * blur, debias=True, diameter=10 * blur)
+    sinkhorn = SamplesLoss("sinkhorn", p=2, blur=blur, reach=3 * blur, debias=True, diameter=1.5 * blur)
     expected["penalty/sinkhorn"] = 85 * sinkhorn(*draws)
 
     label = pd.Series(labels.to_numpy())[minibatch.index[minibatch.observed["adt"].rows].numpy() - rna.n_obs]

@@ -24,6 +24,7 @@ from pyromosaic.distributions import (
     ZeroInflatedGamma,
     ZeroInflatedLogNormal,
     ZeroInflatedNegativeBinomial,
+    counts,
 )
 
 COUNTS = [NegativeBinomial, ZeroInflatedNegativeBinomial, NegativeBinomialMixture, AccessibilityBernoulli]
@@ -184,6 +185,34 @@ def test_gradcheck_counts(cls, sparse):
     value = counts_like((4, 5))
     value = value.to_sparse() if sparse else value
     assert torch.autograd.gradcheck(lambda *args: cls(*args).log_prob(value), list(values.values()))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("theta", [(5,), (4, 5)])
+@pytest.mark.parametrize("cls", COUNTS)
+def test_first_and_second_derivatives_of_small_and_large_counts(cls, theta, sparse):
+    values = parameters(cls, (4, 5), dtype=torch.float64)
+    others = parameters(cls, theta, dtype=torch.float64, seed=1)
+    values = require_grad({name: others[name] if name == "theta" else value for name, value in values.items()})
+    value = 3 * counts_like((4, 5), torch.float64, seed=1)
+    assert 0 < ((value > 0) & (value <= 12)).sum() < (value > 0).sum()
+    value = value.to_sparse() if sparse else value
+    check = {"func": lambda *args: cls(*args).log_prob(value), "inputs": list(values.values())}
+    assert torch.autograd.gradcheck(**check)
+    assert torch.autograd.gradgradcheck(**check)
+
+
+@pytest.mark.parametrize("shape", [(40, 7), (3, 40, 7), (280,)])
+@pytest.mark.parametrize("cls", [NegativeBinomial, NegativeBinomialMixture])
+def test_evaluation_in_blocks_changes_nothing(cls, shape, monkeypatch):
+    values = require_grad(parameters(cls, shape, shape[-1:]))
+    value = 5 * counts_like(shape)
+    whole = cls(**values).log_prob(value)
+    expected = gradients(whole, values)
+    monkeypatch.setattr(counts, "BLOCK", 50)
+    blocks = cls(**values).log_prob(value)
+    torch.testing.assert_close(blocks, whole, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradients(blocks, values), expected)
 
 
 @pytest.mark.parametrize("cls", COUNTS)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pyromosaic.data.mosaic import Modality, Mosaic
@@ -95,8 +94,8 @@ class View:
         return self._indicators(self.labels, n_labels)
 
     def _indicators(self, codes: Tensor, n: int) -> Tensor:
-        indicators = one_hot(codes.clamp_min(0), n).to(self.library.dtype)
-        return torch.where((codes < 0).unsqueeze(-1), torch.full_like(indicators, 1 / n), indicators)
+        rows = torch.eye(n, dtype=self.library.dtype, device=self.library.device)
+        return torch.cat([rows, torch.full_like(rows[:1], 1 / n)])[codes]  # code -1 is the last row
 
     def design(self) -> Tensor:
         """All covariates side by side: indicators of each categorical column, then the continuous ones."""

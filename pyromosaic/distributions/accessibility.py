@@ -78,12 +78,17 @@ class AccessibilityBernoulli(_CountDistribution):
         return logsigmoid(at(self.logits)) + (logsigmoid(at(self.region_logits)) + logsigmoid(at(self.cell_logits)))
 
     def _log_prob_zero(self, at: Lookup) -> Tensor:
-        log_open = self._log_open(at)
-        probability = torch.exp(log_open)
-        closed = torch.log1p(-probability.clamp(max=0.9))
-        sure = probability > 0.9  # few; there 1 - p loses its digits
-        rest = -torch.expm1(log_open.masked_select(sure).clamp(max=-torch.finfo(log_open.dtype).tiny))
-        return closed.masked_scatter(sure, torch.log(rest))
+        return _log_complement(self._log_open(at))
 
-    def _log_prob_positive(self, count: Tensor, at: Lookup) -> Tensor:
-        return self._log_open(at)
+    def _log_prob_at(self, count: Tensor, at: Lookup) -> Tensor:
+        log_open = self._log_open(at)
+        return torch.where(count == 0, _log_complement(log_open), log_open)
+
+
+def _log_complement(log_probability: Tensor) -> Tensor:
+    """Log of ``1 - p``."""
+    probability = torch.exp(log_probability)
+    complement = torch.log1p(-probability.clamp(max=0.9))
+    sure = probability > 0.9  # few; there 1 - p loses its digits
+    rest = -torch.expm1(log_probability.masked_select(sure).clamp(max=-torch.finfo(log_probability.dtype).tiny))
+    return complement.masked_scatter(sure, torch.log(rest))

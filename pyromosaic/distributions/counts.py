@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Callable
+from functools import reduce
+from typing import Any
 
 import torch
 from pyro.distributions import Gamma, TorchDistribution, constraints
@@ -11,9 +13,8 @@ from torch.nn.functional import logsigmoid
 from torch.types import _size
 
 LARGEST_RATE = 1e9  # Poisson samplers overflow 32-bit integers above about 4e9
-SMALLEST_MEAN = 1e-30  # keeps count / mean finite in float32 when a mean has underflowed to zero
-SMALL_COUNT = 24  # up to here a table of logarithms is cheaper than lgamma
-MOSTLY_POSITIVE = 0.5  # share of positive counts beyond which looking entries up costs more than it saves
+BLOCK = 2**16  # entries that are evaluated together on the CPU
+SMALL_COUNT = 12  # beyond, three terms of Stirling's series are exact to 1e-11
 
 #: From a parameter to its values at the entries concerned.
 Lookup = Callable[[Tensor], Tensor]
@@ -22,14 +23,16 @@ Lookup = Callable[[Tensor], Tensor]
 class _CountDistribution(TorchDistribution):
     """Counts, most of which are zero.
 
-    A subclass gives the log-probability of a zero, cheap and dense, and that of a positive count, which is evaluated
-    at the positive entries alone. Parameters keep the shapes they were given; only ``batch_shape`` is broadcast.
+    A subclass gives the log-probability of a zero, which is cheap and dense, and that of given counts, which for sparse
+    counts is evaluated at their entries alone. Parameters keep the shapes they were given; only ``batch_shape`` is
+    broadcast.
     """
 
     support = constraints.nonnegative_integer
 
     def __init__(self, parameters: dict[str, Tensor], validate_args: bool | None) -> None:
         self.__dict__.update(parameters)
+        self._dtype = reduce(torch.promote_types, (parameter.dtype for parameter in parameters.values()))
         shape = broadcast_shape(*(parameter.shape for parameter in parameters.values()))
         super().__init__(torch.Size(shape), validate_args=validate_args)
 
@@ -37,11 +40,8 @@ class _CountDistribution(TorchDistribution):
         """Log-probability of a zero; ``at(parameter)`` is a parameter at the entries."""
         raise NotImplementedError
 
-    def _log_prob_positive(self, count: Tensor, at: "_Entries | _Everywhere") -> Tensor:
-        """Log-probability of positive counts, which are given in float64.
-
-        In float32 the terms of large counts cancel: ``at(parameter, Tensor.double)`` is in float64.
-        """
+    def _log_prob_at(self, count: Tensor, at: "_Entries | _Everywhere") -> Tensor:
+        """Log-probability of counts; ``at(parameter)`` is a parameter at the entries."""
         raise NotImplementedError
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -68,22 +68,16 @@ class _CountDistribution(TorchDistribution):
             self._validate_sample(value)
         shape = torch.Size(broadcast_shape(self.batch_shape, value.shape))
         if value.layout == torch.strided:
-            value = value.expand(shape)
-            if value.count_nonzero() > MOSTLY_POSITIVE * value.numel():
-                log_prob = self._log_prob_positive(value.double().clamp_min(1), _EVERYWHERE).expand(shape)
-                zero = value == 0
-                return log_prob.masked_scatter(zero, self._log_prob_zero(_Entries(zero.nonzero().T, shape)))
-            index, count = value.nonzero().T, value[value != 0]
-        elif value.shape != shape:
+            return self._log_prob_at(value.to(self._dtype), _EVERYWHERE).expand(shape)
+        if value.shape != shape:
             raise ValueError(f"A sparse value must have the shape {tuple(shape)}, not {tuple(value.shape)}.")
-        else:
-            value = value.to_sparse().coalesce()
-            index, count = value.indices(), value.values()
-            if not count.all():  # a sparse tensor may store zeros
-                index, count = index[:, count != 0], count[count != 0]
+        value = value.to_sparse().coalesce()
+        index, count = value.indices(), value.values()
+        if not count.all():  # a sparse tensor may store zeros
+            index, count = index[:, count != 0], count[count != 0]
         at = _Entries(index, shape)
         log_prob = self._log_prob_zero(_EVERYWHERE).expand(shape).reshape(-1)
-        return log_prob.index_put((at.entry,), self._log_prob_positive(count.double(), at)).reshape(shape)
+        return log_prob.index_put((at.entry,), self._log_prob_at(count.to(self._dtype), at)).reshape(shape)
 
     def expand(self, batch_shape: _size, _instance: TorchDistribution | None = None) -> "_CountDistribution":
         """Return the same distribution with a larger ``batch_shape``; parameters are shared, not copied."""
@@ -111,7 +105,7 @@ class NegativeBinomial(_CountDistribution):
     Parameters
     ----------
     mu
-        Mean, zero or positive. A mean below 1e-30 counts as 1e-30 where a positive count is observed.
+        Mean, zero or positive. A mean of zero counts as 6e-16 (1e-123 in float64) where a positive count is observed.
     theta
         Inverse dispersion, positive; broadcasts with ``mu`` (often one a feature) and is never expanded.
     validate_args
@@ -161,8 +155,8 @@ class NegativeBinomial(_CountDistribution):
     def _log_prob_zero(self, at: Lookup) -> Tensor:
         return _log_zero(at(self.mu), at(self.theta))
 
-    def _log_prob_positive(self, count: Tensor, at: "_Entries | _Everywhere") -> Tensor:
-        return _log_positive(count, [self.mu], self.theta, at)[0]
+    def _log_prob_at(self, count: Tensor, at: "_Entries | _Everywhere") -> Tensor:
+        return _log_count(count, [self.mu], self.theta, at)[0]
 
 
 class ZeroInflatedNegativeBinomial(_CountDistribution):
@@ -230,11 +224,15 @@ class ZeroInflatedNegativeBinomial(_CountDistribution):
             return counted * _gamma_poisson(self.mu.expand(shape), self.theta.expand(shape))
 
     def _log_prob_zero(self, at: Lookup) -> Tensor:
-        structural = self.gate_logits.new_zeros(())
-        return _log_mixture(at(self.gate_logits), structural, _log_zero(at(self.mu), at(self.theta)))
+        return self._zero(at(self.gate_logits), _log_zero(at(self.mu), at(self.theta)))
 
-    def _log_prob_positive(self, count: Tensor, at: "_Entries | _Everywhere") -> Tensor:
-        return logsigmoid(-at(self.gate_logits)) + _log_positive(count, [self.mu], self.theta, at)[0]
+    def _log_prob_at(self, count: Tensor, at: "_Entries | _Everywhere") -> Tensor:
+        gate, counted = at(self.gate_logits), _log_count(count, [self.mu], self.theta, at)[0]
+        return torch.where(count == 0, self._zero(gate, counted), logsigmoid(-gate) + counted)
+
+    @staticmethod
+    def _zero(gate: Tensor, counted: Tensor) -> Tensor:
+        return _log_mixture(gate, gate.new_zeros(()), counted)
 
 
 class NegativeBinomialMixture(_CountDistribution):
@@ -334,11 +332,12 @@ class NegativeBinomialMixture(_CountDistribution):
         background, foreground = (_log_zero(at(mu), theta) for mu in (self.mu_background, self.mu_foreground))
         return _log_mixture(at(self.mixture_logits), background, foreground)
 
-    def _log_prob_positive(self, count: Tensor, at: "_Entries | _Everywhere") -> Tensor:
+    def _log_prob_at(self, count: Tensor, at: "_Entries | _Everywhere") -> Tensor:
         means = [self.mu_background, self.mu_foreground]
-        background, foreground = _log_positive(count, means, self.theta, at)
+        background, foreground = _log_count(count, means, self.theta, at)
         logits = at(self.mixture_logits)
-        return torch.logaddexp(logsigmoid(logits) + background, logsigmoid(-logits) + foreground)
+        positive = torch.logaddexp(logsigmoid(logits) + background, logsigmoid(-logits) + foreground)
+        return torch.where(count == 0, _log_mixture(logits, background, foreground), positive)
 
 
 def _flat_position(index: Tensor, shape: torch.Size) -> Tensor:
@@ -355,38 +354,128 @@ def _log_zero(mu: Tensor, theta: Tensor) -> Tensor:
     return -theta * torch.log1p(mu * theta.reciprocal())
 
 
-def _log_positive(count: Tensor, means: list[Tensor], theta: Tensor, at: "_Entries | _Everywhere") -> list[Tensor]:
-    """Negative binomial log-probability of positive counts under each mean; terms without a mean are computed once."""
-    theta_at = at(theta, Tensor.double)
-    shared = _log_coefficient(count, theta, at) + at(theta, lambda theta: torch.xlogy(theta.double(), theta.double()))
-    log_probs = []
-    for mu in means:
-        mean = at(mu, Tensor.double)
-        whole = shared + count * torch.log(mean + SMALLEST_MEAN) - (count + theta_at) * torch.log(theta_at + mean)
-        log_probs.append(whole.to(torch.promote_types(mu.dtype, theta.dtype)))
+def _log_count(count: Tensor, means: list[Tensor], theta: Tensor, at: "_Entries | _Everywhere") -> tuple[Tensor, ...]:
+    """Negative binomial log-probability of counts under each mean."""
+    table = position = None
+    if theta.numel() < count.numel():  # a parameter serves many entries
+        table, position = _table(theta.detach()).to(count.dtype), at.position(theta)
+    log_probs: tuple[Tensor, ...] = _LogCount.apply(count, at(theta), table, position, *map(at, means))
     return log_probs
 
 
-def _log_coefficient(count: Tensor, theta: Tensor, at: "_Entries | _Everywhere") -> Tensor:
-    """Log of the binomial coefficient ``gamma(count + theta) / (gamma(theta) count!)`` at the entries.
+class _LogCount(torch.autograd.Function):
+    """Negative binomial log-probabilities of the same counts under several means, and their derivatives.
 
-    Where a parameter serves many entries, that of a small count comes from a table of the sums of
-    ``log((theta + k) / (k + 1))`` over k < count.
+    Both are evaluated at once, on the CPU in blocks that stay in its cache.
     """
-    if theta.numel() >= count.numel():
-        return _log_coefficient_by_lgamma(count, at(theta, Tensor.double))
-    k = torch.arange(SMALL_COUNT, dtype=count.dtype, device=count.device).unsqueeze(-1)
-    table = torch.log((theta.double().reshape(-1) + k) / (k + 1)).cumsum(0)
-    position = at.position(theta).expand(count.shape)
-    place = (count.long().clamp(max=SMALL_COUNT) - 1) * theta.numel() + position
-    coefficient = table.reshape(-1).index_select(0, place.reshape(-1)).reshape(count.shape)
-    large = count > SMALL_COUNT
-    of_theta = theta.double().reshape(-1).index_select(0, position[large])
-    return coefficient.masked_scatter(large, _log_coefficient_by_lgamma(count[large], of_theta))
+
+    @staticmethod
+    def forward(
+        ctx: Any, count: Tensor, theta: Tensor, table: Tensor | None, position: Tensor | None, *means: Tensor
+    ) -> tuple[Tensor, ...]:
+        inputs = [x for x in (count, theta, *means, position) if x is not None]
+        shape = broadcast_shape(*(x.shape for x in inputs))
+        width = shape[-1] if len(shape) > 1 else 1
+        inputs = [x.expand(shape).reshape(-1, width) for x in inputs]
+        kinds = 3 if any(ctx.needs_input_grad) else 1  # the log-probability and two derivatives, or the first alone
+        outputs = [torch.empty_like(inputs[0]) for _ in range(kinds * len(means))]
+        n_rows = max(1, BLOCK // max(1, width)) if count.device.type == "cpu" else max(1, len(inputs[0]))
+        for x, t, *block in zip(*(values.split(n_rows) for values in (*inputs, *outputs)), strict=True):
+            best, slope = _best(x, t, table, block.pop(len(means)) if position is not None else None)
+            for i, mu in enumerate(block[: len(means)]):
+                results = _less_lost(x, mu, t, best, slope)[:kinds]
+                for out, result in zip(block[len(means) + i :: len(means)], results, strict=True):
+                    out.copy_(result)
+        outputs = [out.reshape(shape) for out in outputs]
+        ctx.save_for_backward(count, theta, *means, *outputs[len(means) :])
+        return tuple(outputs[: len(means)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        n = len(gradients)
+        count, theta, *saved = ctx.saved_tensors
+        means, by_mu, by_theta = saved[:n], saved[n : 2 * n], saved[2 * n :]
+        if torch.is_grad_enabled():  # to be differentiated again
+            excess = [(mu - count) / (mu + theta) for mu in means]
+            by_mu = [-theta * e / mu for e, mu in zip(excess, means, strict=True)]
+            slope = torch.digamma(count + theta) - torch.digamma(theta)
+            by_theta = [slope - torch.log1p(mu / theta) + e for e, mu in zip(excess, means, strict=True)]
+        of_theta = [g * d for g, d in zip(gradients, by_theta, strict=True)]
+        of_means = [(g * d).sum_to_size(mu.shape) for g, d, mu in zip(gradients, by_mu, means, strict=True)]
+        return None, sum(of_theta[1:], of_theta[0]).sum_to_size(theta.shape), None, None, *of_means
 
 
-def _log_coefficient_by_lgamma(count: Tensor, theta: Tensor) -> Tensor:
-    return torch.lgamma(count + theta) - torch.lgamma(theta) - torch.lgamma(count + 1)
+def _less_lost(count: Tensor, mu: Tensor, theta: Tensor, best: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of a count under a mean, and its derivatives by mean and theta.
+
+    It is the log-probability under the mean that fits best, the count itself, less what the mean loses: of terms of
+    large counts, which cancel, only the difference is formed.
+    """
+    limits = torch.finfo(mu.dtype)
+    mu = mu + limits.tiny**0.4  # keeps count / mu**2 finite where a mean has underflowed to zero
+    scale = (count + theta).reciprocal_()
+    excess = (mu - count).mul_(scale)
+    ratio = (mu + theta).mul_(scale)  # 1 + excess
+    slip = (excess * theta).div_(mu).neg_()  # 1 + slip is count / mu * ratio
+    log_ratio = torch.log1p(excess.clamp_min(limits.eps - 1))
+    log_prob = torch.addcmul(best, count, slip.clamp_min(limits.eps - 1).log1p_(), value=-1)
+    log_prob = log_prob.addcmul_(theta, log_ratio, value=-1)
+    return log_prob, slip.div_(ratio), torch.addcdiv(slope, excess, ratio).sub_(log_ratio)
+
+
+def _best(count: Tensor, theta: Tensor, table: Tensor | None, position: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Log-probability of counts of which each is the mean, and its derivative by theta."""
+    if table is None or position is None:
+        best, slope = (x.to(count.dtype) for x in _best_by_lgamma(count.double(), theta.double()))
+        return best, slope
+    all_small = count.device.type == "cpu" and bool(count.max() <= SMALL_COUNT)  # elsewhere a look takes too long
+    row = count if all_small else count.nan_to_num(0.0).clamp(0, SMALL_COUNT + 1)
+    place = torch.add(position, row.long(), alpha=table.shape[-1]).reshape(-1)
+    best, slope = (values.reshape(-1).index_select(0, place).reshape(count.shape) for values in table)
+    if all_small:
+        return best, slope
+    inverse, total = count.clamp_min(1).reciprocal_(), (count + theta).reciprocal_()
+    large = (count - SMALL_COUNT).clamp_(0, 1)
+    of_large = (inverse * total).log_().mul_(0.5).add_(_stirling(total)).sub_(_stirling(inverse))
+    return best.addcmul_(of_large, large), slope.addcmul_(_stirling_slope(total), large)
+
+
+def _best_by_lgamma(count: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    total = count + theta
+    coefficient = torch.lgamma(total) - torch.lgamma(theta) - torch.lgamma(count + 1)
+    best = coefficient + torch.xlogy(count, count / total) - theta * torch.log1p(count / theta)
+    return best, torch.digamma(total) - torch.digamma(theta) - torch.log1p(count / theta)
+
+
+def _table(theta: Tensor) -> Tensor:
+    """What `_best` has for small counts, and in the last row what theta alone adds for large ones.
+
+    Sums over k below a count of ``log((theta + k) / (k + 1))`` stand for lgamma, beyond them Stirling's series.
+    """
+    theta = theta.double().reshape(-1)
+    k = torch.arange(SMALL_COUNT, dtype=theta.dtype, device=theta.device).unsqueeze(-1)
+    total = theta + k + 1
+    of_small = torch.log((theta + k) / (k + 1)).cumsum(0) - (k + 1) * torch.log(total / (k + 1))
+    best = of_small - theta * torch.log1p((k + 1) / theta)
+    slope = (1 / (theta + k)).cumsum(0) - torch.log1p((k + 1) / theta)
+    of_large = torch.xlogy(theta, theta) - theta - torch.lgamma(theta)
+    zero = torch.zeros_like(theta)
+    slope_of_large = torch.log(theta) - torch.digamma(theta)
+    return torch.stack(
+        [torch.cat([zero[None], best, of_large[None]]), torch.cat([zero[None], slope, slope_of_large[None]])]
+    )
+
+
+def _stirling(inverse: Tensor) -> Tensor:
+    """What Stirling's formula lacks of the log of x!, given 1 / x, for x above `SMALL_COUNT`."""
+    square = inverse * inverse
+    return inverse * (1 / 12 - square * (1 / 360 - square / 1260))
+
+
+def _stirling_slope(inverse: Tensor) -> Tensor:
+    """Derivative by x of that and of ``-log(x) / 2``."""
+    square = inverse * inverse
+    return -0.5 * inverse - square * (1 / 12 - square * (1 / 120 - square / 252))
 
 
 def _itself(parameter: Tensor) -> Tensor:

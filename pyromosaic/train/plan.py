@@ -290,12 +290,14 @@ def fit(
     resume_from
         A checkpoint to go on from.
     progress_bar, logger, callbacks, **trainer
-        For `lightning.pytorch.Trainer`.
+        For `lightning.pytorch.Trainer`. Unless early stopping or another callback monitors them, validation cells are
+        looked at some 20 times in the run, at regular epochs up to the last; ``check_val_every_n_epoch`` says how
+        often.
 
     Returns
     -------
     pandas.DataFrame
-        A row an epoch; columns as described at `Plan`.
+        A row an epoch; columns as described at `Plan`, missing (NaN) where validation cells were not looked at.
 
     Raises
     ------
@@ -327,6 +329,9 @@ def fit(
         callbacks.append(ModelCheckpoint(checkpoint_dir, save_last=True, filename="{epoch}"))
     if progress_bar:
         callbacks.append(TQDMProgressBar(refresh_rate=20))
+    if not any(getattr(callback, "monitor", None) for callback in callbacks):
+        every = max(k for k in range(1, 1 + max(1, n_epochs // 20)) if n_epochs % k == 0)
+        trainer = {"check_val_every_n_epoch": every} | trainer
     with _quiet(), warnings.catch_warnings():
         # Loading runs in the main process on purpose, and minibatches are few on small data.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
