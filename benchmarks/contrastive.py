@@ -119,7 +119,7 @@ def ours(options: Namespace, seed: int, arguments: dict[str, Any]) -> Figures:
     mosaic = mosaic.with_cohorts(options.condition_key, background=options.background)
     model = ContrastiveVI(mosaic, seed=seed, **arguments)
     with measured_cost() as cost:
-        model.train(options.epochs, seed=seed, progress_bar=False)
+        model.train(options.epochs, batch_size=options.batch_size, seed=seed, progress_bar=False)
     z = model.get_latent_representation(representation="background").to_numpy()
     s = model.get_latent_representation(as_target=True).to_numpy()
     figures = quality(adata, options, z, s)
@@ -205,6 +205,7 @@ def main() -> None:
     parser.add_argument("--markers", type=lambda words: words.split(","), default=[], help="known response features")
     parser.add_argument("--cpca-alpha", type=float, default=1.0, help="weight of the background in contrastive PCA")
     parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--batch-size", type=int, default=256, help="ours, of both cohorts; scvi-tools has 256")
     parser.add_argument("--peer-epochs", type=int, default=60)
     parser.add_argument(
         "--systems", type=lambda words: words.split(","), default=list(SYSTEMS), help="variants of ours"

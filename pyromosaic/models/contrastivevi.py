@@ -162,22 +162,27 @@ class ContrastiveGuide(Program):
         self.likelihoods: dict[str, Any] = dict(likelihoods)  # the model owns their parameters
         self.left_out = left_out
 
-    def posteriors(self, variable: str, minibatch: Minibatch) -> dict[str, Posterior]:
-        """Posterior of ``"z"`` or ``"s"`` given each modality alone."""
-        encoders = self.encoders[variable]
-        return {name: Posterior(view.rows, *encoders[name](view)) for name, view in minibatch.observed.items()}
+    def posteriors(self, minibatch: Minibatch) -> dict[str, dict[str, Posterior]]:
+        """Posteriors of ``"z"`` and of ``"s"`` given each modality alone."""
+        found: dict[str, dict[str, Posterior]] = {variable: {} for variable in self.encoders}
+        for name, view in minibatch.observed.items():
+            x = self.encoders["z"][name].scaling(view)  # all encoders of a modality see the same
+            for variable, encoders in self.encoders.items():
+                found[variable][name] = Posterior(view.rows, *encoders[name].posterior(x, view))
+        return found
 
     def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> None:
         """``q(z | x) q(s | x)``, each of encoders of its own; in the background s is left alone (Methods).
 
         Sites: ``z``, ``s`` (or one a target group), ``penalty/...``, and those of likelihoods and latent sizes.
         """
-        by_modality = self.posteriors("z", minibatch)
+        posteriors = self.posteriors(minibatch)
+        by_modality = posteriors["z"]
         used = presence(by_modality, len(minibatch))
         if self.training and self.left_out:
             used = leave_out(used, self.left_out)
         z = self.fusion(by_modality, used, minibatch.index)
-        s = self.fusion(self.posteriors("s", minibatch), used, minibatch.index)
+        s = self.fusion(posteriors["s"], used, minibatch.index)
         for compared, penalties in self.penalties.items():
             if any(penalty.weight for penalty in penalties):
                 apply(penalties, self.compare(compared, by_modality, z, s, minibatch), minibatch, kl_weight)
