@@ -159,7 +159,9 @@ def main() -> None:
     parser.add_argument("--activity", action="store_true", help="sum the regions at each gene: links by gene name")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--validation", type=float, default=0.1, help="share of cells kept out of training")
+    parser.add_argument(
+        "--validation", type=float, default=0.1, help="share of cells kept out of training; the reference keeps none"
+    )
     parser.add_argument("--reference", action="store_true", help="the reference's program and weights instead of ours")
     parser.add_argument("--steps", type=int, default=10_000, help="training steps of the reference")
     parser.add_argument("--timed-steps", type=int, default=0, help="steps of the reference to time; 0 for none")

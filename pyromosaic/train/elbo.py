@@ -98,11 +98,8 @@ class MosaicELBO(TraceMeanField_ELBO):
                         f"site {name!r} is scaled by {site['scale']} in the model and by {guide_site['scale']} in the "
                         "guide; both must be the same"
                     )
-            try:
-                if isinstance(guide_site["fn"], Delta):  # Pyro's formula leaves out the density that it may carry
-                    raise NotImplementedError
-                divergence = kl_divergence(guide_site["fn"], site["fn"])
-            except NotImplementedError:
+            divergence = _analytic_divergence(guide_site["fn"], site["fn"])
+            if divergence is None:
                 divergence = guide_site["fn"].log_prob(guide_site["value"]) - site["fn"].log_prob(site["value"])
             self._check({**site, "log_prob": divergence})
             terms[name] = scale_and_mask(divergence, guide_site["scale"], guide_site["mask"]).sum()
@@ -118,3 +115,14 @@ class MosaicELBO(TraceMeanField_ELBO):
     def _check(self, site: Any) -> None:
         if is_validation_enabled():
             check_site_shape(site, self.max_plate_nesting)
+
+
+def _analytic_divergence(posterior: Any, prior: Any) -> Tensor | None:
+    """The Kullback-Leibler divergence where there is a formula for it."""
+    if isinstance(posterior, Delta):  # Pyro's formula leaves out the density that it may carry
+        return None
+    try:
+        divergence: Tensor = kl_divergence(posterior, prior)
+    except NotImplementedError:
+        return None
+    return divergence
