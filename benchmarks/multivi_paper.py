@@ -448,7 +448,7 @@ def draw_unpairing(options: Namespace, results: Mapping[str, Runs]) -> None:
         "label transfer, accuracy": transfer,
     }
     rates = [100 * r for r in options.rates]
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 5), layout="constrained")
     for ax, (title, names) in zip(axes, panels.items(), strict=True):
         for colour, marker, (system, runs) in zip(PALETTE, "os", results.items(), strict=False):
             for name, line in zip(names, LINES, strict=False):
@@ -466,7 +466,7 @@ def draw_unpairing(options: Namespace, results: Mapping[str, Runs]) -> None:
     axes[1].set_ylim(bottom=0)
     axes[2].set_ylim(0, 1.02)
     for ax in axes:
-        ax.legend(frameon=False)
+        ax.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2))  # clear of the curves
     figure.savefig(options.figure, dpi=150)
 
 

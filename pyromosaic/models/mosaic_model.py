@@ -155,8 +155,8 @@ class MosaicModel:
         learning_rate, weight_decay, kl_warmup_epochs, schedule, gradient_clip
             See `pyromosaic.train.Optimisation`.
         validation, test
-            Shares of the cells kept out of training, drawn within each pattern of modalities. Validation cells are looked
-            at some 20 times in the run and at its end, in every epoch if training may stop early.
+            Shares of the cells kept out of training, drawn within each pattern of modalities. Validation cells are
+            looked at some 20 times in the run and at its end, in every epoch if training may stop early.
         early_stopping
             Stop after this many epochs without a better validation ELBO (or, with ``monitor="reconstruction"``, a
             better likelihood), and return to the best.
