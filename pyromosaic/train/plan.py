@@ -330,7 +330,7 @@ def fit(
     if progress_bar:
         callbacks.append(TQDMProgressBar(refresh_rate=20))
     if not any(getattr(callback, "monitor", None) for callback in callbacks):
-        every = max(k for k in range(1, 1 + max(1, n_epochs // 20)) if n_epochs % k == 0)
+        every = max(k for k in range(1, 1 + max(1, int(n_epochs) // 20)) if n_epochs % k == 0)
         trainer = {"check_val_every_n_epoch": every} | trainer
     with _quiet(), warnings.catch_warnings():
         # Loading runs in the main process on purpose, and minibatches are few on small data.
