@@ -191,7 +191,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = arguments(__doc__.split("\n")[0])
     parser.add_argument("--cells", type=int, default=2000, help="planted data: number of cells")
-    parser.add_argument("--genes", type=int, default=500, help="planted data: number of genes")
+    parser.add_argument("--genes", type=int, default=2000, help="planted data: number of genes")
     parser.add_argument("--dimensions", type=int, default=1, help="planted data: dimensions of the perturbation")
     parser.add_argument(
         "--deplete", action="store_true", help="planted data: one type is missing from the target cohort"
@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--markers", type=lambda words: words.split(","), default=[], help="known response features")
     parser.add_argument("--cpca-alpha", type=float, default=1.0, help="weight of the background in contrastive PCA")
     parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--batch-size", type=int, default=256, help="ours, of both cohorts; scvi-tools has 256")
+    parser.add_argument("--batch-size", type=int, default=512, help="ours, of both cohorts; scvi-tools has 256")
     parser.add_argument("--peer-epochs", type=int, default=60)
     parser.add_argument(
         "--systems", type=lambda words: words.split(","), default=list(SYSTEMS), help="variants of ours"

@@ -129,8 +129,8 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.scaling = InputScaling(schema)
-        self.covariates = covariates
         self.embed, width = embed(schema, embedding if covariates else 0)
+        self.covariates = covariates and width > 0
         self.hidden = layers(schema.n_features + covariates * width, n_hidden, n_layers, dropout)
         self.loc = nn.Linear(n_hidden, n_latent)
         self.log_variance = nn.Linear(n_hidden, n_latent)

@@ -13,7 +13,8 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.autoguide import AutoNormal, init_to_median
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import Message
+from pyro.poutine.replay_messenger import ReplayMessenger
+from pyro.poutine.runtime import _PYRO_STACK, Message
 from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch
@@ -78,6 +79,21 @@ def _itself(parameter: Tensor) -> Tensor:
     return parameter
 
 
+def _heard() -> bool:
+    """Whether an effect handler takes note of parameters, as those of `pyro.infer.SVI` do."""
+    return any(
+        getattr(handler, "_pyro_post_param", None) is not None
+        or (hasattr(handler, "_pyro_param") and not isinstance(handler, ReplayMessenger))  # which ignores them
+        for handler in _PYRO_STACK
+    )
+
+
+def _plain(program: nn.Module, name: str) -> nn.Module | None:
+    """A part that Pyro announces, parameter by parameter at each access, if nobody hears it: that takes time."""
+    part: nn.Module | None = program.__dict__["_modules"].get(name)
+    return None if part is None or isinstance(part, PyroModule) or _heard() else part
+
+
 class Slots(PyroModule[nn.ModuleDict]):
     """Modules by modality, in which Pyro finds parameters and global latent variables.
 
@@ -95,6 +111,11 @@ class Slots(PyroModule[nn.ModuleDict]):
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)  # by which Pyro takes note of a plain module's parameters
+
+    def __getattr__(self, name: str) -> Any:
+        """Find a part."""
+        part = _plain(self, name)
+        return super().__getattr__(name) if part is None else part
 
 
 class Program(PyroModule):
@@ -146,9 +167,14 @@ class Program(PyroModule):
             self.global_posterior = AutoNormal(model.globals, init_loc_fn=init_to_median(num_samples=50))
             self.globals()  # makes its parameters
 
+    def __getattr__(self, name: str) -> Any:
+        """Find a part."""
+        part = _plain(self, name)
+        return super().__getattr__(name) if part is None else part
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program."""
-        for parameter in self.parameters():
+        for parameter in self.parameters() if _heard() else ():
             # pyro.infer.SVI asks each parameter for the tensor to optimise, and plain ones do not answer in local mode.
             if not hasattr(parameter, "unconstrained"):
                 parameter.unconstrained = partial(_itself, parameter)

@@ -430,7 +430,7 @@ class ContrastiveVI(MosaicModel):
         latent = [self._latent(mosaic, cells, site, sample=True) for site in self._variables]
         return cells, np.concatenate(latent, axis=1)
 
-    def train(self, n_epochs: int = 150, *, replay: bool = False, **options: Any) -> None:
+    def train(self, n_epochs: int = 150, *, batch_size: int = 512, replay: bool = False, **options: Any) -> None:
         """Fit the parameters by stochastic variational inference.
 
         Every minibatch holds as many background as target cells, so that both cohorts have the same weight.
@@ -439,14 +439,16 @@ class ContrastiveVI(MosaicModel):
         ----------
         n_epochs
             Passes over the larger cohort.
+        batch_size
+            Largest number of cells in a minibatch, half of them of either cohort.
         replay
             Within an epoch repeat the smaller cohort's minibatches instead of drawing it anew, as the reference
             implementation does; see `pyromosaic.data.contrastive_loader`.
         **options
-            As in `MosaicModel.train`; `batch_size` counts both cohorts.
+            As in `MosaicModel.train`.
         """
         self._replay = replay
-        super().train(n_epochs, **options)
+        super().train(n_epochs, batch_size=batch_size, **options)
 
     def loader(
         self, mosaic: Mosaic, cells: np.ndarray, batch_size: int, seed: int | None = None, n_workers: int = 0
