@@ -20,8 +20,6 @@ from common import quiet
 from pyromosaic import ContrastiveVI, DiagVI, Mosaic, MultiVI, ScModal, checks, hide, pbmc_mosaic, simulate
 from pyromosaic.models.mosaic_model import MosaicModel
 
-#: Nothing but the likelihood and the divergence of the posterior from the prior.
-PLAIN = {"dropout": 0.0, "left_out": 0.0, "mmd": 0.0, "jeffreys": 0.0}
 N_CELLS, SIZES = 800, {"rna": 60, "adt": 20}
 
 
@@ -102,13 +100,16 @@ def mean_coverage(n_epochs: int, n_samples: int) -> pd.DataFrame:
     patterns = {"rna+atac+adt": 0.5, "rna": 0.17, "atac": 0.17, "adt": 0.16}
     drawn = {"rna": ("size", 1), "atac": ("cell_factor", 1000), "adt": ("size", 100)}
     rows = {}
-    for n_cells in (4000, 16_000):
-        mdata, truth = simulate(n_cells, {"rna": 60, "atac": 80, "adt": 16}, patterns=patterns, n_batches=1)
+    for of_what, features in (
+        ("156 features", {"rna": 60, "atac": 80, "adt": 16}),
+        ("1,400 features", {"rna": 500, "atac": 800, "adt": 100}),
+    ):
+        mdata, truth = simulate(4000, features, patterns=patterns, n_batches=1)
         sizes = {name: scale * truth.parameters[name][size] for name, (size, scale) in drawn.items()}
         for name, size in sizes.items():
             mdata[name].obs["size"] = size[mdata.obs_names.get_indexer(mdata[name].obs_names)]
         mosaic = Mosaic.from_mudata(mdata, size_factor_key="size")
-        for of, options in (("defaults", {}), ("plain ELBO", PLAIN)):
+        for of, options in (("defaults", {}), ("calibrated", MultiVI.presets["calibrated"].options)):
             model = MultiVI(mosaic, **options)
             model.train(n_epochs, progress_bar=False)
             for name, size in sizes.items():
@@ -119,12 +120,12 @@ def mean_coverage(n_epochs: int, n_samples: int) -> pd.DataFrame:
                     expected = truth.mean[name][at] / size[at, None] * median
                     low, high = (found.quantiles[level].to_numpy() for level in (0.05, 0.95))
                     error = float(np.median(np.abs(found.mean / expected - 1)))
-                    rows[n_cells, of, name, kind] = {
+                    rows[of_what, of, name, kind] = {
                         "coverage": float(((low <= expected) & (expected <= high)).mean()),
                         "median relative error": error,
                     }
             print(pd.DataFrame(rows).T.round(3).tail(6), flush=True)
-    return pd.DataFrame(rows).T.rename_axis(["cells", "trained with", "modality", "cell"])
+    return pd.DataFrame(rows).T.rename_axis(["data", "trained with", "modality", "cell"])
 
 
 def main() -> None:

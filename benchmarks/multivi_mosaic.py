@@ -8,6 +8,7 @@ compared with what was hidden. ``--unpair SHARE``: that share of the cells is re
     python benchmarks/multivi_mosaic.py --data snare_cortex.h5mu --unpair 0.75 --min-share 0.005 --label-key cell_class
 """
 
+import json
 from argparse import Namespace
 from typing import Any
 
@@ -115,7 +116,7 @@ def ours(options: Namespace, seed: int) -> Figures:
 
     data, truth = load(options, seed)
     mosaic = Mosaic.from_mudata(data, batch_key=options.batch_key)
-    model = MultiVI(mosaic, seed=seed)
+    model = MultiVI(mosaic, seed=seed, **json.loads(options.options))
     with measured_cost() as cost:
         model.train(options.epochs, seed=seed, progress_bar=False)
     latent = model.get_latent_representation()
@@ -169,6 +170,7 @@ def main() -> None:
     parser.add_argument("--label-key", default="celltype")
     parser.add_argument("--epochs", type=int, default=150)
     parser.add_argument("--peer-epochs", type=int, default=500)
+    parser.add_argument("--options", default="{}", help="other options of the model, as JSON")
     options = parser.parse_args()
     runs: dict[str, list[Figures]] = {"pyromosaic": []}
     if options.peer:

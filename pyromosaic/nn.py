@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from pyromosaic.data import ModalitySchema, View
+from pyromosaic.laplace import UncertainLinear
 
 
-def layers(n_in: int, n_hidden: int, n_layers: int, dropout: float) -> nn.Sequential:
+def layers(
+    n_in: int, n_hidden: int, n_layers: int, dropout: float, linear: type[nn.Linear] = nn.Linear
+) -> nn.Sequential:
     """Fully connected layers, each followed by LayerNorm without affine part, LeakyReLU and dropout.
 
     Parameters
@@ -19,6 +22,8 @@ def layers(n_in: int, n_hidden: int, n_layers: int, dropout: float) -> nn.Sequen
         Width of the input, width of every layer, and their number; 0 layers leave the input as it is.
     dropout
         Share of units left out in training.
+    linear
+        Class of the linear layers.
 
     Returns
     -------
@@ -32,7 +37,7 @@ def layers(n_in: int, n_hidden: int, n_layers: int, dropout: float) -> nn.Sequen
     """
     modules: list[nn.Module] = []
     for i in range(n_layers):
-        modules += [nn.Linear(n_in if i == 0 else n_hidden, n_hidden)]
+        modules += [linear(n_in if i == 0 else n_hidden, n_hidden)]
         modules += [nn.LayerNorm(n_hidden, elementwise_affine=False), nn.LeakyReLU(), nn.Dropout(dropout)]
     return nn.Sequential(*modules)
 
@@ -165,6 +170,8 @@ def embed(schema: ModalitySchema, width: int) -> tuple[nn.Module, int]:
 class Decoder(nn.Module):
     """From the latent variable and the covariates to what a likelihood asks for, one linear head each.
 
+    Once trained it knows how sure its weights are, see `pyromosaic.laplace.UncertainLinear`.
+
     Parameters
     ----------
     schema
@@ -199,8 +206,9 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.embed, width = embed(schema, embedding)
-        self.hidden = layers(n_latent + width, n_hidden, n_layers, dropout)
-        self.heads: Any = nn.ModuleDict({name: nn.Linear(n_hidden + width, schema.n_features) for name in predictors})
+        self.hidden = layers(n_latent + width, n_hidden, n_layers, dropout, UncertainLinear)
+        heads = {name: UncertainLinear(n_hidden + width, schema.n_features) for name in predictors}
+        self.heads: Any = nn.ModuleDict(heads)
 
     def start(self, biases: Mapping[str, Tensor]) -> None:
         """Begin training at these biases, the data's mean profile say, rather than at random ones."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyromosaic.data import Minibatch, ModalitySpec, Mosaic, Schema, Split, loader, measured, split, to_predict
+from pyromosaic.laplace import learn_weights
 from pyromosaic.likelihoods import Likelihood
 from pyromosaic.models.query import carry_over, only
 from pyromosaic.program import Program, check, make_local
@@ -28,7 +29,7 @@ from pyromosaic.tasks import AtMean, Estimate, compare_groups, contrasts, draws,
 from pyromosaic.tasks.differential import Delta, Mode
 from pyromosaic.train import Optimisation, Schedule, fit
 
-FORMAT = 3  # version of the saved form
+FORMAT = 4  # version of the saved form
 CHUNK_ENTRIES = 20_000_000  # draws × cells × features in memory at once
 
 Cells = Sequence[str] | np.ndarray | pd.Index | None
@@ -110,12 +111,16 @@ class MosaicModel:
         return loader(mosaic, cells, batch_size, seed, n_workers)
 
     def finish(self, mosaic: Mosaic) -> None:
-        """Learn how the size of a cell depends on its latent variable, for cells in which it was not measured."""
+        """Learn how sure decoders are, and how a cell's size depends on z, for cells in which it was not measured."""
         for name, modality in mosaic.modalities.items():
             if modality.present.any():
                 cells, latent = self.explaining_size(mosaic, modality.sample())
                 view = measured(mosaic, cells).observed[name].to(self._device)
                 self.model.sizes[name].fit(torch.from_numpy(latent).to(self._device), view)
+                parts = np.array_split(cells, -(-len(cells) // 256))
+                minibatches = (measured(mosaic, part).to(self._device) for part in parts)
+                with inference_mode(self.model, self.guide, seed=0):
+                    learn_weights(self.model, self.guide, name, minibatches, int(modality.present.sum()))
 
     def explaining_size(self, mosaic: Mosaic, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of these cells those to learn sizes from, and draws of what explains them (as predicting does)."""
@@ -599,7 +604,7 @@ class MosaicModel:
         ((40, 5), [0.05, 0.95])
         """
         return self._estimate(
-            modality, cells, features, batch, library, n_samples, quantiles, data, encode, seed, lambda d: d.mean
+            modality, cells, features, batch, library, n_samples, quantiles, data, encode, seed, lambda d: d.mean, True
         )
 
     def posterior_predictive_sample(
@@ -642,7 +647,7 @@ class MosaicModel:
         >>> model.posterior_predictive_sample("adt", cells=["cell0"], n_samples=4).shape
         (4, 1, 5)
         """
-        chunks = self._draws(modality, cells, features, batch, library, n_samples, data, encode, seed, None)
+        chunks = self._draws(modality, cells, features, batch, library, n_samples, data, encode, seed, None, True)
         return np.concatenate([chunk.cpu().numpy() for chunk in chunks], axis=1)
 
     def differential(
@@ -821,11 +826,12 @@ class MosaicModel:
         encode: Sequence[str] | None,
         seed: int,
         value: Callable[[TorchDistribution], Tensor],
+        weights: bool = False,
     ) -> Estimate:
         mosaic = self._data(data)
         names = mosaic.obs_names[mosaic.find(cells)]
         columns = pd.Index(self.schema[modality].features)[self._features(modality, features)]
-        chunks = self._draws(modality, cells, features, batch, library, n_samples, data, encode, seed, value)
+        chunks = self._draws(modality, cells, features, batch, library, n_samples, data, encode, seed, value, weights)
         return estimate(chunks, names, columns, quantiles)
 
     def _draws(
@@ -840,8 +846,9 @@ class MosaicModel:
         encode: Sequence[str] | None,
         seed: int,
         value: Callable[[TorchDistribution], Tensor] | None,
+        weights: bool = False,
     ) -> Iterator[Tensor]:
-        """Draws of a quantity, or of the measurements, chunk of cells by chunk of cells."""
+        """Draws of a quantity, or of the measurements, chunk by chunk of cells; with `weights`, draws of those too."""
         mosaic = self._data(data)
         index, columns = mosaic.find(cells), self._features(modality, features)
         if n_samples is not None and n_samples < 1:
@@ -857,7 +864,9 @@ class MosaicModel:
         with inference_mode(self.model, self.guide, seed=seed):
             size = max(1, CHUNK_ENTRIES // (self.schema[modality].n_features * (n_samples or 1)))
             for minibatch in self._minibatches(mosaic, index, (modality,), encode, batch, library, min(size, 1024)):
-                yield draws(self.model, self.guide, minibatch, modality, value, n_samples, wanted)
+                yield draws(
+                    self.model, self.guide, minibatch, modality, value, n_samples, wanted, seed if weights else None
+                )
 
     def _minibatches(
         self,

@@ -35,14 +35,18 @@ def carry_over(old: nn.Module, new: nn.Module, before: Schema, after: Schema) ->
         elif modality is not None:
             schema, key = before[modality], str(before[modality].spec.batch_key)
             n_old, n_new = len(schema.categories[key]), len(after[modality].categories[key])
-            (dim,) = (d for d in range(value.ndim) if value.shape[d] != state[name].shape[d])
-            stop = n_old if value.shape[dim] == n_old else value.shape[dim] - schema.n_covariates + n_old
-            known = value.narrow(dim, stop - n_old, n_old).mean(dim, keepdim=True)
-            shape = [n_new - n_old if d == dim else -1 for d in range(value.ndim)]
-            parts = value.narrow(dim, 0, stop), known.expand(shape), value.narrow(dim, stop, value.shape[dim] - stop)
-            state[name].copy_(torch.cat(parts, dim))
-            masks[name] = torch.zeros_like(state[name], dtype=torch.bool)
-            masks[name].narrow(dim, stop, n_new - n_old).fill_(True)
+            fresh = torch.zeros_like(state[name], dtype=torch.bool)
+            for dim in (d for d in range(value.ndim) if value.shape[d] != state[name].shape[d]):
+                sums = name.endswith(".products")  # over cells, for how sure a layer is: of a new batch there are none
+                n = value.shape[dim] - sums  # whose last entry is the bias
+                stop = n_old if n == n_old else n - schema.n_covariates + n_old
+                known = value.narrow(dim, stop - n_old, n_old).mean(dim, keepdim=True) * (not sums)
+                shape = [n_new - n_old if d == dim else -1 for d in range(value.ndim)]
+                ahead, behind = value.tensor_split([stop], dim)
+                value = torch.cat([ahead, known.expand(shape), behind], dim)
+                fresh.narrow(dim, stop, n_new - n_old).fill_(True)
+            state[name].copy_(value)
+            masks[name] = fresh
     return masks
 
 

@@ -12,6 +12,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch
+from pyromosaic.laplace import weights_drawn
 from pyromosaic.program import AtMean
 
 
@@ -61,6 +62,7 @@ def draws(
     value: Callable[[TorchDistribution], Tensor] | None,
     n_samples: int | None,
     columns: Tensor,
+    weights_seed: int | None = None,
 ) -> Tensor:
     """Independent posterior draws of a quantity for the cells of one minibatch.
 
@@ -78,6 +80,9 @@ def draws(
         Number of draws; None for one evaluation at the mean of the posterior.
     columns
         Numbers of the features that are wanted.
+    weights_seed
+        Seed of draws of the decoder's weights, one for each draw and the same for any cells; None leaves the weights
+        where training left them.
 
     Returns
     -------
@@ -96,9 +101,11 @@ def draws(
     >>> counts.shape
     torch.Size([2, 10, 3])
     """
-    values = []
-    for _ in range(n_samples or 1):
-        site = run(model, guide, minibatch, latent_at_mean=n_samples is None, drawn=value is None).nodes[name]
+    values, decoder = [], model.get_submodule("decoders").get_submodule(name)
+    for i in range(n_samples or 1):
+        at_mean = n_samples is None
+        with nullcontext() if at_mean or weights_seed is None else weights_drawn(decoder, (weights_seed << 20) + i):
+            site = run(model, guide, minibatch, latent_at_mean=at_mean, drawn=value is None).nodes[name]
         values.append((site["value"] if value is None else value(site["fn"])).index_select(-1, columns))
     return torch.stack(values)
 

@@ -1,0 +1,159 @@
+"""How sure the weights of a trained decoder are, by Laplace's method."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from pyromosaic.data import Minibatch
+
+
+class UncertainLinear(nn.Linear):
+    """A linear layer that, once training is over, knows how far its weights may lie from where they are.
+
+    Their posterior is taken as normal around the trained weights: for output f it has the precision
+    ``F_f * A + 1 / s**2``. A is the sum over cells of the inputs' outer products (with a 1 for the bias); F_f the mean
+    over cells of the squared derivative of the log-likelihood by output f, its empirical Fisher information; s**2 the
+    mean square of the layer's weights, in the place of a prior's variance. That is Laplace's approximation with a
+    Kronecker factorisation (Ritter, Botev and Barber 2018) whose factor for the outputs is diagonal.
+
+    A decoder of one's own takes part by having such layers, with a bias, in place of `torch.nn.Linear`.
+
+    Examples
+    --------
+    >>> layer = UncertainLinear(3, 5)
+    >>> layer.learn(products=100 * torch.eye(4), information=torch.ones(5))
+    >>> x = torch.zeros(2, 3)
+    >>> with weights_drawn(layer, seed=0):
+    ...     different = layer(x)
+    >>> bool((different == layer(x)).any())
+    False
+    """
+
+    products: Tensor
+    information: Tensor
+    precision: Tensor
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.register_buffer("products", torch.zeros(in_features + 1, in_features + 1))
+        self.register_buffer("information", torch.zeros(out_features))
+        self.register_buffer("precision", torch.tensor(torch.inf))  # sure, as long as nothing was learnt
+        self.deviation: Tensor | None = None
+
+    def learn(self, products: Tensor, information: Tensor) -> None:
+        """Set the posterior from A, shape (in + 1, in + 1), and F, shape (out,)."""
+        self.products.copy_(products)
+        self.information.copy_(information)
+        self.precision.copy_(1 / self.weight.detach().square().mean())
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Draw weights from the posterior, for the calls that follow."""
+        spectrum, basis = torch.linalg.eigh(self.products)
+        noise = torch.randn(len(spectrum), len(self.information), generator=generator).to(basis)
+        precision = spectrum.clamp_min(0.0).unsqueeze(-1) * self.information + self.precision
+        self.deviation = (basis @ (noise * precision.rsqrt())).T
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs, shape (..., out), of inputs of shape (..., in)."""
+        y = super().forward(x)
+        return y if self.deviation is None else y + linear(x, self.deviation[:, :-1], self.deviation[:, -1])
+
+
+def _layers(module: nn.Module) -> list[UncertainLinear]:
+    return [part for part in module.modules() if isinstance(part, UncertainLinear)]
+
+
+@contextmanager
+def weights_drawn(module: nn.Module, seed: int) -> Iterator[None]:
+    """Inside, the weights of a decoder are a draw from their posterior.
+
+    Parameters
+    ----------
+    module
+        The decoder; its `UncertainLinear` layers take part.
+    seed
+        The same weights for the same seed, whatever else is drawn; the caller's random numbers are left alone.
+
+    Examples
+    --------
+    >>> layer = UncertainLinear(2, 2)
+    >>> with weights_drawn(layer, seed=0):
+    ...     bool((layer(torch.ones(2)) == layer(torch.ones(2))).all())
+    True
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers = _layers(module)
+    try:
+        for layer in layers:
+            layer.draw(generator)
+        yield
+    finally:
+        for layer in layers:
+            layer.deviation = None
+
+
+def learn_weights(model: nn.Module, guide: nn.Module, name: str, minibatches: Iterable[Minibatch], n: int) -> None:
+    """Learn how sure the weights of a modality's decoder are.
+
+    Parameters
+    ----------
+    model, guide
+        The trained Pyro program.
+    name
+        The modality.
+    minibatches
+        Measured cells, on the device.
+    n
+        Number of cells that have the modality, for which those in the minibatches stand.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, MultiVI, simulate
+    >>> from pyromosaic.data import measured
+    >>> from pyromosaic.tasks import inference_mode
+    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50})[0])
+    >>> model, minibatch = MultiVI(mosaic), measured(mosaic, mosaic.find(None))
+    >>> with inference_mode(model.model, model.guide, seed=0):
+    ...     learn_weights(model.model, model.guide, "rna", [minibatch], n=60)
+    >>> bool(model.model.decoders["rna"].heads["rate"].precision.isfinite())
+    True
+    """
+    layers = _layers(model.get_submodule("decoders").get_submodule(name))
+    inputs: dict[Any, Tensor] = {}
+    outputs: dict[Any, Tensor] = {}
+    n_seen = 0
+    for minibatch in minibatches if layers else ():
+        calls: dict[Any, tuple[Tensor, Tensor]] = {}
+
+        def note(layer: nn.Module, x: tuple[Tensor, ...], y: Tensor, calls: Any = calls) -> Tensor:
+            y = y if y.requires_grad else y.requires_grad_()  # weights may be frozen
+            calls[layer] = (x[0], y)
+            return y
+
+        with ExitStack() as hooks, torch.enable_grad():
+            for layer in layers:
+                hooks.enter_context(layer.register_forward_hook(note))
+            guide_trace = poutine.trace(guide).get_trace(minibatch)
+            trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(minibatch)
+            log_prob = sum(
+                scale_and_mask(site["fn"].log_prob(site["value"]), 1.0, site["mask"]).sum()
+                for site in prune_subsample_sites(trace).nodes.values()
+                if site["type"] == "sample"
+            )
+            slopes = torch.autograd.grad(log_prob, [y for _, y in calls.values()], allow_unused=True)
+        for (layer, (x, _)), slope in zip(calls.items(), slopes, strict=True):
+            if slope is None:
+                continue
+            x = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1).detach().flatten(0, -2)
+            inputs[layer] = inputs.get(layer, torch.zeros(())) + x.T @ x
+            outputs[layer] = outputs.get(layer, torch.zeros(())) + slope.flatten(0, -2).square().sum(0)
+        n_seen += len(minibatch.decoded[name].rows)
+    for layer, products in inputs.items():
+        layer.learn(products * (n / n_seen), outputs[layer] / n_seen)
