@@ -66,6 +66,19 @@ class UncertainLinear(nn.Linear):
         return y if self.deviation is None else y + linear(x, self.deviation[:, :-1], self.deviation[:, -1])
 
 
+def decoder_of(model: nn.Module, name: str) -> nn.Module:
+    """The decoder of a modality, or an empty module if a model of one's own has none by that name.
+
+    Examples
+    --------
+    >>> decoder_of(nn.Module(), "rna")
+    Module()
+    """
+    decoders = getattr(model, "decoders", {})
+    decoder: nn.Module = decoders[name] if name in decoders else nn.Module()
+    return decoder
+
+
 def _layers(module: nn.Module) -> list[UncertainLinear]:
     return [part for part in module.modules() if isinstance(part, UncertainLinear)]
 
@@ -125,7 +138,7 @@ def learn_weights(model: nn.Module, guide: nn.Module, name: str, minibatches: It
     >>> bool(model.model.decoders["rna"].heads["rate"].precision.isfinite())
     True
     """
-    layers = _layers(model.get_submodule("decoders").get_submodule(name))
+    layers = _layers(decoder_of(model, name))
     inputs: dict[Any, Tensor] = {}
     outputs: dict[Any, Tensor] = {}
     n_seen = 0

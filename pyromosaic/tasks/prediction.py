@@ -12,7 +12,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch
-from pyromosaic.laplace import weights_drawn
+from pyromosaic.laplace import decoder_of, weights_drawn
 from pyromosaic.program import AtMean
 
 
@@ -101,7 +101,7 @@ def draws(
     >>> counts.shape
     torch.Size([2, 10, 3])
     """
-    values, decoder = [], model.get_submodule("decoders").get_submodule(name)
+    values, decoder = [], decoder_of(model, name)
     for i in range(n_samples or 1):
         at_mean = n_samples is None
         with nullcontext() if at_mean or weights_seed is None else weights_drawn(decoder, (weights_seed << 20) + i):
