@@ -100,7 +100,7 @@ def mean_coverage(n_epochs: int, n_samples: int) -> pd.DataFrame:
     patterns = {"rna+atac+adt": 0.5, "rna": 0.17, "atac": 0.17, "adt": 0.16}
     drawn = {"rna": ("size", 1), "atac": ("cell_factor", 1000), "adt": ("size", 100)}
     rows = {}
-    for of_what, features in (
+    for data, features in (
         ("156 features", {"rna": 60, "atac": 80, "adt": 16}),
         ("1,400 features", {"rna": 500, "atac": 800, "adt": 100}),
     ):
@@ -120,7 +120,7 @@ def mean_coverage(n_epochs: int, n_samples: int) -> pd.DataFrame:
                     expected = truth.mean[name][at] / size[at, None] * median
                     low, high = (found.quantiles[level].to_numpy() for level in (0.05, 0.95))
                     error = float(np.median(np.abs(found.mean / expected - 1)))
-                    rows[of_what, of, name, kind] = {
+                    rows[data, of, name, kind] = {
                         "coverage": float(((low <= expected) & (expected <= high)).mean()),
                         "median relative error": error,
                     }
