@@ -263,8 +263,8 @@ class MultiVI(MosaicModel):
         encoders see (there raw counts, here log counts on a common scale), the start values of the decoders' biases
         (here the data's mean profile), and the variance of the fused posterior (there the sum of ``sqrt(w) var``, here
         that of a mean of independent variables, the sum of ``w^2 var``). ``"calibrated"``: no penalties, and a product
-        of experts, for intervals that hold what they say; the penalties of the default mix modalities better and make
-        a cell's posterior, and so the intervals of what is imputed, too narrow.
+        of experts, for intervals that hold what they say where features are few; there the penalties of the default,
+        which mix modalities better, make a cell's posterior, and so the intervals of what is imputed, too narrow.
 
     Examples
     --------
@@ -303,11 +303,11 @@ class MultiVI(MosaicModel):
         fusion: str | Fusion = "mean",
         n_private: int | Mapping[str, int] = 0,
         private_kl: float = 2.0,
-        jeffreys: float = 0.5,
+        jeffreys: float = 0.2,
         mmd: float = 50.0,
         adversary: float = 0.0,
         adversary_target: str = "pattern",
-        left_out: float = 0.5,
+        left_out: float = 0.1,
         prior: nn.Module | None = None,
         encoder: Callable[..., nn.Module] | None = None,
         decoder: Callable[..., nn.Module] | None = None,
