@@ -8,7 +8,7 @@ the links that are inferred. Last, a training step of the reference is timed, an
 inner products and from differences (cells × cells × features).
 
     python benchmarks/scmodal_unpaired.py
-    python benchmarks/scmodal_unpaired.py --leave-out 0.25 --options '{"lam_pull": 16}'
+    python benchmarks/scmodal_unpaired.py --leave-out 0.25 --options '{"lam_pull": 80}'
     python benchmarks/scmodal_unpaired.py --reference --steps 1000
 """
 

@@ -331,8 +331,13 @@ def test_anchors_are_mutual_neighbours_and_pull_is_a_distance(mosaic):
         Anchors(1.0, scores, 4)(posteriors, minibatch), distance[mutual > 0].mean(), rtol=1e-4, atol=1e-5
     )
     assert Pull(1.0, scores)(posteriors, minibatch) == 0
-    scores.set(torch.cat([x, y])[:, :2] + 1)
-    torch.testing.assert_close(Pull(1.0, scores)(posteriors, minibatch), torch.tensor(4.0))
+    moved = torch.cat([x, y])[:, :2] + 1
+    scores.set(moved)
+    torch.testing.assert_close(Pull(1.0, scores)(posteriors, minibatch), 4.0 / moved.square().sum(-1).mean())
+    scores.set(torch.zeros(27, 2))
+    torch.testing.assert_close(  # scores of no size count as they are
+        Pull(1.0, scores)(posteriors, minibatch), x[:, :2].square().sum(-1).mean() + y[:, :2].square().sum(-1).mean()
+    )
 
 
 # Priors and labels

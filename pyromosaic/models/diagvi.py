@@ -327,7 +327,7 @@ class DiagVI(MosaicModel):
     lam_data, lam_kl, lam_private, lam_graph, lam_sinkhorn, lam_anchors, lam_pull, lam_class
         Weights of the likelihoods, of the divergences of shared and private variables, of the graph (its likelihood
         and its divergence), of the Sinkhorn divergence, of anchors and pull to the linkage's scores, and of the
-        classifier of labels. The pull is 4 by default, and 1 beside a mixture, whose components must be free to move.
+        classifier of labels. The pull is 20 by default, and 2 beside a mixture, whose components must be free to move.
         `REFERENCE` holds the reference's.
     kl_per_feature
         Divide the divergences of a modality's cells by its number of features, as the reference does.
@@ -429,7 +429,7 @@ class DiagVI(MosaicModel):
             }
             sizes = {name: Size(name, m, n_latent) for name, m in modalities.items()}
             if lam_pull is None:
-                lam_pull = 1.0 if prior == "mixture" else 4.0
+                lam_pull = 2.0 if prior == "mixture" else 20.0
             if prior == "normal":
                 prior = StandardNormal(n_latent)
             elif prior == "mixture":

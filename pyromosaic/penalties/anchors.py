@@ -39,6 +39,7 @@ class Scores(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("values", torch.empty(0, 0), persistent=False)
+        self.mean_square = 1.0  # of a cell's scores, summed
 
     def __bool__(self) -> bool:
         return len(self.values) > 0
@@ -46,6 +47,7 @@ class Scores(nn.Module):
     def set(self, values: Tensor) -> None:
         """Scores of all cells of the training data, shape (N, c)."""
         self.values = values.to(self.values)
+        self.mean_square = float(values.square().sum(-1).mean()) or 1.0
 
     def of(self, posterior: Posterior, minibatch: Minibatch) -> Tensor:
         """Scores of the cells that a posterior is about, shape (b, c)."""
@@ -129,7 +131,10 @@ def mutual_neighbors(x: Tensor, y: Tensor, n_neighbors: int) -> Tensor:
 
 
 class Pull(Penalty):
-    """Squared distance between the posterior means and the scores, mean over cells, sum over modalities.
+    """Squared distance between the posterior means and the scores, relative to the mean square of the scores.
+
+    Mean over cells, sum over modalities. Scores that modalities share less of are smaller: relative to their own size
+    all are held equally firmly.
 
     Parameters
     ----------
@@ -152,8 +157,8 @@ class Pull(Penalty):
     >>> scores = Scores()
     >>> scores.set(torch.ones(20, 3))
     >>> q = Posterior(torch.arange(20), torch.zeros(20, 5), torch.ones(20, 5))
-    >>> Pull(1.0, scores)({"rna": q}, minibatch)  # three scores, each 1 away
-    tensor(3.)
+    >>> Pull(1.0, scores)({"rna": q}, minibatch)  # as far from the scores as these are from 0
+    tensor(1.)
     """
 
     name = "pull"
@@ -174,4 +179,4 @@ class Pull(Penalty):
                         f"{q.loc.shape[1]} dimensions; take as many dimensions, or fewer scores"
                     )
                 total = total + (q.loc[:, : scores.shape[1]] - scores).square().sum(-1).mean()
-        return total
+        return total / self.scores.mean_square
