@@ -16,6 +16,7 @@ Cells without all modalities are left out. One experiment a call:
     python benchmarks/multivi_paper.py uncertainty --data snare_cortex.h5mu --min-share 0.005 --label-key cell_class
 """
 
+import json
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -67,7 +68,7 @@ def train(mosaic: Any, options: Namespace, seed: int, **choices: Any) -> Any:
     """A trained MultiVI."""
     from pyromosaic import Mosaic, MultiVI
 
-    choices = {"mmd": options.mmd} | choices
+    choices = json.loads(options.options) | choices
     model = MultiVI(Mosaic.from_mudata(mosaic, batch_key=options.batch_key), seed=seed, **choices)
     model.train(options.epochs, seed=seed, progress_bar=False)
     return model
@@ -517,7 +518,7 @@ def main() -> None:
     parser.add_argument(
         "--min-share", type=float, default=0.0, help="use regions seen in more than this share of cells"
     )
-    parser.add_argument("--mmd", type=float, default=50.0, help="weight of the modalities' discrepancy")
+    parser.add_argument("--options", default="{}", help="other options of the model, as JSON")
     parser.add_argument("--batch-key", default="batch")
     parser.add_argument("--label-key", default="celltype")
     parser.add_argument("--epochs", type=int, default=150)
