@@ -11,7 +11,7 @@ from pyro import distributions as dist
 from torch import Tensor, nn
 from torch.types import _size
 
-from pyromosaic.data import Mosaic
+from pyromosaic.data import Mosaic, Schema
 
 
 @dataclass
@@ -478,3 +478,21 @@ def leave_out(present: Tensor, share: float) -> Tensor:
     chosen = (torch.rand_like(present) + present).argmax(-1)
     single = torch.nn.functional.one_hot(chosen, present.shape[-1]).to(present.dtype)
     return torch.where(torch.rand_like(present[:, :1]) < share, single, present)
+
+
+def agreement_weights(schema: Schema, jeffreys: float | None, left_out: float | None) -> tuple[float, float]:
+    """What makes the posteriors of a cell's modalities agree: as given, or else by the number of features.
+
+    By default a ten-thousandth for each feature, `jeffreys` up to 0.2 and `left_out` up to 0.1. The fewer the features,
+    the less they say of a cell against such weights, which then make its posterior, and so intervals of what is
+    imputed, too narrow.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> schema = Mosaic.from_mudata(simulate(60, {"rna": 80, "adt": 20})[0]).schema
+    >>> agreement_weights(schema, None, 0.0)
+    (0.01, 0.0)
+    """
+    share = sum(modality.n_features for modality in schema.modalities.values()) / 10_000
+    return min(0.2, share) if jeffreys is None else jeffreys, min(0.1, share) if left_out is None else left_out

@@ -15,7 +15,7 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, TraceMeanField_ELBO
 
-from pyromosaic import ModalitySpec, Mosaic, MultiVI, hide, metrics, pbmc_mosaic
+from pyromosaic import ContrastiveVI, ModalitySpec, Mosaic, MultiVI, hide, metrics, pbmc_mosaic
 from pyromosaic.data import loader, measured, split, to_predict
 from pyromosaic.data import simulate as simulate_mosaic
 from pyromosaic.fusion import Posterior
@@ -1085,7 +1085,7 @@ def test_sizes_of_unmeasured_cells_are_those_of_measured_ones():
 
 @pytest.mark.parametrize(
     ("n_cells", "features", "preset"),
-    [(4000, (60, 80, 16), "calibrated"), (3000, (500, 800, 100), None)],
+    [(4000, (60, 80, 16), "calibrated"), (4000, (60, 80, 16), None), (3000, (500, 800, 100), None)],
 )
 def test_intervals_of_imputed_means_cover_the_truth(n_cells, features, preset):
     """Of cells in which the modality was not measured, at the median size: the intervals are not about sizes."""
@@ -1113,6 +1113,23 @@ def test_intervals_of_imputed_means_cover_the_truth(n_cells, features, preset):
         covered.append((found.quantiles[0.05].to_numpy() <= expected) & (expected <= found.quantiles[0.95].to_numpy()))
     assert 0.85 < np.concatenate([c.ravel() for c in covered]).mean() < 0.95
     assert all(0.75 < c.mean() < 0.99 for c in covered)
+
+
+@pytest.mark.parametrize("model_class", [MultiVI, ContrastiveVI])
+def test_agreement_is_asked_in_proportion_to_the_features(model_class):
+    """A ten-thousandth for each, with an upper end, and as the user says if so."""
+
+    def of(n, **options):
+        mosaic = Mosaic.from_mudata(simulate_mosaic(40, {"rna": n, "adt": 20}, seed=0)[0])
+        if model_class is ContrastiveVI:
+            mosaic = mosaic.with_cohorts(background=np.arange(20), target=np.arange(20, 40))
+        guide = model_class(mosaic, **options).guide
+        return next(p.weight for p in guide.modules() if isinstance(p, Jeffreys)), guide.left_out
+
+    assert of(80) == (0.01, 0.01)
+    assert of(1480) == (0.15, 0.1)
+    assert of(4000) == (0.2, 0.1)
+    assert of(80, jeffreys=0.5, left_out=0.0) == (0.5, 0.0)
 
 
 def test_pbmc_mosaic_integrates():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyromosaic.data import Cohorts, Minibatch, Mosaic, Schema, contrastive_loader, measured
-from pyromosaic.fusion import Fusion, Posterior, fusion_of, leave_out, presence
+from pyromosaic.fusion import Fusion, Posterior, agreement_weights, fusion_of, leave_out, presence
 from pyromosaic.likelihoods import likelihoods_of
 from pyromosaic.models.mosaic_model import Cells, MosaicModel, Preset
 from pyromosaic.nn import Decoder, Encoder, unit_columns
@@ -313,9 +313,9 @@ class ContrastiveVI(MosaicModel):
         cohort_mmd: float = 100.0,
         dependence: float = 20.0,
         wasserstein: float = 1.0,
-        jeffreys: float = 0.2,
+        jeffreys: float | None = None,
         mmd: float = 50.0,
-        left_out: float = 0.1,
+        left_out: float | None = None,
         prior: nn.Module | None = None,
         salient_prior: nn.Module | str | None = None,
         fusion: str | Fusion = "mean",
@@ -335,6 +335,7 @@ class ContrastiveVI(MosaicModel):
             own = tuple((f"s_{_cohorts(schema).names[code]}", (code,)) for code in targets)
             parts: Parts = (("s", targets),) if salient == "shared" else own
             modalities = schema.modalities.items()
+            jeffreys, left_out = agreement_weights(schema, jeffreys, left_out)
             likelihoods = likelihoods_of(schema)
             width = n_latent + n_salient * len(parts)
 

@@ -17,7 +17,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch, Mosaic, Schema, measured
-from pyromosaic.fusion import Fusion, Posterior, alone, fusion_of, leave_out, presence
+from pyromosaic.fusion import Fusion, Posterior, agreement_weights, alone, fusion_of, leave_out, presence
 from pyromosaic.likelihoods import likelihoods_of
 from pyromosaic.models.mosaic_model import Cells, MosaicModel, Preset
 from pyromosaic.nn import Decoder, Encoder
@@ -237,7 +237,8 @@ class MultiVI(MosaicModel):
         swallow what should be shared. The ELBO in the history counts their divergence so many times; above 1 it is
         still a lower bound of the evidence.
     jeffreys
-        Weight of the symmetric divergence between the posteriors of a cell's modalities; 1 in the paper.
+        Weight of the symmetric divergence between the posteriors of a cell's modalities; 1 in the paper. None for a
+        ten-thousandth of the number of features of all modalities, at most 0.2.
     mmd
         Weight of the discrepancy between the modalities' representations over all cells that have them; 0 as in the
         paper, and better lowered where modalities were measured in different kinds of cells.
@@ -245,7 +246,7 @@ class MultiVI(MosaicModel):
         Weight and target, ``"pattern"`` or ``"batch"``, of an adversary; see `pyromosaic.penalties.Adversary`.
     left_out
         Share of the cells with several modalities in which, at each training step, the posterior sees only one of them
-        while the model explains all; 0 as in the paper.
+        while the model explains all; 0 as in the paper. None for as much as `jeffreys` by default, at most 0.1.
     prior
         Callable module from a minibatch to the prior of z; by default a standard normal.
     encoder, decoder
@@ -263,8 +264,7 @@ class MultiVI(MosaicModel):
         encoders see (there raw counts, here log counts on a common scale), the start values of the decoders' biases
         (here the data's mean profile), and the variance of the fused posterior (there the sum of ``sqrt(w) var``, here
         that of a mean of independent variables, the sum of ``w^2 var``). ``"calibrated"``: no penalties, and a product
-        of experts, for intervals that hold what they say where features are few; there the penalties of the default,
-        which mix modalities better, make a cell's posterior, and so the intervals of what is imputed, too narrow.
+        of experts, as probability has it; intervals of what is imputed are somewhat wider, modalities mix less.
 
     Examples
     --------
@@ -303,11 +303,11 @@ class MultiVI(MosaicModel):
         fusion: str | Fusion = "mean",
         n_private: int | Mapping[str, int] = 0,
         private_kl: float = 2.0,
-        jeffreys: float = 0.2,
+        jeffreys: float | None = None,
         mmd: float = 50.0,
         adversary: float = 0.0,
         adversary_target: str = "pattern",
-        left_out: float = 0.1,
+        left_out: float | None = None,
         prior: nn.Module | None = None,
         encoder: Callable[..., nn.Module] | None = None,
         decoder: Callable[..., nn.Module] | None = None,
@@ -316,6 +316,7 @@ class MultiVI(MosaicModel):
     ) -> None:
         with self._construction(data, locals(), seed) as schema:
             modalities = schema.modalities
+            jeffreys, left_out = agreement_weights(schema, jeffreys, left_out)
             if library not in ("observed", "latent"):
                 raise ValueError(f'library is "observed" or "latent"; found {library!r}')
             if covariate_embedding < 0:

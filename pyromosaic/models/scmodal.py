@@ -359,7 +359,7 @@ class ScModal(MosaicModel):
         n_adversary_steps: int = 5,
         lam_cycle: float = 1.0,
         lam_anchors: float = 2.0,
-        lam_pull: float = 20.0,
+        lam_pull: float = 30.0,
         lam_geometry: float = 1.0,
         geometry: Literal["alignment", "cosine"] = "alignment",
         penalties: Sequence[Penalty] = (),
