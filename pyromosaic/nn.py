@@ -110,6 +110,8 @@ class Encoder(nn.Module):
         Whether the encoder sees the covariates too.
     embedding
         Width of a learnt embedding of the covariates, seen in their place; 0 for the covariates as they are.
+    input_dropout
+        How many of the features beyond 250 it does not see in training, as a share; others in every cell and step.
 
     Examples
     --------
@@ -131,9 +133,11 @@ class Encoder(nn.Module):
         dropout: float = 0.1,
         covariates: bool = True,
         embedding: int = 0,
+        input_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.scaling = InputScaling(schema)
+        self.left_out = nn.Dropout(input_dropout * max(0.0, 1 - 250 / schema.n_features))
         self.embed, width = embed(schema, embedding if covariates else 0)
         self.covariates = covariates and width > 0
         self.hidden = layers(schema.n_features + covariates * width, n_hidden, n_layers, dropout)
@@ -146,6 +150,7 @@ class Encoder(nn.Module):
 
     def posterior(self, x: Tensor, view: View) -> tuple[Tensor, Tensor]:
         """The same given scaled measurements, shape (b, features), whatever the view holds."""
+        x = self.left_out(x)
         if self.covariates:
             x = torch.cat([x, self.embed(view.design())], dim=-1)
         hidden = self.hidden(x)

@@ -1132,6 +1132,23 @@ def test_agreement_is_asked_in_proportion_to_the_features(model_class):
     assert of(80, jeffreys=0.5, left_out=0.0) == (0.5, 0.0)
 
 
+def test_encoders_miss_some_features_beyond_250_in_training():
+    mosaic = Mosaic.from_mudata(simulate_mosaic(60, {"rna": 1000, "adt": 200}, seed=0)[0])
+    guide = MultiVI(mosaic, input_dropout=0.4).guide
+    views = measured(mosaic, np.arange(60)).observed
+    seen: dict[str, list[torch.Tensor]] = {"rna": [], "adt": []}
+    for name, encoder in guide.encoders.items():
+        encoder.hidden.register_forward_pre_hook(lambda _, x, name=name: seen[name].append(x[0]))
+        scaled = encoder.scaling(views[name])
+        for training in (True, False):
+            encoder.train(training)(views[name])
+        in_training, afterwards = (x[:, : scaled.shape[1]] for x in seen[name])
+        torch.testing.assert_close(afterwards, scaled)
+        missing = (in_training == 0) & (scaled != 0)
+        assert abs(missing.float().mean() - (0.3 if name == "rna" else 0.0)) < 0.02  # 0.4 of 750 in a thousand
+        torch.testing.assert_close(in_training[~missing], scaled[~missing] / (1 - (0.3 if name == "rna" else 0.0)))
+
+
 def test_pbmc_mosaic_integrates():
     """Sixty epochs on the packaged data already bring the modalities together and the types apart."""
     data, truth = hide(pbmc_mosaic(), {"adt": 200, "rna": 200}, seed=0)

@@ -6,6 +6,7 @@ Methods 2023; extended to mosaics of modalities and to several target groups.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -33,6 +34,7 @@ from pyromosaic.tasks.differential import DELTAS, PORTION, Delta, Mode, check, d
 REFERENCE = Preset(
     options={
         "n_encoder_layers": 1,
+        "input_dropout": 0.0,
         "cohort_mmd": 0.0,
         "dependence": 0.0,
         "wasserstein": 0.0,
@@ -244,6 +246,9 @@ class ContrastiveVI(MosaicModel):
         Shape of the networks.
     dropout
         Dropout of the encoders.
+    input_dropout
+        How many of a modality's features beyond 250 its encoder does not see in training, as a share; others in every
+        cell and step. It keeps encoders from learning single cells by heart.
     encode_covariates
         Whether encoders see batch and covariates.
     library
@@ -308,6 +313,7 @@ class ContrastiveVI(MosaicModel):
         n_encoder_layers: int = 2,
         n_decoder_layers: int = 1,
         dropout: float = 0.1,
+        input_dropout: float = 0.8,
         encode_covariates: bool = True,
         library: str = "observed",
         cohort_mmd: float = 100.0,
@@ -341,7 +347,8 @@ class ContrastiveVI(MosaicModel):
 
             def encoders(n: int) -> dict[str, nn.Module]:
                 shape = (n_hidden, n_encoder_layers, dropout, encode_covariates)
-                return {name: (encoder or Encoder)(m, n, *shape) for name, m in modalities}
+                network = encoder or partial(Encoder, input_dropout=input_dropout)
+                return {name: network(m, n, *shape) for name, m in modalities}
 
             def decoders(heads: str, network: Callable[..., nn.Module] = Decoder) -> dict[str, Any]:
                 wanted = {name: getattr(likelihood, heads) for name, likelihood in likelihoods.items()}

@@ -35,6 +35,7 @@ PAPER = Preset(
         "n_latent": None,  # follow from the number of regions
         "n_hidden": None,
         "n_decoder_layers": 2,
+        "input_dropout": 0.0,
         "encode_covariates": False,
         "library": "latent",
         "fusion": "mean",
@@ -57,7 +58,9 @@ PAPER = Preset(
         "monitor": "reconstruction",
     },
 )
-CALIBRATED = Preset(options={"fusion": "product", "jeffreys": 0.0, "mmd": 0.0, "left_out": 0.0}, training={})
+CALIBRATED = Preset(
+    options={"input_dropout": 0.0, "fusion": "product", "jeffreys": 0.0, "mmd": 0.0, "left_out": 0.0}, training={}
+)
 
 
 class MultiVIModel(Program):
@@ -217,6 +220,9 @@ class MultiVI(MosaicModel):
         regions, of the most features), at most 128.
     dropout
         Dropout of the encoders.
+    input_dropout
+        How many of a modality's features beyond 250 its encoder does not see in training, as a share; others in every
+        cell and step. It keeps encoders from learning single cells by heart.
     encode_covariates
         Whether encoders see batch and covariates.
     covariate_embedding
@@ -297,6 +303,7 @@ class MultiVI(MosaicModel):
         n_encoder_layers: int = 2,
         n_decoder_layers: int = 1,
         dropout: float = 0.1,
+        input_dropout: float = 0.5,
         encode_covariates: bool = True,
         covariate_embedding: int = 0,
         library: str = "observed",
@@ -331,7 +338,9 @@ class MultiVI(MosaicModel):
             encode: Callable[..., nn.Module] = partial(Encoder, embedding=covariate_embedding)
             decode: Callable[..., nn.Module] = partial(Decoder, embedding=covariate_embedding)
             encoders = {
-                name: (encoder or encode)(m, width[name], n_hidden, n_encoder_layers, dropout, encode_covariates)
+                name: (encoder or partial(encode, input_dropout=input_dropout))(
+                    m, width[name], n_hidden, n_encoder_layers, dropout, encode_covariates
+                )
                 for name, m in modalities.items()
             }
 
