@@ -21,6 +21,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "no penalties": NO_PENALTIES,
     "Wasserstein 10": {"wasserstein": 10.0},
     "ARD": {"salient_prior": "ard"},
+    "encoders see all": {"input_dropout": 0.0},
     "cohort MMD 20": {"cohort_mmd": 20.0},
     "cohort MMD 0": {"cohort_mmd": 0.0},
 }
