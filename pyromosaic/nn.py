@@ -137,7 +137,7 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.scaling = InputScaling(schema)
-        self.left_out = nn.Dropout(input_dropout * max(0.0, 1 - 250 / schema.n_features))
+        self.unseen = nn.Dropout(input_dropout * max(0.0, 1 - 250 / schema.n_features))
         self.embed, width = embed(schema, embedding if covariates else 0)
         self.covariates = covariates and width > 0
         self.hidden = layers(schema.n_features + covariates * width, n_hidden, n_layers, dropout)
@@ -150,7 +150,7 @@ class Encoder(nn.Module):
 
     def posterior(self, x: Tensor, view: View) -> tuple[Tensor, Tensor]:
         """The same given scaled measurements, shape (b, features), whatever the view holds."""
-        x = self.left_out(x)
+        x = self.unseen(x)
         if self.covariates:
             x = torch.cat([x, self.embed(view.design())], dim=-1)
         hidden = self.hidden(x)
