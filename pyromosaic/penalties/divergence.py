@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pyromosaic.data import Minibatch
 from pyromosaic.fusion import Posterior
@@ -155,13 +157,31 @@ def discrepancy(x: Tensor, y: Tensor) -> Tensor:
     """
     pooled = torch.cat([x, y])
     squares = pooled.square().sum(-1)
-    distances = (squares.unsqueeze(-1) + squares - 2 * pooled @ pooled.T).clamp_min(0.0)
+    distances = torch.addmm(squares.unsqueeze(-1) + squares, pooled, pooled.T, alpha=-2).clamp_min(0.0)
     width = distances.detach().mean().clamp_min(1e-12)  # representations may all be the same
-    kernels = [torch.exp(-distances / width)]
-    for _ in range(3):
-        kernels.append(kernels[-1].square())  # the kernel of half the squared width
-    kernel = torch.stack(kernels).mean(0)
+    kernel: Tensor = _FourKernels.apply(distances, width)
     n, m = len(x), len(y)
-    within_x = (kernel[:n, :n].sum() - n) / (n * (n - 1))
-    within_y = (kernel[n:, n:].sum() - m) / (m * (m - 1))
-    return within_x + within_y - 2 * kernel[:n, n:].mean()
+    within = torch.block_diag(x.new_ones(n, 1), y.new_ones(m, 1))
+    (of_x, between), (_, of_y) = within.T @ kernel @ within / 4
+    return (of_x - n) / (n * (n - 1)) + (of_y - m) / (m * (m - 1)) - 2 * between / (n * m)
+
+
+class _FourKernels(torch.autograd.Function):
+    """Sum of Gaussian kernels of four widths, and its derivative by the squared distances, formed together."""
+
+    @staticmethod
+    def forward(ctx: Any, distances: Tensor, width: Tensor) -> Tensor:
+        kernel = torch.exp(distances / -width)
+        total, slope = kernel.clone(), kernel.clone()
+        for power in (2, 4, 8):
+            kernel.square_()  # the kernel of half the squared width
+            total.add_(kernel)
+            slope.add_(kernel, alpha=power)
+        ctx.save_for_backward(slope.div_(-width))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return gradient * slope, None
