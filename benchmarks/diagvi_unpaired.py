@@ -89,16 +89,18 @@ def ours(options: Namespace, seed: int) -> Figures:
 
     from pyromosaic import DiagVI
     from pyromosaic.guidance import GuidanceGraph
-    from pyromosaic.models.diagvi import REFERENCE
 
     torch.set_num_threads(options.threads)
     adatas, labels, table = load(options, seed)
     mosaic = as_mosaic(options, adatas)
     graph = GuidanceGraph.from_table(mosaic, table, drop_absent=True)
-    changes = {"linkage": None} if options.no_linkage else {}
-    model = DiagVI(mosaic, graph, seed=seed, **(REFERENCE if options.reference else changes))
+    changes: dict[str, Any] = {"linkage": None} if options.no_linkage else {}
+    training: dict[str, Any] = {}
+    if options.reference:
+        changes, training = map(dict, DiagVI.presets["reference"])
+    model = DiagVI(mosaic, graph, seed=seed, **changes)
     with measured_cost() as cost:
-        model.train(options.epochs, seed=seed, progress_bar=False)
+        model.train(**(training | {"n_epochs": options.epochs}), seed=seed, progress_bar=False)
 
     def by_cell(table: pd.DataFrame, name: str) -> pd.DataFrame:
         own = table[mosaic.modalities[name].present]

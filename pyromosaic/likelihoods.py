@@ -327,9 +327,8 @@ class NBMixture(CountLikelihood):
         """Background level, then the count."""
         with weighted(kl_weight):
             background = pyro.sample(f"{name}_background", dist.Normal(*self._prior(view)))
-        # exp(foreground) + 1 times the background, in log space
         mu_background = self.cell_factor(view) * background.exp()
-        mu_foreground = mu_background * softplus(predictors["foreground"]).exp()
+        mu_foreground = mu_background * (1 + predictors["foreground"].exp())
         mixture = NegativeBinomialMixture(
             mu_background, mu_foreground, self.theta(view), mixture_logits=predictors["mixing"]
         )

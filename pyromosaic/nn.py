@@ -412,7 +412,8 @@ class InnerProductDecoder(nn.Module):
                 shift = shift + effects @ self.effects[name]
             direction = _direction(name)
             if direction:
-                predictors[name] = (batch @ (direction * nn.functional.softplus(self.scale[name]))) * signal + shift
+                scale = batch @ (direction * nn.functional.softplus(self.scale[name]))
+                predictors[name] = torch.addcmul(shift, scale, signal)
             else:
                 predictors[name] = shift.expand_as(signal)
         return predictors

@@ -19,7 +19,6 @@ from pyromosaic.distributions import NegativeBinomial
 from pyromosaic.fusion import Posterior
 from pyromosaic.guidance import GuidanceGraph
 from pyromosaic.labels import Labels, check_labels
-from pyromosaic.models.diagvi import REFERENCE
 from pyromosaic.nn import GraphEncoder
 from pyromosaic.penalties import Anchors, Pull, Scores, Sinkhorn, mutual_neighbors, sinkhorn_divergence
 from pyromosaic.priors import GaussianMixture
@@ -107,7 +106,7 @@ def test_the_reference_loss_is_that_of_the_seed(data):
     )
     table = data[1].links.assign(weight=0.5).rename(columns={"gene": "rna", "feature": "adt"})
     graph = GuidanceGraph.from_table(mosaic, table[["rna", "adt", "weight", "sign"]])
-    model = DiagVI(mosaic, graph, **{**REFERENCE, "n_latent": 5, "n_hidden": 16})
+    model = DiagVI(mosaic, graph, **{**DiagVI.presets["reference"].options, "n_latent": 5, "n_hidden": 16})
     for parameter in [*model.model.parameters(), *model.guide.parameters()]:
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
     minibatch = measured(mosaic, np.arange(0, mosaic.n_cells, 5))
@@ -158,7 +157,7 @@ def test_the_reference_loss_is_that_of_the_seed(data):
     draws = [torch.normal(q.mean, q.stddev) for q in posteriors.values()]
     cost = torch.cdist(*draws).square() / 2
     blur = (0.5 * cost.mean()).sqrt().item()
-    sinkhorn = SamplesLoss("sinkhorn", p=2, blur=blur, reach=3 * blur, debias=True, diameter=1.5 * blur)
+    sinkhorn = SamplesLoss("sinkhorn", p=2, blur=blur, reach=3 * blur, debias=True, diameter=blur)
     expected["penalty/sinkhorn"] = 85 * sinkhorn(*draws)
 
     label = pd.Series(labels.to_numpy())[minibatch.index[minibatch.observed["adt"].rows].numpy() - rna.n_obs]
@@ -290,6 +289,17 @@ def test_sinkhorn_is_the_converged_divergence_and_homogeneous():
     )
     assert abs(float(sinkhorn_divergence(x, x))) < 1e-4
     assert sinkhorn_divergence(x, y, blur=0.5, reach=float("inf")) > sinkhorn_divergence(x, y, blur=0.5, reach=0.5)
+
+
+def test_sinkhorn_compares_some_of_the_cells(mosaic):
+    generator = torch.Generator().manual_seed(0)
+    draws = {name: torch.randn(n, 2, generator=generator) for name, n in (("rna", 30), ("adt", 20))}
+    posteriors = {name: Posterior(torch.arange(len(z)), z, torch.ones_like(z)) for name, z in draws.items()}
+    minibatch = measured(mosaic, np.arange(50))
+    expected = sinkhorn_divergence(draws["rna"][:25], draws["adt"])
+    torch.testing.assert_close(Sinkhorn(n_cells=25)(posteriors, minibatch), expected)
+    with pytest.raises(ValueError, match="n_cells is at least 1; found 0"):
+        Sinkhorn(n_cells=0)
 
 
 def test_sinkhorn_sums_over_pairs_or_from_a_reference_and_warms_up(mosaic, graph):

@@ -19,6 +19,7 @@ from pyromosaic import ContrastiveVI, ModalitySpec, Mosaic, MultiVI, hide, metri
 from pyromosaic.data import loader, measured, split, to_predict
 from pyromosaic.data import simulate as simulate_mosaic
 from pyromosaic.fusion import Posterior
+from pyromosaic.nn import Dropout
 from pyromosaic.penalties import Jeffreys, MeanDistance, discrepancy
 from pyromosaic.program import AtMean
 from pyromosaic.sizes import Size
@@ -314,6 +315,21 @@ def test_leaving_modalities_out_changes_only_what_the_posterior_sees(mosaic):
     model.guide.eval()
     z = poutine.trace(model.guide).get_trace(minibatch).nodes["z"]["fn"].mean[:, 0]
     torch.testing.assert_close(z, posteriors.mean(0))
+
+
+def test_discrepancy_and_its_gradient_are_those_of_the_plain_formula():
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 3, generator=generator).double().requires_grad_() for n in (7, 5))
+
+    def plain(x, y):
+        pooled = torch.cat([x, y])
+        squared = (pooled.unsqueeze(1) - pooled).square().sum(-1)
+        kernel = sum(torch.exp(-k * squared / squared.detach().mean()) for k in (1, 2, 4, 8)) / 4
+        within = [(k.sum() - len(k)) / (len(k) * (len(k) - 1)) for k in (kernel[:7, :7], kernel[7:, 7:])]
+        return sum(within) - 2 * kernel[:7, 7:].mean()
+
+    torch.testing.assert_close(discrepancy(x, y), plain(x, y))
+    torch.testing.assert_close(torch.autograd.grad(discrepancy(x, y), (x, y)), torch.autograd.grad(plain(x, y), (x, y)))
 
 
 def test_discrepancy_is_zero_on_average_for_one_distribution_and_finite_when_collapsed():
@@ -1175,3 +1191,18 @@ def test_the_log_takes_weights_of_divergences_out(mdata):
         assert elbo.latent["rna_library"] == 1.0
         parts.append({name: float(elbo.terms[name]) / weight for name, weight in elbo.latent.items()})
     assert parts[0] == pytest.approx(parts[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.975])
+def test_dropout_leaves_out_its_share_and_keeps_the_expectation(p):
+    torch.manual_seed(0)
+    dropout, x = Dropout(p), torch.full((203, 333), 2.0, requires_grad=True)  # of no round number of random words
+    y = dropout(x)
+    left = (y == 0).double().mean().item()
+    assert abs(left - p) < 4 * (p * (1 - p) / x.numel()) ** 0.5 + 1e-5
+    torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 2 / (1 - p)))
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, y.detach() / 2)  # by the same mask
+    among_neighbours = (y[:, 1:] == 0) & (y[:, :-1] == 0)  # bits of one word are independent
+    assert abs(among_neighbours.double().mean().item() - p**2) < 0.01
+    assert torch.equal(dropout.eval()(x), x)

@@ -337,17 +337,7 @@ class NegativeBinomialMixture(_CountDistribution):
     def _log_prob_at(self, count: Tensor, at: "_Entries | _Everywhere") -> Tensor:
         means = [self.mu_background, self.mu_foreground]
         background, foreground = _log_count(count, means, self.theta, at)
-        logits = at(self.mixture_logits)
-        log_prob = torch.logaddexp(logsigmoid(logits) + background, logsigmoid(-logits) + foreground)
-        zero = _search(count == 0)
-        if not len(zero):
-            return log_prob
-        count, flat, *parts = (
-            x.expand(log_prob.shape).reshape(-1) for x in (count, log_prob, logits, background, foreground)
-        )
-        precise = _log_mixture(*(part.index_select(0, zero) for part in parts))
-        precise = torch.where(count.index_select(0, zero) == 0, precise, flat.index_select(0, zero))
-        return flat.index_copy(0, zero, precise).reshape(log_prob.shape)
+        return _log_mixture(at(self.mixture_logits), background, foreground)
 
 
 def _flat_position(index: Tensor, shape: torch.Size) -> Tensor:
@@ -369,13 +359,13 @@ def _log_count(count: Tensor, means: list[Tensor], theta: Tensor, at: "_Entries 
     table = position = None
     if theta.numel() < count.numel():  # a parameter serves many entries
         table, position = _table(theta.detach()).to(count.dtype), at.position(theta)
-    inputs = (count, at(theta), table, position, *map(at, means))
-    log_probs: tuple[Tensor, ...]
-    if has_torch_function(inputs):  # Pyro, say, follows what depends on what
-        log_probs = handle_torch_function(_LogCount.apply, inputs, *inputs)
-    else:
-        log_probs = _LogCount.apply(*inputs)
+    log_probs: tuple[Tensor, ...] = _apply(_LogCount.apply, count, at(theta), table, position, *map(at, means))
     return log_probs
+
+
+def _apply(function: Callable[..., Any], *inputs: Tensor | None) -> Any:
+    """Call a function of plain tensors, also where others take their place: Pyro, say, follows what depends on what."""
+    return handle_torch_function(function, inputs, *inputs) if has_torch_function(inputs) else function(*inputs)
 
 
 class _LogCount(torch.autograd.Function):
@@ -542,16 +532,33 @@ class _Entries:
 
 
 def _log_mixture(logits: Tensor, log_first: Tensor, log_second: Tensor) -> Tensor:
-    """Log of ``w * exp(log_first) + (1 - w) * exp(log_second)``, ``w = sigmoid(logits)``, for log-probabilities.
+    """Log of ``w * exp(log_first) + (1 - w) * exp(log_second)``, ``w = sigmoid(logits)``, for log-probabilities."""
+    log_prob: Tensor = _apply(_LogMixture.apply, logits, log_first, log_second)
+    return log_prob
 
-    Accurate next to zero, where the complement is summed, and far below, where logarithms are.
-    """
-    complement = -(torch.sigmoid(logits) * torch.expm1(log_first) + torch.sigmoid(-logits) * torch.expm1(log_second))
-    near = torch.log1p(-complement.clamp(max=0.9))
-    rare = complement > 0.9
-    logits, log_first, log_second = (x.masked_select(rare) for x in (logits, log_first, log_second))
-    far = torch.logaddexp(logsigmoid(logits) + log_first, logsigmoid(-logits) + log_second)
-    return near.masked_scatter(rare, far)
+
+class _LogMixture(torch.autograd.Function):
+    """Accurate far below zero, where logarithms are summed, and next to it, where complements are."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, log_first: Tensor, log_second: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, log_first, log_second)
+        log_prob = torch.logaddexp(logsigmoid(logits) + log_first, logsigmoid(-logits) + log_second)
+        near = _search(log_prob > -0.1)
+        if len(near):
+            flat = log_prob.reshape(-1)
+            x, *logs = (p.expand(log_prob.shape).reshape(-1)[near] for p in (logits, log_first, log_second))
+            first, second = map(torch.expm1, logs)
+            precise = torch.log1p(torch.sigmoid(x) * first + torch.sigmoid(-x) * second)
+            log_prob = flat.index_copy(0, near, precise.where(flat[near] > -0.1, flat[near])).reshape(log_prob.shape)
+        return log_prob
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        inputs = logits, log_first, log_second = ctx.saved_tensors
+        first = torch.sigmoid(logits + log_first - log_second)  # its share of the probability
+        slopes = (first - torch.sigmoid(logits), first, 1 - first)
+        return tuple((gradient * slope).sum_to_size(x.shape) for slope, x in zip(slopes, inputs, strict=True))
 
 
 def _variance(mu: Tensor, theta: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ space in two parts, one shared by all modalities and one private to each.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -23,7 +24,7 @@ from pyromosaic.fusion import Fusion, Posterior, alone, fusion_of, presence
 from pyromosaic.guidance import GuidanceGraph, shared_scores
 from pyromosaic.labels import Labels, check_labels
 from pyromosaic.likelihoods import likelihoods_of
-from pyromosaic.models.mosaic_model import Cells, MosaicModel
+from pyromosaic.models.mosaic_model import Cells, MosaicModel, Preset
 from pyromosaic.nn import Decoder, Encoder, GraphEncoder, InnerProductDecoder
 from pyromosaic.penalties import Anchors, Classifier, Penalty, Pull, Scores, Sinkhorn, apply
 from pyromosaic.priors import GaussianMixture, StandardNormal
@@ -31,24 +32,34 @@ from pyromosaic.program import Program, weighted
 from pyromosaic.sizes import Size
 from pyromosaic.tasks import inference_mode
 
-#: Options of `DiagVI` that make the loss that of the reference, scvi-tools' DIAGVI with its default weights, once
-#: divergences and alignment have full weight (with ``train(kl_warmup_epochs=0)`` throughout).
-REFERENCE: Mapping[str, Any] = {
-    "n_latent": 50,
-    "n_private": 0,
-    "n_hidden": 256,
-    "encode_covariates": False,
-    "lam_data": 0.1,
-    "lam_kl": 1.0,
-    "kl_per_feature": True,
-    "lam_graph": 15.0,
-    "lam_sinkhorn": 85.0,
-    "align_draws": True,
-    "lam_anchors": 0.0,
-    "lam_pull": 0.0,
-    "lam_class": 5.0,
-    "linkage": None,
-}
+#: The loss of scvi-tools' DIAGVI with its default weights, and how that is trained (but for Adam's epsilon).
+REFERENCE = Preset(
+    options={
+        "n_latent": 50,
+        "n_private": 0,
+        "n_hidden": 256,
+        "encode_covariates": False,
+        "lam_data": 0.1,
+        "lam_kl": 1.0,
+        "kl_per_feature": True,
+        "lam_graph": 15.0,
+        "lam_sinkhorn": 85.0,
+        "align_draws": True,
+        "lam_anchors": 0.0,
+        "lam_pull": 0.0,
+        "lam_class": 5.0,
+        "linkage": None,
+    },
+    training={
+        "n_epochs": 400,
+        "batch_size": 512,
+        "learning_rate": 1e-3,
+        "weight_decay": 1e-6,
+        "kl_warmup_epochs": 0,
+        "schedule": "constant",
+        "gradient_clip": 0.0,
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -328,7 +339,7 @@ class DiagVI(MosaicModel):
         Weights of the likelihoods, of the divergences of shared and private variables, of the graph (its likelihood
         and its divergence), of the Sinkhorn divergence, of anchors and pull to the linkage's scores, and of the
         classifier of labels. The pull is 20 by default, and 2 beside a mixture, whose components must be free to move.
-        `REFERENCE` holds the reference's.
+        The preset ``"reference"`` holds the reference's.
     kl_per_feature
         Divide the divergences of a modality's cells by its number of features, as the reference does.
     align_draws
@@ -345,6 +356,12 @@ class DiagVI(MosaicModel):
     seed
         Seed of the networks' start values.
 
+    Attributes
+    ----------
+    presets
+        Named choices, of which ``"reference"`` has the loss of scvi-tools' DIAGVI: ``DiagVI(mosaic, graph,
+        **preset.options)``, then ``model.train(**preset.training)``.
+
     Examples
     --------
     >>> from pyromosaic import DiagVI, Mosaic, pbmc_mosaic, protein_gene_links
@@ -358,6 +375,7 @@ class DiagVI(MosaicModel):
     (1200, 12)
     """
 
+    presets: ClassVar[Mapping[str, Preset]] = MappingProxyType({"reference": REFERENCE})
     model: DiagVIModel
     guide: DiagVIGuide
     Model: ClassVar[type[DiagVIModel]] = DiagVIModel
@@ -486,7 +504,9 @@ class DiagVI(MosaicModel):
                 if name in decoders:
                     decoders[name].start(values)
 
-    def train(self, n_epochs: int = 150, *, batch_size: int = 512, **options: Any) -> None:
+    def train(
+        self, n_epochs: int = 150, *, batch_size: int = 2048, learning_rate: float = 1e-2, **options: Any
+    ) -> None:
         """Link the cells of different modalities, then fit the parameters.
 
         Parameters
@@ -495,13 +515,15 @@ class DiagVI(MosaicModel):
             Passes over the training cells.
         batch_size
             Cells in a minibatch, of all modalities together: populations are aligned by what a minibatch holds of them.
+        learning_rate
+            See `pyromosaic.train.Optimisation`; large, as few steps are taken.
         **options
             As in `MosaicModel.train`.
         """
         mosaic = self._data(None)
         if not self.scores and self.linkage is not None:
             self.scores.set(torch.from_numpy(self.link(mosaic)).to(self._device))
-        super().train(n_epochs, batch_size=batch_size, **options)
+        super().train(n_epochs, batch_size=batch_size, learning_rate=learning_rate, **options)
 
     def link(self, mosaic: Mosaic) -> np.ndarray:
         """Scores of the cells that all modalities share, shape (N, c)."""

@@ -195,7 +195,9 @@ class MosaicModel:
             raise ValueError(f"n_epochs and batch_size are at least 1; found {n_epochs} and {batch_size}")
         self.split = split(mosaic, validation, test, seed)
         train = self.loader(mosaic, self.split.train, batch_size, seed, n_workers)
-        held_out = self.loader(mosaic, self.split.validation, batch_size) if len(self.split.validation) else None
+        # In no order, so that each minibatch holds all populations.
+        shuffled = np.random.default_rng(seed).permutation(self.split.validation)
+        held_out = self.loader(mosaic, shuffled, batch_size) if len(shuffled) else None
         optimisation = Optimisation(learning_rate, weight_decay, kl_warmup_epochs, schedule, gradient_clip)
         some = measured(mosaic, self.split.train[:: 1 + len(self.split.train) // 128]).to(self._device)
         unchecked = [name for name, m in self.schema.modalities.items() if m.spec.allow_non_integer]
