@@ -169,11 +169,15 @@ class Encoder(nn.Module):
 
     def forward(self, view: View) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the posterior, each of shape (b, latent)."""
-        return self.posterior(self.scaling(view), view)
+        return self.posterior(self.seen(view), view)
+
+    def seen(self, view: View) -> Tensor:
+        """Scaled measurements, shape (b, features), without those that are not seen in training."""
+        seen: Tensor = self.unseen(self.scaling(view))
+        return seen
 
     def posterior(self, x: Tensor, view: View) -> tuple[Tensor, Tensor]:
-        """The same given scaled measurements, shape (b, features), whatever the view holds."""
-        x = self.unseen(x)
+        """Mean and standard deviation given what is seen, whatever the view holds."""
         if self.covariates:
             x = torch.cat([x, self.embed(view.design())], dim=-1)
         hidden = self.hidden(x)

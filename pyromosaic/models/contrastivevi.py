@@ -168,7 +168,7 @@ class ContrastiveGuide(Program):
         """Posteriors of ``"z"`` and of ``"s"`` given each modality alone."""
         found: dict[str, dict[str, Posterior]] = {variable: {} for variable in self.encoders}
         for name, view in minibatch.observed.items():
-            x = self.encoders["z"][name].scaling(view)  # all encoders of a modality see the same
+            x = self.encoders["z"][name].seen(view)  # all encoders of a modality see the same
             for variable, encoders in self.encoders.items():
                 found[variable][name] = Posterior(view.rows, *encoders[name].posterior(x, view))
         return found
@@ -313,7 +313,7 @@ class ContrastiveVI(MosaicModel):
         n_encoder_layers: int = 2,
         n_decoder_layers: int = 1,
         dropout: float = 0.1,
-        input_dropout: float = 0.8,
+        input_dropout: float = 0.95,
         encode_covariates: bool = True,
         library: str = "observed",
         cohort_mmd: float = 100.0,
@@ -378,9 +378,9 @@ class ContrastiveVI(MosaicModel):
                 fusion_of(fusion, tuple(schema.modalities)),
                 {
                     "modalities": [Jeffreys(jeffreys), MMD(mmd)] if len(modalities) > 1 else [],
-                    "cohorts": [CohortMMD(cohort_mmd), *penalties],
+                    "cohorts": [CohortMMD(cohort_mmd, n_cells=128), *penalties],
                     "background": [Wasserstein(wasserstein)],
-                    "target": [Dependence(dependence)],
+                    "target": [Dependence(dependence, n_cells=128)],
                 },
                 {name: Encoder(schema[name], 1, n_hidden, 1, dropout, encode_covariates) for name in latent_sizes},
                 decoders("posterior_predictors"),

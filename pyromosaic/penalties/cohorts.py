@@ -21,6 +21,8 @@ class CohortMMD(MMD):
     ----------
     weight
         What it is multiplied by.
+    n_cells
+        So many cells of each cohort are compared, the first of the minibatch.
 
     Examples
     --------
@@ -80,6 +82,8 @@ class Dependence(Penalty):
     ----------
     weight
         What it is multiplied by.
+    n_cells
+        So many cells are looked at, the first of the minibatch: time grows with their square.
 
     References
     ----------
@@ -101,9 +105,13 @@ class Dependence(Penalty):
     name = "dependence"
     warms_up = True
 
+    def __init__(self, weight: float = 1.0, n_cells: int = 256) -> None:
+        super().__init__(weight)
+        self.n_cells = n_cells
+
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
         """The penalty, a scalar; 0 with fewer than three cells."""
-        first, second = (q.loc for q in posteriors.values())
+        first, second = (q.loc[: self.n_cells] for q in posteriors.values())
         if len(first) < 3:
             return first.new_zeros(())
         a, b = _centred_kernel(first), _centred_kernel(second)

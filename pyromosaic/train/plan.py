@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,7 +109,9 @@ class Plan(lightning.LightningModule):
         self.n_epochs = n_epochs
         self.warmup_epochs = min(optimisation.kl_warmup_epochs, n_epochs // 2)
         self.rows: list[dict[str, float]] = []
-        self._sums: dict[str, dict[str, Tensor]] = {}
+        self._sums: dict[str, dict[tuple[str, ...], Tensor]] = {}
+        self._n_cells: Counter[str] = Counter()
+        self._latent: set[str] = set()
         self._last_good: dict[str, Tensor] = {}
         self.own_optimisers: list[torch.optim.Optimizer] = []
         self._own_states: list[dict[str, Any]] = []
@@ -168,35 +171,38 @@ class Plan(lightning.LightningModule):
 
     def _add(self, part: str, minibatch: Minibatch, loss: Tensor) -> None:
         """Add the parts of the loss to the epoch's sums, on the device."""
-        sums = self._sums.setdefault(part, {})
-        parts = {}
-        for name, term in self.elbo.terms.items():  # each stands for n_cells cells
-            parts[name] = term / (minibatch.n_cells * self.elbo.latent.get(name, 1.0))
-        bound = {name: value for name, value in parts.items() if not name.startswith("penalty/")}
-        parts["elbo"] = -torch.stack(list(bound.values())).sum()
-        parts["reconstruction"] = torch.stack([v for k, v in bound.items() if k not in self.elbo.latent]).sum()
-        parts["objective"] = loss
-        for name, value in parts.items():
-            sums[name] = sums.get(name, torch.zeros_like(loss)) + len(minibatch) * value
-        sums["cells"] = sums.get("cells", torch.zeros_like(loss)) + len(minibatch)
+        terms, latent = self.elbo.terms, self.elbo.latent
+        n = len(minibatch)
+        share = n / minibatch.n_cells  # each term stands for n_cells cells
+        values = [term * (share / latent.get(name, 1.0)) for name, term in terms.items()]
+        # Modalities, and so sites, may be missing from a minibatch.
+        sums, key = self._sums.setdefault(part, {}), (*terms, "objective")
+        sums[key] = sums.get(key, 0.0) + torch.stack([*values, loss * n])
+        self._n_cells[part] += n
+        self._latent |= latent.keys()
 
     def on_train_epoch_start(self) -> None:
         """Remember parameters that are known to be good."""
-        self._sums = {}
+        self._sums, self._n_cells = {}, Counter()
         self._last_good = {k: v.detach().clone() for k, v in self.objective.state_dict().items()}
 
     def on_train_epoch_end(self) -> None:
         """Append a row to the history and hand it to the loggers."""
         row: dict[str, float] = {}
         for part, sums in self._sums.items():
-            names = list(sums)
-            values = torch.stack([sums[name] for name in names]).tolist()  # one copy from the device
-            n = values[names.index("cells")]
-            row |= {f"{part}_{name}": value / n for name, value in zip(names, values, strict=True) if name != "cells"}
+            parts: dict[str, float] = defaultdict(float)
+            for names, values in sums.items():
+                for name, value in zip(names, values.tolist(), strict=True):  # a copy from the device
+                    parts[name] += value / self._n_cells[part]
+            bound = {k: v for k, v in parts.items() if k != "objective" and not k.startswith("penalty/")}
+            parts["elbo"] = -sum(bound.values())
+            parts["reconstruction"] = sum(v for k, v in bound.items() if k not in self._latent)
+            row |= {f"{part}_{name}": value for name, value in parts.items()}
         self.rows.append({"epoch": self.current_epoch, "kl_weight": self.kl_weight(), **row})
+        # For the progress bar and for callbacks; Lightning's own bookkeeping of all takes longer than a small epoch.
         self.log_dict({k: v for k, v in row.items() if k.endswith(("objective", "elbo"))}, prog_bar=True)
-        self.log_dict({k: v for k, v in row.items() if k.endswith("reconstruction")})
-        for logger in self.loggers:  # Lightning's own bookkeeping of many figures takes longer than a small epoch
+        self.log_dict({k: v for k, v in row.items() if k == "validation_reconstruction"})
+        for logger in self.loggers:
             logger.log_metrics(row, self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
