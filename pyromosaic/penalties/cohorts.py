@@ -106,8 +106,7 @@ class Dependence(Penalty):
     warms_up = True
 
     def __init__(self, weight: float = 1.0, n_cells: int = 256) -> None:
-        super().__init__(weight)
-        self.n_cells = n_cells
+        super().__init__(weight, n_cells)
 
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
         """The penalty, a scalar; 0 with fewer than three cells."""

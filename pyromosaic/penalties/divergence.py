@@ -126,8 +126,7 @@ class MMD(Penalty):
     warms_up = True  # representations that are made alike before they say anything stay that way
 
     def __init__(self, weight: float = 1.0, n_cells: int = 256) -> None:
-        super().__init__(weight)
-        self.n_cells = n_cells
+        super().__init__(weight, n_cells)
 
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
         """The penalty, a scalar; 0 with a single modality."""

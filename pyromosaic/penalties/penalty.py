@@ -23,6 +23,8 @@ class Penalty(nn.Module):
     ----------
     weight
         What it is multiplied by.
+    n_cells
+        So many cells of each population are to be looked at, the first of the (shuffled) minibatch; None for all.
 
     Examples
     --------
@@ -41,11 +43,13 @@ class Penalty(nn.Module):
     name: str
     warms_up = False  # whether it is multiplied by the weight of the divergences, which rises during training
 
-    def __init__(self, weight: float = 1.0) -> None:
+    def __init__(self, weight: float = 1.0, n_cells: int | None = None) -> None:
         super().__init__()
         if weight < 0:
             raise ValueError(f"a penalty's weight is at least 0; found {weight}")
-        self.weight = weight
+        if n_cells is not None and n_cells < 1:
+            raise ValueError(f"n_cells is at least 1; found {n_cells}")
+        self.weight, self.n_cells = weight, n_cells
 
 
 def apply(

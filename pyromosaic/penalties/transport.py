@@ -73,16 +73,13 @@ class Sinkhorn(Penalty):
         reference: str | None = None,
         n_cells: int = 256,
     ) -> None:
-        super().__init__(weight)
+        super().__init__(weight, n_cells)
         if p not in (1, 2):
             raise ValueError(f"p is 1 or 2; found {p}")
         for name, length in (("blur", blur), ("reach", reach)):
             if length is not None and length <= 0:
                 raise ValueError(f"{name} is above 0, or None; found {length}")
-        if n_cells < 1:
-            raise ValueError(f"n_cells is at least 1; found {n_cells}")
         self.p, self.blur, self.reach, self.sampled, self.reference = p, blur, reach, sampled, reference
-        self.n_cells = n_cells
 
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
         """The penalty, a scalar; 0 with a single modality, or without the reference."""
