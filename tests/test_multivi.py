@@ -1193,14 +1193,14 @@ def test_the_log_takes_weights_of_divergences_out(mdata):
     assert parts[0] == pytest.approx(parts[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.975])
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.975, 1.0])
 def test_dropout_leaves_out_its_share_and_keeps_the_expectation(p):
     torch.manual_seed(0)
     dropout, x = Dropout(p), torch.full((203, 333), 2.0, requires_grad=True)  # of no round number of random words
     y = dropout(x)
     left = (y == 0).double().mean().item()
     assert abs(left - p) < 4 * (p * (1 - p) / x.numel()) ** 0.5 + 1e-5
-    torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 2 / (1 - p)))
+    torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 2 / (1 - p) if p < 1 else 0.0))
     y.sum().backward()
     torch.testing.assert_close(x.grad, y.detach() / 2)  # by the same mask
     among_neighbours = (y[:, 1:] == 0) & (y[:, :-1] == 0)  # bits of one word are independent
