@@ -119,8 +119,9 @@ def ours(options: Namespace, seed: int, arguments: dict[str, Any]) -> Figures:
     mosaic = Mosaic.from_anndata({"x": adata}, {"x": options.likelihood}, batch_key=options.batch_key)
     mosaic = mosaic.with_cohorts(options.condition_key, background=options.background)
     model = ContrastiveVI(mosaic, seed=seed, **arguments)
+    chosen = {} if options.batch_size is None else {"batch_size": options.batch_size}
     with measured_cost() as cost:
-        model.train(options.epochs, batch_size=options.batch_size, seed=seed, progress_bar=False)
+        model.train(options.epochs, seed=seed, progress_bar=False, **chosen)
     z = model.get_latent_representation(representation="background").to_numpy()
     s = model.get_latent_representation(as_target=True).to_numpy()
     figures = quality(adata, options, z, s)
@@ -206,7 +207,7 @@ def main() -> None:
     parser.add_argument("--markers", type=lambda words: words.split(","), default=[], help="known response features")
     parser.add_argument("--cpca-alpha", type=float, default=1.0, help="weight of the background in contrastive PCA")
     parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--batch-size", type=int, default=512, help="ours, of both cohorts; scvi-tools has 256")
+    parser.add_argument("--batch-size", type=int, help="ours, of both cohorts; the model's default if left out")
     parser.add_argument("--peer-epochs", type=int, default=60)
     parser.add_argument(
         "--systems", type=lambda words: words.split(","), default=list(SYSTEMS), help="variants of ours"

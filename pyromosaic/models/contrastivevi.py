@@ -438,7 +438,15 @@ class ContrastiveVI(MosaicModel):
         latent = [self._latent(mosaic, cells, site, sample=True) for site in self._variables]
         return cells, np.concatenate(latent, axis=1)
 
-    def train(self, n_epochs: int = 150, *, batch_size: int = 512, replay: bool = False, **options: Any) -> None:
+    def train(
+        self,
+        n_epochs: int = 150,
+        *,
+        batch_size: int = 640,
+        learning_rate: float = 4e-3,
+        replay: bool = False,
+        **options: Any,
+    ) -> None:
         """Fit the parameters by stochastic variational inference.
 
         Every minibatch holds as many background as target cells, so that both cohorts have the same weight.
@@ -449,6 +457,8 @@ class ContrastiveVI(MosaicModel):
             Passes over the larger cohort.
         batch_size
             Largest number of cells in a minibatch, half of them of either cohort.
+        learning_rate
+            See `pyromosaic.train.Optimisation`.
         replay
             Within an epoch repeat the smaller cohort's minibatches instead of drawing it anew, as the reference
             implementation does; see `pyromosaic.data.contrastive_loader`.
@@ -456,7 +466,7 @@ class ContrastiveVI(MosaicModel):
             As in `MosaicModel.train`.
         """
         self._replay = replay
-        super().train(n_epochs, batch_size=batch_size, **options)
+        super().train(n_epochs, batch_size=batch_size, learning_rate=learning_rate, **options)
 
     def loader(
         self, mosaic: Mosaic, cells: np.ndarray, batch_size: int, seed: int | None = None, n_workers: int = 0
