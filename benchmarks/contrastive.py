@@ -8,6 +8,8 @@ cells only. Beside both stand a model that knows of no cohorts (MultiVI on the s
         --background control --type-key cell_type --markers CD69,CD25,CD278,CD71 --peer
 """
 
+import argparse
+import json
 from argparse import Namespace
 from typing import Any
 
@@ -118,10 +120,9 @@ def ours(options: Namespace, seed: int, arguments: dict[str, Any]) -> Figures:
     adata = load(options, seed)
     mosaic = Mosaic.from_anndata({"x": adata}, {"x": options.likelihood}, batch_key=options.batch_key)
     mosaic = mosaic.with_cohorts(options.condition_key, background=options.background)
-    model = ContrastiveVI(mosaic, seed=seed, **arguments)
-    chosen = {} if options.batch_size is None else {"batch_size": options.batch_size}
+    model = ContrastiveVI(mosaic, seed=seed, **arguments, **options.model)
     with measured_cost() as cost:
-        model.train(options.epochs, seed=seed, progress_bar=False, **chosen)
+        model.train(options.epochs, seed=seed, progress_bar=False, **options.train)
     z = model.get_latent_representation(representation="background").to_numpy()
     s = model.get_latent_representation(as_target=True).to_numpy()
     figures = quality(adata, options, z, s)
@@ -130,6 +131,7 @@ def ours(options: Namespace, seed: int, arguments: dict[str, Any]) -> Figures:
     figures["leakage: |s|² of held-out background / target cells"] = float(
         size[groups[held_out] == 0].mean() / size[groups[held_out] > 0].mean()
     )
+    figures["held-out ELBO per cell"] = float(model.history["validation_elbo"].iloc[-1])
     for least in (0.1, 0.5):
         figures[f"salient dimensions used (> {least} nats)"] = float((model.salient_information() > least).sum())
     if options.markers:
@@ -207,21 +209,27 @@ def main() -> None:
     parser.add_argument("--markers", type=lambda words: words.split(","), default=[], help="known response features")
     parser.add_argument("--cpca-alpha", type=float, default=1.0, help="weight of the background in contrastive PCA")
     parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--batch-size", type=int, help="ours, of both cohorts; the model's default if left out")
+    parser.add_argument("--model", type=json.loads, default={}, help="further arguments of ours, as JSON")
+    parser.add_argument("--train", type=json.loads, default={}, help="arguments of our training, as JSON")
     parser.add_argument("--peer-epochs", type=int, default=60)
     parser.add_argument(
         "--systems", type=lambda words: words.split(","), default=list(SYSTEMS), help="variants of ours"
     )
+    parser.add_argument(
+        "--others", action=argparse.BooleanOptionalAction, default=True, help="run MultiVI and contrastive PCA beside"
+    )
+    parser.add_argument("--first-seed", type=int, default=0)
     options = parser.parse_args()
     runs: dict[str, list[Figures]] = {name: [] for name in options.systems}
-    runs |= {name: [] for name in (["scvi-tools"] if options.peer else []) + ["without cohorts", "contrastive PCA"]}
-    for seed in range(options.seeds):
+    beside = {"scvi-tools": peer} if options.peer else {}
+    if options.others:
+        beside |= {"without cohorts": without_cohorts, "contrastive PCA": contrastive_pca}
+    runs |= {name: [] for name in beside}
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         for name in options.systems:
             runs[name].append(isolated(ours, options, seed, SYSTEMS[name]))
-        if options.peer:
-            runs["scvi-tools"].append(isolated(peer, options, seed))
-        runs["without cohorts"].append(isolated(without_cohorts, options, seed))
-        runs["contrastive PCA"].append(isolated(contrastive_pca, options, seed))
+        for name, function in beside.items():
+            runs[name].append(isolated(function, options, seed))
     title = "ContrastiveVI on " + ("planted data" if options.data is None else options.data.stem)
     report(title, runs, vars(options), options.json)
 
