@@ -120,7 +120,7 @@ def ours(options: Namespace, seed: int, arguments: dict[str, Any]) -> Figures:
     adata = load(options, seed)
     mosaic = Mosaic.from_anndata({"x": adata}, {"x": options.likelihood}, batch_key=options.batch_key)
     mosaic = mosaic.with_cohorts(options.condition_key, background=options.background)
-    model = ContrastiveVI(mosaic, seed=seed, **arguments, **options.model)
+    model = ContrastiveVI(mosaic, seed=seed, **(arguments | options.model))
     with measured_cost() as cost:
         model.train(options.epochs, seed=seed, progress_bar=False, **options.train)
     z = model.get_latent_representation(representation="background").to_numpy()
