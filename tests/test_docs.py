@@ -71,7 +71,8 @@ def test_commands_name_scripts_and_options_that_exist(script, words):
     text = (ROOT / "benchmarks" / Path(script).name).read_text() + (ROOT / "benchmarks" / "common.py").read_text()
     for option in words:
         if option.startswith("--"):
-            assert f'"{option}"' in text
+            switch = option.replace("--no-", "--", 1)  # of argparse.BooleanOptionalAction
+            assert f'"{option}"' in text or f'"{switch}", action=argparse.BooleanOptionalAction' in text
 
 
 def test_commands_are_shell():
