@@ -456,7 +456,8 @@ class ContrastiveVI(MosaicModel):
         n_epochs
             Passes over the larger cohort.
         batch_size
-            Largest number of cells in a minibatch, half of them of either cohort.
+            Largest number of cells in a minibatch, half of them of either cohort. With some hundred cells in all an
+            epoch has a single step: lower it then, or take more epochs.
         learning_rate
             See `pyromosaic.train.Optimisation`.
         replay
