@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from pyromosaic.data.cohorts import Cohorts, from_cells, from_column
-from pyromosaic.data.matrix import DENSE_ABOVE, Matrix, check_values
+from pyromosaic.data.matrix import DENSE_ABOVE, Matrix, check_values, is_readable
 from pyromosaic.data.spec import DATA_KINDS, LIKELIHOOD_BY_NAME, ModalitySchema, ModalitySpec, Schema
 from pyromosaic.data.tables import WHOLE, Table, codes, look_up, words
 
@@ -225,7 +225,7 @@ class Mosaic:
         """
         column = look_up(self.tables, key, self.obs_names)
         if column is None:
-            raise ValueError(f"no obs has a column {key!r}; there are {_columns_of(self.tables)}")
+            raise ValueError(f"no obs has a column {key!r}; there are {_columns_of(self.tables, self.tables)}")
         return column
 
     def with_cohorts(self, key: str | None = None, *, background: Any, target: Any = None) -> "Mosaic":
@@ -395,6 +395,8 @@ class Mosaic:
             With one sentence that names the modality, column, cell or feature at fault.
         """
 
+        obs = _obs(next(iter(blocks), ""), adata)
+
         def block(name: str, key: str | None, spec: ModalitySpec) -> _Source:
             if key is None:
                 source = _source(name, adata, spec)
@@ -407,13 +409,13 @@ class Mosaic:
                 features = pd.Index([f"{name}_{i}" for i in range(values.shape[1])])
                 if isinstance(values, pd.DataFrame):
                     values, features = values.to_numpy(), values.columns.astype(str)
-                source = _Source(values, adata.obs_names, features, adata.obs)
+                source = _Source(values, adata.obs_names, features, obs)
             if isinstance(source.matrix, np.ndarray):
                 source.measured = pd.DataFrame(source.matrix).notna().any(axis=1).to_numpy()
             return source
 
         sources = {name: lambda spec, n=name, k=key: block(n, k, spec) for name, key in blocks.items()}
-        return cls._register(sources, modalities, schema, shared, adata.obs, new_batches)
+        return cls._register(sources, modalities, schema, shared, obs, new_batches)
 
     @classmethod
     def _register(
@@ -435,6 +437,11 @@ class Mosaic:
             if not read:
                 raise ValueError("the data have no cell")
         for name, source in read.items():
+            if not is_readable(source.matrix):
+                raise ValueError(
+                    f"modality {name!r}: the measurements are a {type(source.matrix).__name__}; accepted: "
+                    "a NumPy array, a scipy sparse matrix or array, or those of a backed AnnData"
+                )
             if source.matrix.dtype.kind not in "biuf":
                 raise ValueError(f"modality {name!r}: values of type {source.matrix.dtype}; accepted: real numbers")
             if source.cells.has_duplicates:
@@ -488,7 +495,18 @@ def _first_duplicate(names: pd.Index) -> str:
     return str(names[names.duplicated()][0])
 
 
+def _obs(name: str, data: "AnnData | MuData") -> pd.DataFrame:
+    """The table of the cells, which must be in memory."""
+    if not isinstance(data.obs, pd.DataFrame):
+        raise ValueError(
+            f"modality {name!r} was opened by read_lazy; accepted: anndata.read_h5ad(path), "
+            'or anndata.read_h5ad(path, backed="r"), which leaves the measurements in the file'
+        )
+    return data.obs
+
+
 def _source(name: str, adata: "AnnData", spec: ModalitySpec, prefix: str = "") -> _Source:
+    obs = _obs(name, adata)
     for layer in (spec.layer, spec.exposure_layer):
         if layer is not None and layer not in adata.layers:
             raise ValueError(f"modality {name!r}: there is no layer {layer!r}; it has {_words(adata.layers.keys())}")
@@ -497,7 +515,7 @@ def _source(name: str, adata: "AnnData", spec: ModalitySpec, prefix: str = "") -
         raise ValueError(f"modality {name!r}: X is empty; name the layer that holds the values")
     cells = adata.obs_names if not prefix else pd.Index(prefix + adata.obs_names.astype(str))
     exposures = None if spec.exposure_layer is None else adata.layers[spec.exposure_layer]
-    return _Source(matrix, cells, adata.var_names, adata.obs, exposures=exposures)
+    return _Source(matrix, cells, adata.var_names, obs, exposures=exposures)
 
 
 def _absent(known: ModalitySchema) -> _Source:
@@ -566,16 +584,18 @@ def _columns(
             places = [t for t in tables if key != spec.size_factor_key or t.modality in (name, WHOLE)]
             column = look_up(places, key, cells, name)
             if column is None and name not in absent:
-                raise ValueError(f"modality {name!r}: no obs has a column {key!r}; there are {_columns_of(places)}")
+                raise ValueError(
+                    f"modality {name!r}: no obs has a column {key!r}; there are {_columns_of(places, tables)}"
+                )
             columns[key] = pd.Series(None, cells, dtype=object) if column is None else column
         found[name] = pd.DataFrame(columns, index=cells)
     return found
 
 
-def _columns_of(tables: Sequence[Table]) -> str:
-    """Names of the columns, without the copies that MuData makes of a modality's column."""
+def _columns_of(places: Sequence[Table], tables: Sequence[Table]) -> str:
+    """Names of the columns in some places, without the copies that MuData makes of a modality's column."""
     copies = {f"{t.modality}:{column}" for t in tables for column in t.obs}
-    return _words(dict.fromkeys(str(column) for t in tables for column in t.obs if column not in copies))
+    return _words(dict.fromkeys(str(column) for t in places for column in t.obs if column not in copies))
 
 
 def _with_batches(known: ModalitySchema, cells: pd.Index, table: pd.DataFrame) -> ModalitySchema:

@@ -69,7 +69,7 @@ def words(values: pd.Series) -> pd.Series:
 
 def codes(values: pd.Series, categories: Iterable[str]) -> np.ndarray:
     """Position of each word among the categories, -1 for a missing or another one."""
-    return pd.Index(list(categories), dtype=object).get_indexer(values.astype(object)).astype(np.int64)
+    return pd.Index(list(categories), dtype=object).get_indexer(pd.Index(values, dtype=object)).astype(np.int64)
 
 
 @contextmanager
