@@ -1,4 +1,5 @@
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import anndata
@@ -7,8 +8,11 @@ import pandas as pd
 import pyro
 import pytest
 import torch
+from filelock import FileLock
 from mudata import MuData
 from scipy import sparse
+
+from pyromosaic.models import MosaicModel
 
 # Tests run in several processes: threads beside them, in a notebook's kernel too, would only get in each other's way.
 torch.set_num_threads(1)
@@ -19,6 +23,27 @@ os.environ["OMP_NUM_THREADS"] = "1"
 def own_parameters():
     """Each test begins without parameters of another in Pyro's global store."""
     pyro.clear_param_store()
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory) -> Callable[[MosaicModel, Callable[[MosaicModel], None]], MosaicModel]:
+    """``trained_once(model, train)``: a copy of the trained model of its class.
+
+    The first process of a run that asks trains the model and saves it, all others load it.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # common to the workers
+
+    def trained(model: MosaicModel, train: Callable[[MosaicModel], None]) -> MosaicModel:
+        saved = folder / type(model).__name__
+        with FileLock(saved.with_suffix(".lock")):
+            if not (saved / "model.json").exists():
+                train(model)
+                model.save(saved)
+        return type(model).load(saved, model.mosaic)
+
+    return trained
 
 
 @pytest.fixture
