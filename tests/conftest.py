@@ -47,6 +47,16 @@ def trained_once(tmp_path_factory) -> Callable[[MosaicModel, Callable[[MosaicMod
 
 
 @pytest.fixture
+def quick_umap(monkeypatch):
+    """Two latent variables instead of a layout, which takes long to compile."""
+    from pyromosaic import plot
+
+    monkeypatch.setattr(
+        plot, "umap", lambda latent, seed=0: latent.iloc[:, :2].set_axis(["UMAP 1", "UMAP 2"], axis=1) + seed
+    )
+
+
+@pytest.fixture
 def shared_data():
     """The folder of development data beside the repository."""
     path = Path(__file__).parents[2] / "shared" / "data"

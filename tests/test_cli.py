@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
 import pyromosaic
-from pyromosaic import Mosaic, MultiVI, cli, plot
+from pyromosaic import Mosaic, MultiVI, cli
 
 N = 90
 CELLS = pd.Index([f"cell{i}" for i in range(N)])
@@ -50,13 +50,6 @@ def folder(tmp_path, data, monkeypatch):
     with mudata.set_options(pull_on_update=False):
         data.write("data.h5mu")
     return tmp_path
-
-
-@pytest.fixture
-def quick_umap(monkeypatch):
-    monkeypatch.setattr(
-        plot, "umap", lambda latent, seed: latent.iloc[:, :2].set_axis(["UMAP 1", "UMAP 2"], axis=1) + seed
-    )
 
 
 @pytest.fixture
