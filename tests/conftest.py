@@ -17,6 +17,13 @@ from pyromosaic.models import MosaicModel
 # Tests run in several processes: threads beside them, in a notebook's kernel too, would only get in each other's way.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["NUMBA_NUM_THREADS"] = "1"  # numba, which draws UMAP, would set torch's threads to its own number
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests go first, so that at the end no process is left alone with one of them."""
+    first = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in first)
 
 
 @pytest.fixture(autouse=True)

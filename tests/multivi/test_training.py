@@ -30,10 +30,10 @@ def test_plain_svi_reaches_the_same_held_out_elbo(mosaic):
     ours = small(mosaic, jeffreys=0.0, mmd=0.0)
     before = evaluate(ours)
     ours.train(
-        60,
+        30,
         batch_size=64,
         validation=0.2,
-        learning_rate=5e-3,
+        learning_rate=1e-2,
         weight_decay=0.0,
         kl_warmup_epochs=0,
         schedule="constant",
@@ -41,10 +41,10 @@ def test_plain_svi_reaches_the_same_held_out_elbo(mosaic):
     )
     plain = small(mosaic, jeffreys=0.0, mmd=0.0)
     plain.model.train(), plain.guide.train()
-    svi = SVI(plain.model, plain.guide, pyro.optim.Adam({"lr": 5e-3}), TraceMeanField_ELBO())
+    svi = SVI(plain.model, plain.guide, pyro.optim.Adam({"lr": 1e-2}), TraceMeanField_ELBO())
     torch.manual_seed(3)
     minibatches = loader(mosaic, parts.train, 64, seed=5)
-    for _ in range(60):
+    for _ in range(30):
         for minibatch in minibatches:
             svi.step(minibatch)
     plain.model.eval(), plain.guide.eval()
