@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
 import pyromosaic
-from pyromosaic import Mosaic, MultiVI, cli, plot
+from pyromosaic import Mosaic, MultiVI, cli
 from pyromosaic.data.tables import kept_apart
 
 N = 90
@@ -53,13 +53,6 @@ def folder(tmp_path, data, monkeypatch):
     with kept_apart():
         data.write("data.h5mu")
     return tmp_path
-
-
-@pytest.fixture
-def quick_umap(monkeypatch):
-    monkeypatch.setattr(
-        plot, "umap", lambda latent, seed: latent.iloc[:, :2].set_axis(["UMAP 1", "UMAP 2"], axis=1) + seed
-    )
 
 
 @pytest.fixture
@@ -356,7 +349,7 @@ def test_tables_that_cannot_be_written_again_are_refused_before_training(folder,
 
 
 def test_names_of_the_newest_kind_are_written_as_they_were_read(folder, data):
-    """anndata 0.13 with pandas 3 writes names as nullable strings, which 0.11 and 0.12 read but do not write unasked."""
+    """anndata 0.13 writes names as nullable strings, which 0.11 and 0.12 read but do not write unasked."""
     data = data.copy()
     data["rna"].obs_names = data["rna"].obs_names.astype("string")
     data["rna"].obs["note"] = pd.array(["x", None] * 30, dtype="string")

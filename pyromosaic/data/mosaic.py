@@ -394,7 +394,6 @@ class Mosaic:
         ValueError
             With one sentence that names the modality, column, cell or feature at fault.
         """
-
         obs = _obs(next(iter(blocks), ""), adata)
 
         def block(name: str, key: str | None, spec: ModalitySpec) -> _Source:
