@@ -465,15 +465,15 @@ class ScModal(MosaicModel):
         mosaic = self._data(None)
         if self.linkage is not None:
             if not self.by_features and not self.scores:
-                self.scores.set(torch.from_numpy(self.link(mosaic)).to(self._device))
+                self.scores.set(torch.tensor(self.link(mosaic)).to(self._device))
             for pair, own in self.matches.items():
-                features = torch.from_numpy(self.linked_features(mosaic, *pair)) if self.by_features else None
+                features = torch.tensor(self.linked_features(mosaic, *pair)) if self.by_features else None
                 own.set(self.scores.values if features is None else features)
         fixed = {pair: own.values for pair, own in self.matches.items()}
 
         def refresh(trainer: lightning.Trainer, plan: lightning.LightningModule) -> None:
             if self.refresh_every and trainer.current_epoch and trainer.current_epoch % self.refresh_every == 0:
-                z = torch.from_numpy(self.get_latent_representation().to_numpy()).to(self._device)
+                z = torch.tensor(self.get_latent_representation().to_numpy()).to(self._device)
                 for pair, own in self.matches.items():
                     own.set(torch.cat([normalize(fixed[pair]), normalize(z)], dim=1))
 
@@ -576,7 +576,7 @@ class ScModal(MosaicModel):
             `GuidanceGraph.from_linkage` take such tables.
         """
         x, y = self.schema[first], self.schema[second]
-        z = torch.from_numpy(self.get_latent_representation().to_numpy()).to(self._device)
+        z = torch.tensor(self.get_latent_representation().to_numpy()).to(self._device)
         centre, spread = z.mean(0), torch.linalg.cholesky(torch.cov(z.T) + 1e-6 * torch.eye(z.shape[1]).to(z))
         white = torch.linalg.solve_triangular(spread, (z - centre).T, upper=False)
         noise = torch.Generator().manual_seed(seed)
