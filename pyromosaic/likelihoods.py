@@ -10,6 +10,7 @@ class in place of a name.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
-from pyromosaic.data import ModalitySchema, Schema, View
+from pyromosaic.data import TRAITS, DataKind, ModalitySchema, Schema, Traits, View
 from pyromosaic.distributions import (
     AccessibilityBernoulli,
     Log1pNormal,
@@ -81,9 +82,15 @@ class Likelihood(PyroModule):
     """
 
     family: ClassVar[str] = ""  # the name that `pyromosaic.ModalitySpec` takes; empty for a likelihood of one's own
-    data_kind: ClassVar[str] = "real"  # what the data are checked against: "count", "nonnegative" or "real"
+    traits: ClassVar[Traits] = Traits()  # what kind of measurement it describes
+    data_kind: ClassVar[DataKind]  # all that most likelihoods of one's own need to say of their traits
     predictors: tuple[str, ...] = ()  # heads of the model's decoder
     posterior_predictors: tuple[str, ...] = ()  # heads of the guide's decoder, for latent variables of its own
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "data_kind" in vars(cls) and "traits" not in vars(cls):
+            cls.traits = replace(cls.traits, kind=cls.data_kind)
 
     def __init__(self, schema: ModalitySchema) -> None:
         super().__init__()
@@ -171,7 +178,7 @@ class NB(CountLikelihood):
     """
 
     family = "nb"
-    data_kind = "count"
+    traits = TRAITS["nb"]
     predictors: tuple[str, ...] = ("rate",)
 
     def start(self, view: View) -> dict[str, Tensor]:
@@ -209,6 +216,7 @@ class ZINB(NB):
     """
 
     family = "zinb"
+    traits = TRAITS["zinb"]
     predictors = ("rate", "gate")
 
     def start(self, view: View) -> dict[str, Tensor]:
@@ -245,6 +253,7 @@ class MultinomialLikelihood(NB):
     """
 
     family = "multinomial"
+    traits = TRAITS["multinomial"]
 
     def __init__(self, schema: ModalitySchema) -> None:
         super().__init__(schema)
@@ -282,7 +291,7 @@ class NBMixture(CountLikelihood):
     """
 
     family = "nb_mixture"
-    data_kind = "count"
+    traits = TRAITS["nb_mixture"]
     predictors = ("foreground", "mixing")
     posterior_predictors = ("loc", "log_scale")
 
@@ -316,7 +325,7 @@ class NBMixture(CountLikelihood):
             "log_scale": self.background_log_scale.detach().mean(0),
         }
 
-    def _prior(self, view: View) -> tuple[Tensor, Tensor]:
+    def background(self, view: View) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the log background, shape (b, proteins)."""
         if not self.schema.spec.batch_key:
             return self.background_loc[0], self.background_log_scale[0].exp()
@@ -326,7 +335,7 @@ class NBMixture(CountLikelihood):
     def forward(self, name: str, predictors: Predictors, view: View, kl_weight: float = 1.0) -> None:
         """Background level, then the count."""
         with weighted(kl_weight):
-            background = pyro.sample(f"{name}_background", dist.Normal(*self._prior(view)))
+            background = pyro.sample(f"{name}_background", dist.Normal(*self.background(view)))
         mu_background = self.cell_factor(view) * background.exp()
         mu_foreground = mu_background * (1 + predictors["foreground"].exp())
         mixture = NegativeBinomialMixture(
@@ -416,7 +425,7 @@ class Bernoulli(Likelihood):
     """
 
     family = "bernoulli"
-    data_kind = "count"
+    traits = TRAITS["bernoulli"]
     predictors = ("accessibility",)
 
     def __init__(self, schema: ModalitySchema) -> None:
@@ -473,6 +482,7 @@ class Normal(Likelihood):
     """
 
     family = "normal"
+    traits = TRAITS["normal"]
     predictors = ("loc",)
 
     def __init__(self, schema: ModalitySchema) -> None:
@@ -516,7 +526,7 @@ class Log1pNormalLikelihood(Normal):
     """
 
     family = "log1p_normal"
-    data_kind = "nonnegative"
+    traits = TRAITS["log1p_normal"]
 
     def transform(self, x: Tensor) -> Tensor:
         """``log(1 + x)``."""
@@ -549,7 +559,7 @@ class ZILN(Likelihood):
     """
 
     family = "ziln"
-    data_kind = "nonnegative"
+    traits = TRAITS["ziln"]
     predictors = ("loc", "gate")
 
     def __init__(self, schema: ModalitySchema) -> None:
@@ -595,7 +605,7 @@ class ZIG(Likelihood):
     """
 
     family = "zig"
-    data_kind = "nonnegative"
+    traits = TRAITS["zig"]
     predictors = ("shape", "gate")
 
     def __init__(self, schema: ModalitySchema) -> None:

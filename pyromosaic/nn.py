@@ -105,7 +105,7 @@ class InputScaling(nn.Module):
             return x
         if view.exposure is not None:
             return view.rates(x)
-        if self.schema.spec.family == "bernoulli":
+        if self.schema.spec.traits.binary:
             x = (x > 0).to(x.dtype)
         return (x * (self.schema.library / view.library.clamp_min(1e-8))).log1p_()
 

@@ -1,5 +1,7 @@
 """Every slot takes an object of the user's own, and what does not fit is refused in one sentence."""
 
+from dataclasses import replace
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -14,7 +16,7 @@ from scipy import stats
 from torch import nn
 
 from pyromosaic import ContrastiveVI, DiagVI, ModalitySpec, Mosaic, MultiVI, ScModal, simulate
-from pyromosaic.data import Schema, measured, to_predict
+from pyromosaic.data import Schema, Traits, measured, to_predict
 from pyromosaic.fusion import MeanFusion
 from pyromosaic.likelihoods import NB, Likelihood, logit
 from pyromosaic.nn import Decoder, Encoder, InnerProductDecoder
@@ -283,6 +285,33 @@ def test_a_likelihood_derived_from_one_of_the_packages_is_treated_like_it(data):
     model = build("MultiVI", data, {"rna": spec})
     assert np.allclose(model.get_normalized_expression().sum(1), 1, atol=1e-4)
     assert "Own" in repr(model.mosaic)
+
+
+class Student(Likelihood):
+    predictors = ("loc",)
+
+    def distribution(self, predictors, view):
+        return dist.StudentT(4.0, predictors["loc"], 1.0)
+
+
+class Levels(BetaBinomial):
+    traits = Traits("count", effect="difference")
+
+
+def test_traits_say_how_a_likelihood_of_the_users_own_is_compared(methylation):
+    assert (Student.traits, BetaBinomial.traits) == (Traits("real"), Traits("count"))
+    assert type("Shares", (NB,), {"data_kind": "nonnegative"}).traits == replace(NB.traits, kind="nonnegative")
+    with pytest.raises(ValueError, match="the kind of data is .*found 'counts'"):
+        type("Wrong", (Likelihood,), {"data_kind": "counts"})
+    values, _ = simulate(60, {"x": 15}, likelihoods={"x": "normal"}, types=2, seed=0)
+    model = MultiVI(Mosaic.from_mudata(values, {"x": ModalitySpec(Student)}), n_latent=3, n_hidden=16)
+    table = model.differential("celltype", "type0", modality="x", n_samples=20)
+    assert "difference_mean" in table  # values below 0 have no fold change
+    for kind, column in ((BetaBinomial, "lfc_mean"), (Levels, "difference_mean")):
+        spec = ModalitySpec(kind, exposure_layer="coverage")
+        model = MultiVI(Mosaic.from_mudata(methylation[0], {"rna": "nb", "meth": spec}), n_latent=3, n_hidden=16)
+        cells = np.arange(20)
+        assert column in model.differential(cells1=cells, modality="meth", n_samples=20)
 
 
 @pytest.mark.parametrize("wrong", ["poisson", int, Poisson.__name__, 3])

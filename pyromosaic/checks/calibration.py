@@ -252,7 +252,7 @@ def imputation_ranks(
     for start in range(0, len(truth), size):
         part = slice(start, start + size)
         cells, values = list(truth.index[part]), truth.to_numpy()[part]
-        if model.schema[modality].spec.family == "bernoulli":
+        if model.schema[modality].spec.traits.binary:
             values = values > 0
         draws = model.posterior_predictive_sample(
             modality, cells, features=features, encode=encode, n_samples=n_samples, data=data, seed=seed + start

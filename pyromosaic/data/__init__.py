@@ -6,10 +6,13 @@ from pyromosaic.data.minibatch import Minibatch, Split, View, contrastive_loader
 from pyromosaic.data.mosaic import Modality, Mosaic
 from pyromosaic.data.simulate import Truth, simulate
 from pyromosaic.data.spec import ModalitySchema, ModalitySpec, Schema
+from pyromosaic.data.traits import TRAITS, DataKind, Traits
 from pyromosaic.data.unpair import hide, separate, unpair
 
 __all__ = [
+    "TRAITS",
     "Cohorts",
+    "DataKind",
     "Minibatch",
     "Modality",
     "ModalitySchema",
@@ -17,6 +20,7 @@ __all__ = [
     "Mosaic",
     "Schema",
     "Split",
+    "Traits",
     "Truth",
     "View",
     "contrastive_loader",

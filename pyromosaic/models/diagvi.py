@@ -493,7 +493,7 @@ class DiagVI(MosaicModel):
             if not modality.present.any():
                 raise ValueError(f"modality {name!r} has no cell to learn from; load a trained model for such data")
             view = measured(mosaic, modality.sample()).observed[name]
-            if modality.spec.family == "normal" and (view.dense_counts() % 1 == 0).all():
+            if modality.spec.likelihood == "normal" and (view.dense_counts() % 1 == 0).all():
                 raise ValueError(
                     f"modality {name!r}: all values are whole numbers, like counts, but likelihood 'normal' takes "
                     "transformed values; transform them, or use a likelihood of counts such as 'nb'"

@@ -20,7 +20,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pyromosaic.data import Minibatch, ModalitySpec, Mosaic, Schema, Split, loader, measured, split, to_predict
+from pyromosaic.data import Minibatch, ModalitySpec, Mosaic, Schema, Split, Traits, loader, measured, split, to_predict
 from pyromosaic.laplace import learn_weights
 from pyromosaic.likelihoods import Likelihood
 from pyromosaic.models.query import carry_over, only
@@ -395,7 +395,7 @@ class MosaicModel:
         ((60, 50), True)
         """
         if modality is None:
-            modality = self._first({m.spec.family for m in self.schema.modalities.values()} - {"bernoulli"})
+            modality = self._first("of expression", lambda traits: not traits.binary)
         size = library if self._unit_size(modality) == 1 else self.schema[modality].library
         value = self._likelihood(modality).normalized
         return self._expected(modality, cells, features, batch, size, n_samples, data, seed, value)
@@ -433,8 +433,8 @@ class MosaicModel:
         >>> model.get_protein_foreground_probability(cells=["cell0", "cell1"]).shape
         (2, 5)
         """
-        modality = self._first({"nb_mixture"}) if modality is None else modality
-        if self.schema[modality].spec.family != "nb_mixture":
+        modality = self._first("'nb_mixture'", lambda traits: traits.background) if modality is None else modality
+        if not self.schema[modality].spec.traits.background:
             raise ValueError(f"modality {modality!r} has no foreground; that is of the likelihood 'nb_mixture'")
         if "mixing" not in self._likelihood(modality).predictors:
             raise ValueError(f"modality {modality!r} has no foreground here: the program does not use its likelihood")
@@ -484,7 +484,7 @@ class MosaicModel:
         >>> bool((seen <= open_).all(axis=None))
         True
         """
-        modality = self._first({"bernoulli"}) if modality is None else modality
+        modality = self._first("'bernoulli'", lambda traits: traits.binary) if modality is None else modality
         value = (lambda d: d.mean) if factors else self._likelihood(modality).normalized
         return self._expected(modality, cells, features, batch, None, n_samples, data, seed, value)
 
@@ -546,8 +546,8 @@ class MosaicModel:
         >>> model.get_region_factors().shape
         (40,)
         """
-        modality = self._first({"bernoulli"}) if modality is None else modality
-        if self.schema[modality].spec.family != "bernoulli":
+        modality = self._first("'bernoulli'", lambda traits: traits.binary) if modality is None else modality
+        if not self.schema[modality].spec.traits.binary:
             raise ValueError(f"modality {modality!r} has no region factors; they are of the likelihood 'bernoulli'")
         if not hasattr(self._likelihood(modality), "region_factor"):
             raise ValueError(
@@ -772,24 +772,21 @@ class MosaicModel:
 
     def _compared(self, modality: str, protein_foreground: bool = False) -> Callable[[TorchDistribution], Tensor]:
         """The quantity in which cells are compared."""
-        if self.schema[modality].spec.family == "nb_mixture" and not protein_foreground:
+        if self.schema[modality].spec.traits.background and not protein_foreground:
             return lambda distribution: distribution.mean
         return self._likelihood(modality).normalized
 
     def _unit_size(self, modality: str) -> float:
         """Size of a cell whose expected measurements are the denoised values: shares of RNA, else a median cell's."""
         schema = self.schema[modality]
-        return 1.0 if schema.spec.family in ("nb", "zinb", "multinomial") else schema.library
+        return 1.0 if schema.spec.traits.shares else schema.library
 
-    def _first(self, likelihoods: set[str]) -> str:
-        """The first modality with one of these likelihoods."""
+    def _first(self, what: str, fits: Callable[[Traits], bool]) -> str:
+        """The first modality whose likelihood describes such measurements."""
         for name, modality in self.schema.modalities.items():
-            if modality.spec.family in likelihoods:
+            if fits(modality.spec.traits):
                 return name
-        raise ValueError(
-            "the model has no modality to answer that from: none has a likelihood "
-            f"{' or '.join(map(repr, sorted(likelihoods))) or 'of expression'}"
-        )
+        raise ValueError(f"the model has no modality to answer that from: none has a likelihood {what}")
 
     def _expected(
         self,

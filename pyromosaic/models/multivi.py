@@ -329,7 +329,7 @@ class MultiVI(MosaicModel):
             if covariate_embedding < 0:
                 raise ValueError(f"covariate_embedding is at least 0; found {covariate_embedding}")
             if n_hidden is None:
-                regions = [m.n_features for m in modalities.values() if m.spec.family == "bernoulli"]
+                regions = [m.n_features for m in modalities.values() if m.spec.traits.binary]
                 n_hidden = min(128, int(max(regions or [m.n_features for m in modalities.values()]) ** 0.5))
             n_latent = int(n_hidden**0.5) if n_latent is None else n_latent
             private = _private(n_private, schema)
@@ -352,7 +352,7 @@ class MultiVI(MosaicModel):
                     if predictors
                 }
 
-            inferred = [n for n, m in modalities.items() if library == "latent" and m.spec.family in ("nb", "zinb")]
+            inferred = [n for n, m in modalities.items() if library == "latent" and m.spec.traits.latent_size]
             self.model = self.Model(
                 prior or StandardNormal(n_latent),
                 private,
