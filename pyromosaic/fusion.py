@@ -41,6 +41,16 @@ class Posterior:
         """The posterior of some of the latent dimensions."""
         return Posterior(self.rows, self.loc[:, which], self.scale[:, which])
 
+    def of(self, cells: Tensor | slice) -> "Posterior":
+        """The posterior in some of the cells."""
+        return Posterior(self.rows[cells], self.loc[cells], self.scale[cells])
+
+    @classmethod
+    def whole(cls, joint: dist.TorchDistribution) -> "Posterior":
+        """The moments of every cell of a minibatch, from a distribution of batch shape (B, 1)."""
+        loc, scale = joint.mean[:, 0], joint.stddev[:, 0]
+        return cls(torch.arange(len(loc), device=loc.device), loc, scale)
+
 
 class Fusion(nn.Module):
     """What all fusions share; a subclass defines `forward`, and `posterior` too if that is not normal.

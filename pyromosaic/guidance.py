@@ -451,6 +451,39 @@ class GuidanceGraph:
         return graph
 
 
+def linked_scores(linkage: Any, mosaic: Mosaic, graph: GuidanceGraph | None, n_components: int) -> np.ndarray:
+    """Scores of cells that all modalities share, from what a model was given as `linkage`.
+
+    Parameters
+    ----------
+    linkage
+        ``"cca"`` for `shared_scores` of the graph, or a table with a row a cell.
+    mosaic, graph, n_components
+        As in `shared_scores`.
+
+    Raises
+    ------
+    ValueError
+        If a cell has no row in the table, or `linkage` is something else.
+
+    Examples
+    --------
+    >>> from pyromosaic import simulate
+    >>> mosaic = Mosaic.from_mudata(simulate(20, {"rna": 50})[0])
+    >>> table = pd.DataFrame(0.0, mosaic.obs_names, ["a", "b"])
+    >>> linked_scores(table, mosaic, None, 2).shape
+    (20, 2)
+    """
+    if isinstance(linkage, pd.DataFrame):
+        missing = mosaic.obs_names.difference(linkage.index)
+        if len(missing):
+            raise ValueError(f"the linkage has no scores of cell {missing[0]!r}; accepted: a row for every cell")
+        return linkage.loc[mosaic.obs_names].to_numpy(dtype=np.float32)
+    if linkage != "cca" or graph is None:
+        raise ValueError(f'linkage is "cca", a table of scores, or None; found {linkage!r}')
+    return shared_scores(mosaic, graph, n_components)
+
+
 def shared_scores(mosaic: Mosaic, graph: GuidanceGraph, n_components: int, seed: int = 0) -> np.ndarray:
     """Scores of cells that all modalities share, from canonical correlation started at the graph's links.
 

@@ -167,6 +167,10 @@ class Encoder(nn.Module):
         self.loc = nn.Linear(n_hidden, n_latent)
         self.log_variance = nn.Linear(n_hidden, n_latent)
 
+    def start(self, view: View) -> None:
+        """Learn the input scaling from the cells of a view."""
+        self.scaling.start(view)
+
     def forward(self, view: View) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the posterior, each of shape (b, latent)."""
         return self.posterior(self.seen(view), view)

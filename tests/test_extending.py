@@ -104,9 +104,9 @@ def test_every_slot_takes_an_object(name, data, tmp_path):
     made = poutine.trace(model.model).get_trace(minibatch).nodes
     drawn = poutine.trace(model.guide).get_trace(minibatch).nodes
     assert isinstance(made["z"]["fn"].base_dist, dist.Laplace | torch.distributions.Laplace)
-    assert isinstance(model.model.likelihoods["rna"], Poisson)
-    assert isinstance(model.model.decoders["rna"], objects["decoder"])
-    assert any(isinstance(m, Signs) for m in model.guide.encoders.modules())
+    assert isinstance(model.model.modalities["rna"].likelihood, Poisson)
+    assert isinstance(model.model.modalities["rna"].decoder, objects["decoder"])
+    assert any(isinstance(m, Signs) for m in model.guide.modalities.modules())
     assert "penalty/moments" in drawn and model.history["train_penalty/moments"].iloc[0] > 0
     if name != "ScModal":
         assert isinstance(model.guide.fusion, TrustRna)
@@ -139,20 +139,20 @@ def test_the_programs_themselves_can_be_replaced(name, data):
 
 def test_a_vamp_prior_is_the_mixture_of_the_encoders_posteriors(data):
     model = build("MultiVI", data)
-    prior = model.model.prior = VampPrior(model.guide.encoders["rna"], 4, 7)
+    prior = model.model.prior = VampPrior(model.guide.modalities["rna"].encoder, 4, 7)
     minibatch = measured(model.mosaic, model.mosaic.find(None))
     z = torch.randn(len(minibatch), 1, 4)
     with torch.no_grad():
-        loc, scale = model.guide.encoders["rna"].posterior(
+        loc, scale = model.guide.modalities["rna"].encoder.posterior(
             prior.inputs, to_predict(model.mosaic, np.zeros(7, int), ("rna",), batch=None).decoded["rna"]
         )
         found = prior(minibatch).log_prob(z)
-    batch = model.guide.encoders["rna"].scaling.schema.n_covariates
+    batch = model.guide.modalities["rna"].encoder.scaling.schema.n_covariates
     assert batch  # the pseudo-cells are of no batch, so of all of them alike
     design = torch.full((7, batch), 1 / batch)
-    hidden = model.guide.encoders["rna"].hidden(torch.cat([prior.inputs, design], -1))
-    loc = model.guide.encoders["rna"].loc(hidden).detach().numpy()
-    scale = (0.5 * model.guide.encoders["rna"].log_variance(hidden)).exp().detach().numpy()
+    hidden = model.guide.modalities["rna"].encoder.hidden(torch.cat([prior.inputs, design], -1))
+    loc = model.guide.modalities["rna"].encoder.loc(hidden).detach().numpy()
+    scale = (0.5 * model.guide.modalities["rna"].encoder.log_variance(hidden)).exp().detach().numpy()
     densities = stats.norm(loc, scale).logpdf(z.numpy()).sum(-1)  # cells × components
     expected = np.log(np.exp(densities).mean(-1, keepdims=True))
     assert np.allclose(found.numpy(), expected, atol=1e-4)

@@ -19,6 +19,7 @@ from pyromosaic import ContrastiveVI, ModalitySpec, Mosaic, MultiVI, hide, metri
 from pyromosaic.data import loader, measured, split, to_predict
 from pyromosaic.data import simulate as simulate_mosaic
 from pyromosaic.fusion import Posterior
+from pyromosaic.measurement import encoded
 from pyromosaic.nn import Dropout
 from pyromosaic.penalties import Jeffreys, MeanDistance, discrepancy
 from pyromosaic.program import AtMean
@@ -120,7 +121,7 @@ def test_loss_equals_the_formulas(mosaic):
     z, background = guide.nodes["z"]["value"][:, 0], guide.nodes["adt_background"]["value"]
 
     expected = {}
-    posteriors = {name: model.guide.encoders[name](view) for name, view in minibatch.observed.items()}
+    posteriors = {name: model.guide.modalities[name].encoder(view) for name, view in minibatch.observed.items()}
     means, variances = torch.zeros(48, 4), torch.zeros(48, 4)
     jeffreys = 0.0
     for cell in range(48):
@@ -153,22 +154,22 @@ def test_loss_equals_the_formulas(mosaic):
 
     def decode(side, name):
         view = minibatch.decoded[name]
-        return view, side.decoders[name](z[view.rows], view)
+        return view, side.modalities[name].decoder(z[view.rows], view)
 
     view, predictors = decode(model.model, "rna")
-    theta = model.model.likelihoods["rna"].log_theta.exp()
+    theta = model.model.modalities["rna"].likelihood.log_theta.exp()
     mu = view.counts.to_dense().sum(1, keepdim=True) * predictors["rate"].softmax(-1)
     expected["rna"] = -scale * nb(mu, theta, view.counts.to_dense()).sum()
 
     view, predictors = decode(model.model, "atac")
-    likelihood = model.model.likelihoods["atac"]
+    likelihood = model.model.modalities["atac"].likelihood
     p = predictors["accessibility"].sigmoid() * likelihood.region_logits.sigmoid()
     p = p * likelihood.cell_logits(view).sigmoid()
     opened = (view.counts.to_dense() > 0).float()
     expected["atac"] = -scale * (opened * p.log() + (1 - opened) * torch.log1p(-p)).sum()
 
     view, predictors = decode(model.model, "adt")
-    likelihood = model.model.likelihoods["adt"]
+    likelihood = model.model.modalities["adt"].likelihood
     loc, log_scale = likelihood.background_loc, likelihood.background_log_scale
     batch = view.codes[:, 0]
     size = view.library / mosaic.modalities["adt"].schema.library
@@ -201,7 +202,7 @@ def test_terms_of_the_options_equal_the_formulas(data):
         penalties=[MeanDistance(1.5)],
     )
     with torch.no_grad():
-        model.model.likelihoods["rna"].log_theta.normal_()
+        model.model.modalities["rna"].likelihood.log_theta.normal_()
     minibatch = measured(mosaic, np.arange(0, mosaic.n_cells, 5))
     beta, scale = 0.3, mosaic.n_cells / len(minibatch)
     elbo = MosaicELBO()
@@ -209,11 +210,11 @@ def test_terms_of_the_options_equal_the_formulas(data):
     elbo.loss(model.model, model.guide, minibatch, beta)
     torch.manual_seed(1)
     sites = poutine.trace(model.guide).get_trace(minibatch, beta).nodes
-    shared, private = model.guide.posteriors(minibatch)
+    shared, private = encoded(model.guide.modalities, minibatch)
     standard = torch.distributions.Normal(0.0, 1.0)
     for name, width in (("rna", 2), ("atac", 3)):
         view = minibatch.observed[name]
-        loc, sd = model.guide.encoders[name](view)
+        loc, sd = model.guide.modalities[name].encoder(view)
         torch.testing.assert_close(shared[name].loc, loc[:, :4])
         q = torch.distributions.Normal(loc[:, 4:], sd[:, 4:])
         assert sites[f"z_{name}"]["value"].shape == (len(view.rows), 1, width)
@@ -225,17 +226,17 @@ def test_terms_of_the_options_equal_the_formulas(data):
     logs = np.log(totals.library[totals.present])
     prior = [logs[totals.codes[totals.present, 0] == b] for b in (0, 1)]
     moments = torch.tensor([[x.mean(), x.std()] for x in prior])[batch]
-    loc, sd = model.guide.size_encoders["rna"](view)
+    loc, sd = model.guide.modalities["rna"].size_encoder(view)
     q = torch.distributions.Normal(view.library.log() + loc, sd)
     p = torch.distributions.Normal(moments[:, :1], moments[:, 1:])
     expected = scale * torch.distributions.kl_divergence(q, p).sum()
     torch.testing.assert_close(elbo.terms["rna_library"], expected.detach(), rtol=1e-3, atol=1e-3)
 
     own = torch.cat([sites["z"]["value"][view.rows, 0], sites["z_rna"]["value"][:, 0]], dim=-1)
-    predictors = model.model.decoders["rna"](own, view)
+    predictors = model.model.modalities["rna"].decoder(own, view)
     mu = sites["rna_library"]["value"].exp() * predictors["rate"].softmax(-1)
     theta, gate, counts = (
-        model.model.likelihoods["rna"].log_theta[batch].exp(),
+        model.model.modalities["rna"].likelihood.log_theta[batch].exp(),
         predictors["gate"].sigmoid(),
         view.dense_counts(),
     )
@@ -308,7 +309,7 @@ def test_leaving_modalities_out_changes_only_what_the_posterior_sees(mosaic):
         if isinstance(module, torch.nn.Dropout):
             module.eval()
     z = poutine.trace(model.guide).get_trace(minibatch).nodes["z"]["fn"].mean[:, 0]
-    posteriors = torch.stack([p.loc for p in model.guide.posteriors(minibatch)[0].values()])
+    posteriors = torch.stack([p.loc for p in encoded(model.guide.modalities, minibatch)[0].values()])
     matches = torch.isclose(posteriors, z, atol=1e-6).all(-1)
     assert (matches.sum(0) == 1).all(), "each cell is represented by exactly one of its modalities"
     assert matches.any(1).all(), "and each modality by some cell"
@@ -346,7 +347,7 @@ def test_discrepancy_is_zero_on_average_for_one_distribution_and_finite_when_col
 def test_jeffreys_needs_two_modalities_and_is_symmetric(mosaic):
     model = small(mosaic)
     minibatch = measured(mosaic, np.arange(70))
-    posteriors, _ = model.guide.posteriors(minibatch)
+    posteriors, _ = encoded(model.guide.modalities, minibatch)
     forward = Jeffreys()(posteriors, minibatch)
     backward = Jeffreys()(dict(reversed(posteriors.items())), minibatch)
     torch.testing.assert_close(forward, backward)
@@ -447,7 +448,7 @@ def test_private_variables_follow_their_modality_or_the_prior(mosaic):
         assert (q.mean[~present] == 0).all() and (q.stddev[~present] == 1).all()
         assert (q.stddev[present] != 1).all()
     # of two decoders, each sees its own private variable alone
-    inputs = [model.model.decoders[name].hidden[0].in_features - 2 for name in ("rna", "adt", "atac")]
+    inputs = [model.model.modalities[name].decoder.hidden[0].in_features - 2 for name in ("rna", "adt", "atac")]
     assert inputs == [6, 5, 4]
     encoded = to_predict(mosaic, np.flatnonzero(mosaic.patterns == "rna+adt"), ("adt",), encode=("rna",))
     q = poutine.trace(model.guide).get_trace(encoded).nodes["z_adt"]["fn"]
@@ -483,7 +484,7 @@ def test_share_of_the_shared_latent_variable(mosaic):
         other = copy.deepcopy(model)
         for name in ("rna", "atac"):
             with torch.no_grad():
-                other.model.decoders[name].hidden[0].weight[:, ignored] = 0.0
+                other.model.modalities[name].decoder.hidden[0].weight[:, ignored] = 0.0
         np.testing.assert_allclose(other.get_shared_share(), share, atol=1e-3)
     everyone = model.get_shared_share(model.split.validation)
     assert everyone.between(-1, 2).all()
@@ -506,12 +507,12 @@ def test_dispersion_by_batch_and_label(data, likelihood, dispersion, shape, tmp_
     shape = (3, 8) if dispersion == "gene-label" else shape
     mosaic = Mosaic.from_mudata(data, {"adt": spec})
     model = small(mosaic)
-    log_theta = model.model.likelihoods["adt"].log_theta
+    log_theta = model.model.modalities["adt"].likelihood.log_theta
     assert log_theta.shape == shape
     with torch.no_grad():
         log_theta.normal_()
     view = measured(mosaic, np.arange(20)).observed["adt"]
-    theta = model.model.likelihoods["adt"].theta(view).log().expand(20, 8)
+    theta = model.model.modalities["adt"].likelihood.theta(view).log().expand(20, 8)
     obs = data["adt"].obs.loc[mosaic.obs_names[:20]]
     for i, (batch, label) in enumerate(zip(obs["batch"], obs["type"], strict=True)):
         row = {"gene": None, "gene-batch": "ab".index(batch), "gene-label": int(label)}[dispersion]
@@ -708,7 +709,7 @@ def test_presets_are_options_of_model_and_training(mosaic):
     options, training = MultiVI.presets["paper"]
     model = MultiVI(mosaic, **options)
     assert model.options["n_hidden"] is None
-    encoder = model.guide.encoders["rna"]
+    encoder = model.guide.modalities["rna"].encoder
     assert encoder.hidden[0].out_features == 7 and encoder.loc.out_features == 2  # of 50 regions
     assert encoder.hidden[0].in_features == 30  # no covariates
     model.train(**training | {"n_epochs": 3}, **QUIET)
@@ -728,7 +729,7 @@ def test_resume_from_a_checkpoint(mosaic, tmp_path):
 def test_a_loss_that_is_not_finite_names_the_site_and_keeps_good_parameters(mosaic):
     model = small(mosaic)
     model.train(1, **QUIET)
-    model.model.likelihoods["rna"].register_forward_pre_hook(
+    model.model.modalities["rna"].likelihood.register_forward_pre_hook(
         lambda module, inputs: inputs[1].update(rate=inputs[1]["rate"] * float("nan"))
     )
     good = {k: v.clone() for k, v in model.model.state_dict().items()}
@@ -1076,7 +1077,7 @@ def test_parameters_of_the_story_are_recovered():
     def agreement(found, truth) -> float:
         return np.corrcoef(np.ravel(found), np.ravel(truth))[0, 1]
 
-    likelihoods = model.model.likelihoods
+    likelihoods = {name: part.likelihood for name, part in model.model.modalities.items()}
     assert agreement(likelihoods["rna"].log_theta.detach(), np.log(theta)) > 0.9
     assert agreement(likelihoods["adt"].log_theta.detach(), np.log(theta_proteins)) > 0.9
     assert agreement(model.get_region_factors(), region) > 0.9
@@ -1153,7 +1154,8 @@ def test_encoders_miss_some_features_beyond_250_in_training():
     guide = MultiVI(mosaic, input_dropout=0.4).guide
     views = measured(mosaic, np.arange(60)).observed
     seen: dict[str, list[torch.Tensor]] = {"rna": [], "adt": []}
-    for name, encoder in guide.encoders.items():
+    for name, part in guide.modalities.items():
+        encoder = part.encoder
         encoder.hidden.register_forward_pre_hook(lambda _, x, name=name: seen[name].append(x[0]))
         scaled = encoder.scaling(views[name])
         for training in (True, False):

@@ -196,11 +196,13 @@ def scaled(data, **options):
 def test_global_variables_are_drawn_once_outside_every_plate(data):
     model = scaled(data)
     trace = poutine.trace(model.model).get_trace(whole(model))
-    for name, shape in (("likelihoods.rna.spread", ()), ("likelihoods.rna.log_theta", (30,))):
+    for name, shape in (("modalities.rna.likelihood.spread", ()), ("modalities.rna.likelihood.log_theta", (30,))):
         site = trace.nodes[name]
         assert site["cond_indep_stack"] == () and site["scale"] == 1.0
         assert tuple(site["value"].shape) == shape
-    assert torch.equal(trace.nodes["rna"]["fn"].theta, trace.nodes["likelihoods.rna.log_theta"]["value"].exp())
+    assert torch.equal(
+        trace.nodes["rna"]["fn"].theta, trace.nodes["modalities.rna.likelihood.log_theta"]["value"].exp()
+    )
 
 
 def test_the_bound_of_an_automatic_guide_has_the_density_of_its_transform(data):
@@ -224,12 +226,14 @@ def test_posterior_of_global_variables_is_returned_saved_and_loaded(data, automa
     after = parameters(model.guide.global_posterior)
     assert not any(torch.equal(before[k], after[k]) for k in before)
     table = model.get_global_posterior(300, quantiles=(0.5,))
-    theta = table.loc["likelihoods.rna.log_theta"]
-    assert len(theta) == 30 and (theta["sd"] > 0).all() and (table.loc["likelihoods.rna.spread", 0.5] > 0).all()
+    theta = table.loc["modalities.rna.likelihood.log_theta"]
+    assert (
+        len(theta) == 30 and (theta["sd"] > 0).all() and (table.loc["modalities.rna.likelihood.spread", 0.5] > 0).all()
+    )
     if automatic is None:
         posterior = model.guide.global_posterior
-        loc = posterior.locs.likelihoods.rna.log_theta.detach().numpy()
-        sd = posterior.scales.likelihoods.rna.log_theta.detach().numpy()
+        loc = posterior.locs.modalities.rna.likelihood.log_theta.detach().numpy()
+        sd = posterior.scales.modalities.rna.likelihood.log_theta.detach().numpy()
         assert np.allclose(theta["mean"], loc, atol=4 * sd.max() / 300**0.5)
         assert np.allclose(theta["sd"], sd, rtol=0.25)
         model.save(tmp_path)
@@ -268,7 +272,9 @@ def test_decoders_with_global_variables_in_other_models(name, data):
     else:
         model = ContrastiveVI(mosaic, **options)
     model.train(1, progress_bar=False)
-    assert {"decoders.rna.effect", "decoders.adt.effect"} == set(model.get_global_posterior(5).index.levels[0])
+    assert {"modalities.rna.decoder.effect", "modalities.adt.decoder.effect"} == set(
+        model.get_global_posterior(5).index.levels[0]
+    )
 
 
 # The guide against other inference
@@ -297,8 +303,8 @@ def test_the_guide_agrees_with_nuts_and_with_the_formula():
     mcmc.run(minibatch)
     sampled = mcmc.get_samples()["z"][:, :, 0].detach()
     with torch.no_grad():  # x = W z + b + noise
-        w, b = model.model.decoders["x"].loc.weight, model.model.decoders["x"].loc.bias
-        precision = model.model.likelihoods["x"].log_sigma.mul(-2).exp()
+        w, b = model.model.modalities["x"].decoder.loc.weight, model.model.modalities["x"].decoder.loc.bias
+        precision = model.model.modalities["x"].likelihood.log_sigma.mul(-2).exp()
         covariance = torch.linalg.inv(torch.eye(2) + (w.T * precision) @ w)
         mean = (minibatch.observed["x"].dense_counts() - b) * precision @ w @ covariance
         encoded = poutine.trace(model.guide).get_trace(minibatch).nodes["z"]["fn"]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyromosaic.checks.cells import BLOCK, blocks, draw_prior, shared_variables, without_penalties
 from pyromosaic.data import Minibatch, Mosaic
+from pyromosaic.measurement import encoded_once
 from pyromosaic.models.mosaic_model import Cells, MosaicModel
 from pyromosaic.tasks import inference_mode
 from pyromosaic.tasks.prediction import run
@@ -147,16 +148,17 @@ def predictive_check(
                 minibatch.groups,
             )
             shared = shared_variables(model.guide, asked) if prior else None
-            for i, total in enumerate(totals):
-                if i == 0:
-                    drawn = {name: view.dense_counts() for name, view in views.items()}
-                else:
-                    if shared is None:
-                        found = run(model.model, model.guide, asked, latent_at_mean=False, drawn=True)
+            with encoded_once(model.guide):
+                for i, total in enumerate(totals):
+                    if i == 0:
+                        drawn = {name: view.dense_counts() for name, view in views.items()}
                     else:
-                        found = draw_prior(model.model, minibatch, shared)
-                    drawn = {name: found.nodes[name]["value"] for name in views}
-                _add(total, model, minibatch, drawn, pairs)
+                        if shared is None:
+                            found = run(model.model, model.guide, asked, latent_at_mean=False, drawn=True)
+                        else:
+                            found = draw_prior(model.model, minibatch, shared)
+                        drawn = {name: found.nodes[name]["value"] for name in views}
+                    _add(total, model, minibatch, drawn, pairs)
     found_by_draw = [_statistics(total) for total in totals]
     keys = sorted(found_by_draw[0])  # so that pandas finds modality and statistic quickly
     values = {key: np.stack([found[key] for found in found_by_draw]) for key in keys}

@@ -4,7 +4,7 @@ Weinberger, Lin and Lee, Isolating salient variations of interest in single-cell
 Methods 2023; extended to mosaics of modalities and to several target groups.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -19,15 +19,16 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pyromosaic.data import Cohorts, Minibatch, Mosaic, Schema, contrastive_loader, measured
+from pyromosaic.data import Cohorts, Minibatch, Mosaic, Schema, View, contrastive_loader, measured
 from pyromosaic.fusion import Fusion, Posterior, agreement_weights, fusion_of, leave_out, presence
 from pyromosaic.likelihoods import likelihoods_of
+from pyromosaic.measurement import Measurement, MeasurementGuide, Plates, cells, encoded, encoded_once
 from pyromosaic.models.mosaic_model import Cells, MosaicModel, Preset
 from pyromosaic.nn import Decoder, Encoder, unit_columns
-from pyromosaic.penalties import MMD, CohortMMD, Dependence, Jeffreys, Penalty, Wasserstein, apply
+from pyromosaic.penalties import MMD, CohortMMD, Dependence, Jeffreys, Penalty, Wasserstein, apply, attached, with_given
 from pyromosaic.priors import ARD, StandardNormal
-from pyromosaic.program import Program, weighted
-from pyromosaic.sizes import LatentSize, Size
+from pyromosaic.program import Program, Slots, own
+from pyromosaic.sizes import LatentSize, Size, latent_sizes
 from pyromosaic.tasks import inference_mode
 from pyromosaic.tasks.differential import DELTAS, PORTION, Delta, Mode, check, decide, effect, effect_scale
 
@@ -66,6 +67,16 @@ def belongs(minibatch: Minibatch, groups: Sequence[int]) -> Tensor:
     return torch.stack([minibatch.groups == group for group in groups]).any(0).unsqueeze(-1)
 
 
+def salient(parts: Parts, minibatch: Minibatch, distributions: Iterable[dist.TorchDistribution]) -> list[Tensor]:
+    """Draws of the salient variables, inside the plate of cells; 0 in cells that do not have them."""
+    drawn = []
+    for (site, groups), distribution in zip(parts, distributions, strict=True):
+        has = belongs(minibatch, groups)
+        with poutine.mask(mask=has):
+            drawn.append(pyro.sample(site, distribution) * has.unsqueeze(-1))
+    return drawn
+
+
 class ContrastiveModel(Program):
     """The generative story.
 
@@ -86,42 +97,65 @@ class ContrastiveModel(Program):
     """
 
     def __init__(
-        self,
-        parts: Parts,
-        prior: nn.Module,
-        salient_prior: nn.Module,
-        sizes: Mapping[str, nn.Module],
-        decoders: Mapping[str, nn.Module],
-        likelihoods: Mapping[str, nn.Module],
+        self, parts: Parts, prior: nn.Module, salient_prior: nn.Module, modalities: Mapping[str, Measurement]
     ) -> None:
         super().__init__()
         self.parts = parts
-        self.prior = prior
-        self.salient_prior = salient_prior
-        self.sizes = self.container(sizes)
-        self.decoders = self.container(decoders)
-        self.likelihoods = self.container(likelihoods)
+        self.prior = own(prior)
+        self.salient_prior = own(salient_prior)
+        self.modalities = Slots(modalities)
 
     def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> Tensor:
         """``z, s ~ Normal(0, I)``, ``x_m ~ likelihood_m(decoder_m(z, s, batch))``, s = 0 in the background (Methods).
 
         Sites: ``z``, ``s`` (or one a target group), one of each modality's name, and its latent size if it has.
         """
-        with pyro.plate("cells", minibatch.n_cells, subsample=minibatch.index, dim=-2), weighted(kl_weight):
-            latent = [pyro.sample("z", self.prior(minibatch))]
-            for site, groups in self.parts:
-                has = belongs(minibatch, groups)
-                with poutine.mask(mask=has):
-                    s = pyro.sample(site, self.salient_prior(minibatch))
-                latent.append(s * has.unsqueeze(-1))
+        with cells(minibatch, kl_weight):
+            z = pyro.sample("z", self.prior(minibatch))
+            s = salient(self.parts, minibatch, (self.salient_prior(minibatch) for _ in self.parts))
+        latent = torch.cat([z, *s], dim=-1)
         for name, view in minibatch.decoded.items():
-            own = torch.cat(latent, dim=-1)[..., view.rows, 0, :]
-            with self.cells(name, minibatch):
-                view = self.sizes[name](own, view)
-                predictors, likelihood = self.decoders[name](own, view), self.likelihoods[name]
-                with pyro.plate(f"{name}_features", likelihood.schema.n_features, dim=-1):
-                    likelihood(name, predictors, view, kl_weight)
-        return torch.cat(latent, dim=-1)
+            self.modalities[name](latent, view, minibatch, kl_weight)
+        return latent
+
+
+class PairEncoder(nn.Module):
+    """Encoders of z and of s, which see the same of a modality.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0])
+    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
+    >>> loc, scale = PairEncoder(*(Encoder(mosaic.schema["rna"], n) for n in (10, 5)))(view)
+    >>> loc.shape, scale.shape
+    (torch.Size([40, 15]), torch.Size([40, 15]))
+    """
+
+    z: Any
+    s: Any
+
+    def __init__(self, z: nn.Module, s: nn.Module) -> None:
+        super().__init__()
+        self.z, self.s = z, s
+
+    @property
+    def scaling(self) -> nn.Module:
+        """What prepares the measurements."""
+        scaling: nn.Module = self.z.scaling
+        return scaling
+
+    def start(self, view: View) -> None:
+        """Learn the input scaling from the cells of a view."""
+        self.z.start(view)
+        self.s.start(view)
+
+    def forward(self, view: View) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of z and s side by side, each of shape (b, latent + salient)."""
+        x = self.z.seen(view)
+        (z, of_z), (s, of_s) = self.z.posterior(x, view), self.s.posterior(x, view)
+        return torch.cat([z, s], dim=-1), torch.cat([of_z, of_s], dim=-1)
 
 
 class ContrastiveGuide(Program):
@@ -146,64 +180,37 @@ class ContrastiveGuide(Program):
     def __init__(
         self,
         parts: Parts,
-        encoders: Mapping[str, Mapping[str, nn.Module]],
+        modalities: Mapping[str, MeasurementGuide],
         fusion: Fusion,
         penalties: Mapping[str, Sequence[nn.Module]],
-        size_encoders: Mapping[str, nn.Module],
-        decoders: Mapping[str, nn.Module],
-        likelihoods: Mapping[str, nn.Module],
         left_out: float,
     ) -> None:
         super().__init__("guide")
         self.parts = parts
-        self.encoders: Any = nn.ModuleDict({variable: nn.ModuleDict(e) for variable, e in encoders.items()})
-        self.fusion = fusion
-        self.penalties: Any = nn.ModuleDict({compared: nn.ModuleList(p) for compared, p in penalties.items()})
-        self.size_encoders: Any = nn.ModuleDict(size_encoders)
-        self.decoders: Any = nn.ModuleDict(decoders)
-        self.likelihoods: dict[str, Any] = dict(likelihoods)  # the model owns their parameters
+        self.modalities = Slots(modalities)
+        self.fusion = own(fusion)
+        self.penalties: Any = nn.ModuleDict({what: attached(p, self.modalities) for what, p in penalties.items()})
         self.left_out = left_out
-
-    def posteriors(self, minibatch: Minibatch) -> dict[str, dict[str, Posterior]]:
-        """Posteriors of ``"z"`` and of ``"s"`` given each modality alone."""
-        found: dict[str, dict[str, Posterior]] = {variable: {} for variable in self.encoders}
-        for name, view in minibatch.observed.items():
-            x = self.encoders["z"][name].seen(view)  # all encoders of a modality see the same
-            for variable, encoders in self.encoders.items():
-                found[variable][name] = Posterior(view.rows, *encoders[name].posterior(x, view))
-        return found
 
     def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> None:
         """``q(z | x) q(s | x)``, each of encoders of its own; in the background s is left alone (Methods).
 
         Sites: ``z``, ``s`` (or one a target group), ``penalty/...``, and those of likelihoods and latent sizes.
         """
-        posteriors = self.posteriors(minibatch)
-        by_modality = posteriors["z"]
+        by_modality, of_s = encoded(self.modalities, minibatch)
         used = presence(by_modality, len(minibatch))
         if self.training and self.left_out:
             used = leave_out(used, self.left_out)
-        z = self.fusion(by_modality, used, minibatch.index)
-        s = self.fusion(posteriors["s"], used, minibatch.index)
-        for compared, penalties in self.penalties.items():
+        z, s = (self.fusion(q, used, minibatch.index) for q in (by_modality, of_s))
+        for what, penalties in self.penalties.items():
             if any(penalty.weight for penalty in penalties):
-                apply(penalties, self.compare(compared, by_modality, z, s, minibatch), minibatch, kl_weight)
-        with pyro.plate("cells", minibatch.n_cells, subsample=minibatch.index, dim=-2), weighted(kl_weight):
+                apply(penalties, self.compare(what, by_modality, z, s, minibatch), minibatch, kl_weight)
+        each = zip(*(moment.chunk(len(self.parts), dim=-1) for moment in s), strict=True)
+        with cells(minibatch, kl_weight):
             latent = [pyro.sample("z", normal(*z))]
-            each = zip(*(moment.chunk(len(self.parts), dim=-1) for moment in s), strict=True)
-            for (site, groups), moments in zip(self.parts, each, strict=True):
-                has = belongs(minibatch, groups)
-                with poutine.mask(mask=has):
-                    latent.append(pyro.sample(site, normal(*moments)) * has.unsqueeze(-1))
+            latent += salient(self.parts, minibatch, (normal(*moments) for moments in each))
         for name, view in minibatch.decoded.items():
-            with self.cells(name, minibatch):
-                if name in self.size_encoders and view.counts is not None:
-                    loc, scale = self.size_encoders[name](view)  # relative to the count
-                    pyro.sample(f"{name}_library", dist.Normal(view.library.log() + loc, scale))
-                if name in self.decoders:
-                    predictors = self.decoders[name](torch.cat(latent, dim=-1)[..., view.rows, 0, :], view)
-                    with pyro.plate(f"{name}_features", self.likelihoods[name].schema.n_features, dim=-1):
-                        self.likelihoods[name].posterior(name, predictors, kl_weight)
+            self.modalities[name](torch.cat(latent, dim=-1), view, minibatch, kl_weight)
 
     def compare(self, what: str, by_modality: Any, z: Any, s: Any, minibatch: Minibatch) -> dict[str, Posterior]:
         """The posteriors that a set of penalties compares; z and s are the moments of every cell."""
@@ -252,8 +259,8 @@ class ContrastiveVI(MosaicModel):
     encode_covariates
         Whether encoders see batch and covariates.
     library
-        ``"observed"``: the size of a cell is what was counted; ``"latent"``: it is inferred, with a normal prior on its
-        logarithm from the cell's batch.
+        Size of a cell in RNA: ``"observed"`` is what was counted; ``"latent"`` infers it, with a normal prior on its
+        logarithm from the cell's batch. Of some modalities by name, e.g. ``{"rna": "latent", "adt": "latent"}``.
     cohort_mmd
         Weight of the discrepancy between the cohorts' background variables; 0 in the paper, and better lowered where
         treatment removes or adds cell types.
@@ -273,7 +280,9 @@ class ContrastiveVI(MosaicModel):
         What makes the networks of each modality, with the arguments of `pyromosaic.nn.Encoder` and `Decoder`, which
         they are by default.
     penalties
-        Further penalties, on the posteriors of z by cohort; see `pyromosaic.penalties`.
+        Further penalties, see `pyromosaic.penalties`: on the posteriors of z by cohort; or lists of them by what they
+        compare, ``"cohorts"``, ``"modalities"`` (z by modality), ``"background"`` (s of background cells) or
+        ``"target"`` (z and s of target cells). One takes the place of the model's own of the same name.
     seed
         Seed of the networks' start values.
 
@@ -315,7 +324,7 @@ class ContrastiveVI(MosaicModel):
         dropout: float = 0.1,
         input_dropout: float = 0.95,
         encode_covariates: bool = True,
-        library: str = "observed",
+        library: str | Mapping[str, str] = "observed",
         cohort_mmd: float = 100.0,
         dependence: float = 20.0,
         wasserstein: float = 1.0,
@@ -327,16 +336,14 @@ class ContrastiveVI(MosaicModel):
         fusion: str | Fusion = "mean",
         encoder: Callable[..., nn.Module] | None = None,
         decoder: Callable[..., nn.Module] | None = None,
-        penalties: Sequence[Penalty] = (),
+        penalties: Sequence[Penalty] | Mapping[str, Sequence[Penalty]] = (),
         seed: int = 0,
     ) -> None:
         if salient not in ("shared", "own"):
             raise ValueError(f'salient is "shared" or "own"; found {salient!r}')
         if isinstance(salient_prior, str) and salient_prior != "ard":
             raise ValueError(f'salient_prior is "ard" or a module; found {salient_prior!r}')
-        if library not in ("observed", "latent"):
-            raise ValueError(f'library is "observed" or "latent"; found {library!r}')
-        with self._construction(data, locals(), seed) as schema:
+        with self._construction(data, seed) as schema:
             targets = tuple(range(1, len(_cohorts(schema).names)))
             own = tuple((f"s_{_cohorts(schema).names[code]}", (code,)) for code in targets)
             parts: Parts = (("s", targets),) if salient == "shared" else own
@@ -363,55 +370,61 @@ class ContrastiveVI(MosaicModel):
             if isinstance(of_s, ARD):
                 for network in explaining.values():
                     unit_columns(network.hidden[0], n_latent, width)
-            latent_sizes = [name for name, m in modalities if library == "latent" and m.spec.needs_library]
+            latent = latent_sizes(library, schema)
+            of_z, of_salient = encoders(n_latent), encoders(n_salient * len(parts))
+            size_encoders = {name: Encoder(schema[name], 1, n_hidden, 1, dropout, encode_covariates) for name in latent}
+            inferring = decoders("posterior_predictors")
+            plates = {name: Plates(name, m.n_features) for name, m in modalities}
             self.model = self.Model(
                 parts,
                 prior or StandardNormal(n_latent),
                 of_s,
-                {name: (LatentSize if name in latent_sizes else Size)(name, m, width) for name, m in modalities},
-                explaining,
-                likelihoods,
+                {
+                    name: Measurement(
+                        plates[name],
+                        (LatentSize if name in latent else Size)(name, m, width),
+                        explaining[name],
+                        likelihoods[name],
+                    )
+                    for name, m in modalities
+                },
             )
+            given = penalties if isinstance(penalties, Mapping) else {"cohorts": penalties}
+            own_penalties: dict[str, list[Penalty]] = {
+                "modalities": [Jeffreys(jeffreys), MMD(mmd)] if len(modalities) > 1 else [],
+                "cohorts": [CohortMMD(cohort_mmd, n_cells=128)],
+                "background": [Wasserstein(wasserstein)],
+                "target": [Dependence(dependence, n_cells=128)],
+            }
+            if not set(given) <= set(own_penalties):
+                raise ValueError(
+                    f"penalties compare {', '.join(map(repr, own_penalties))}; found {', '.join(map(repr, given))}"
+                )
             self.guide = self.Guide(
                 parts,
-                {"z": encoders(n_latent), "s": encoders(n_salient * len(parts))},
-                fusion_of(fusion, tuple(schema.modalities)),
                 {
-                    "modalities": [Jeffreys(jeffreys), MMD(mmd)] if len(modalities) > 1 else [],
-                    "cohorts": [CohortMMD(cohort_mmd, n_cells=128), *penalties],
-                    "background": [Wasserstein(wasserstein)],
-                    "target": [Dependence(dependence, n_cells=128)],
+                    name: MeasurementGuide(
+                        plates[name],
+                        PairEncoder(of_z[name], of_salient[name]),
+                        n_latent,
+                        decoder=inferring.get(name),
+                        likelihood=likelihoods[name],
+                        size_encoder=size_encoders.get(name),
+                    )
+                    for name, _ in modalities
                 },
-                {name: Encoder(schema[name], 1, n_hidden, 1, dropout, encode_covariates) for name in latent_sizes},
-                decoders("posterior_predictors"),
-                likelihoods,
+                fusion_of(fusion, tuple(schema.modalities)),
+                {what: with_given(mine, given.get(what, ())) for what, mine in own_penalties.items()},
                 left_out,
             )
 
-    def start(self, mosaic: Mosaic) -> None:
-        """Set input scaling, feature-level parameters and the decoders' biases from the data."""
-        self.guide.fusion.start(mosaic)
-        for name, modality in mosaic.modalities.items():
+    def check_data(self, mosaic: Mosaic) -> None:
+        """Refuse cohorts that cannot be told from batches."""
+        for name in mosaic.modalities:
             self._check_batches(name, mosaic)
-            view = measured(mosaic, modality.sample()).observed[name]
-            for encoders in (*self.guide.encoders.values(), self.guide.size_encoders):
-                if name in encoders:
-                    encoders[name].scaling.start(view)
-            if name in self.guide.size_encoders:
-                self.model.sizes[name].start(view)
-                nn.init.constant_(self.guide.size_encoders[name].log_variance.bias, -4.0)  # a count says much of a size
-            values = self.model.likelihoods[name].start(view)
-            for decoders in (self.model.decoders, self.guide.decoders):
-                if name in decoders:
-                    decoders[name].start(values)
-
-    def _data(self, data: Mosaic | None) -> Mosaic:
-        mosaic = super()._data(data)
-        self.guide.fusion.meet(mosaic)
-        return mosaic
 
     def _check_batches(self, name: str, mosaic: Mosaic) -> None:
-        """Refuse cohorts that cannot be told from batches."""
+        """Refuse a modality by which cohorts cannot be told from batches."""
         modality = mosaic.modalities[name]
         assert mosaic.groups is not None
         groups = np.where(modality.present, mosaic.groups, -1)
@@ -779,14 +792,15 @@ class ContrastiveVI(MosaicModel):
                 one = measured(treated, part).to(self._device)
                 other = measured(untreated, part).to(self._device)
                 gain = torch.zeros(len(part), device=self._device)
-                for _ in range(n_samples):
-                    guide_trace = poutine.trace(self.guide).get_trace(one)
-                    for minibatch, sign in ((one, 1.0), (other, -1.0)):
-                        trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(minibatch)
-                        for name, view in minibatch.decoded.items():
-                            site = trace.nodes[name]
-                            log_prob = site["fn"].log_prob(site["value"]).sum(-1)
-                            gain = gain.index_add(0, view.rows, sign * log_prob / n_samples)
+                with encoded_once(self.guide):
+                    for _ in range(n_samples):
+                        guide_trace = poutine.trace(self.guide).get_trace(one)
+                        for minibatch, sign in ((one, 1.0), (other, -1.0)):
+                            trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(minibatch)
+                            for name, view in minibatch.decoded.items():
+                                site = trace.nodes[name]
+                                log_prob = site["fn"].log_prob(site["value"]).sum(-1)
+                                gain = gain.index_add(0, view.rows, sign * log_prob / n_samples)
                 evidence.append(gain.cpu().numpy())
         s = np.concatenate([self._latent(treated, index, site) for site in self._variables[1:]], axis=1)
         scores = {"evidence": np.concatenate(evidence), "magnitude": np.linalg.norm(s, axis=1)}

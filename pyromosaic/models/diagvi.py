@@ -20,15 +20,16 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch, Mosaic, Schema, View, measured, separate
-from pyromosaic.fusion import Fusion, Posterior, alone, fusion_of, presence
-from pyromosaic.guidance import GuidanceGraph, shared_scores
+from pyromosaic.fusion import Fusion, fusion_of, presence
+from pyromosaic.guidance import GuidanceGraph, linked_scores
 from pyromosaic.labels import Labels, check_labels
 from pyromosaic.likelihoods import likelihoods_of
+from pyromosaic.measurement import Measurement, MeasurementGuide, Plates, cells, encoded
 from pyromosaic.models.mosaic_model import Cells, MosaicModel, Preset
 from pyromosaic.nn import Decoder, Encoder, GraphEncoder, InnerProductDecoder
-from pyromosaic.penalties import Anchors, Classifier, Penalty, Pull, Scores, Sinkhorn, apply
+from pyromosaic.penalties import Anchors, Classifier, Penalty, Pull, Scores, Sinkhorn, apply, attached, with_given
 from pyromosaic.priors import GaussianMixture, StandardNormal
-from pyromosaic.program import Program, weighted
+from pyromosaic.program import Program, Slots, own, weighted
 from pyromosaic.sizes import Size
 from pyromosaic.tasks import inference_mode
 
@@ -64,30 +65,18 @@ REFERENCE = Preset(
 
 @dataclass(frozen=True)
 class Weights:
-    """What each part of the objective counts; every modality counts alike, however many cells have it.
+    """What the shared parts of the objective count; every modality counts alike, however many cells have it.
 
     Parameters
     ----------
-    data, kl, private, graph
-        Weights of the likelihoods, of the shared and private latent variables' divergences, and of the graph.
-    per_feature
-        For each modality the number that its cells' divergences are divided by.
+    graph
+        Weight of the graph: of its likelihood, and of the features' divergence.
+    cells
+        By modality the weight of its cells' divergences.
     """
 
-    data: float
-    kl: float
-    private: float
     graph: float
-    per_feature: Mapping[str, int]
-
-    def __post_init__(self) -> None:
-        for name in ("data", "kl", "private", "graph"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"lam_{name} is at least 0; found {getattr(self, name)}")
-
-    def modality(self, view: View, minibatch: Minibatch) -> float:
-        """Cells in the minibatch over those that have the modality."""
-        return len(minibatch) / len(view.rows)
+    cells: Mapping[str, float]
 
     @contextmanager
     def features(self, minibatch: Minibatch, n_features: int) -> Iterator[None]:
@@ -96,20 +85,26 @@ class Weights:
         with poutine.scale(scale=scale), pyro.plate("features", n_features, dim=-1):
             yield
 
+
+@dataclass(frozen=True)
+class LinkedPlates(Plates):
+    """Plates in which the divergence of the private variable counts in the history as in the objective."""
+
     @contextmanager
-    def cells(self, minibatch: Minibatch, kl_weight: float) -> Iterator[None]:
-        """Plate of the cells' shared latent variables, each weighted as its modalities are."""
-        weight = torch.zeros(len(minibatch), device=minibatch.index.device)
-        for name, view in minibatch.observed.items():
-            share = self.kl * self.modality(view, minibatch) / self.per_feature[name]
-            weight = weight.index_add(0, view.rows, weight.new_full((len(view.rows),), share))
-        plate = pyro.plate("cells", minibatch.n_cells, subsample=minibatch.index, dim=-2)
-        with plate, weighted(kl_weight), poutine.scale(scale=weight.unsqueeze(-1)):
+    def own(self, kl_weight: float) -> Iterator[None]:
+        """Weight of the private latent variable."""
+        with weighted(kl_weight), poutine.scale(scale=self.private):
             yield
 
-    def own(self, name: str) -> float:
-        """Weight of the divergence of a modality's private latent variable."""
-        return self.private / self.per_feature[name]
+
+class LinkedMeasurement(Measurement):
+    """A modality whose decoder takes the embeddings of its features, shape (..., features, latent)."""
+
+    def predictors(self, z: Tensor, own: Tensor | None, view: View, *context: Any) -> dict[str, Tensor]:
+        """What the decoder makes of cells and features, by predictor."""
+        (embeddings,) = context
+        decoded: dict[str, Tensor] = self.decoder(z, embeddings, own, view)
+        return decoded
 
 
 class DiagVIModel(Program):
@@ -143,19 +138,14 @@ class DiagVIModel(Program):
         self,
         graph: GuidanceGraph,
         prior: nn.Module,
-        sizes: Mapping[str, nn.Module],
-        decoders: Mapping[str, nn.Module],
-        likelihoods: Mapping[str, nn.Module],
+        modalities: Mapping[str, LinkedMeasurement],
         weights: Weights,
         n_latent: int,
-        n_private: int,
     ) -> None:
         super().__init__()
-        self.prior = prior
-        self.sizes = self.container(sizes)
-        self.decoders = self.container(decoders)
-        self.likelihoods = self.container(likelihoods)
-        self.weights, self.n_latent, self.n_private = weights, n_latent, n_private
+        self.prior = own(prior)
+        self.modalities = Slots(modalities)
+        self.weights, self.n_latent = weights, n_latent
         self.nodes, self.n_features = graph.nodes, graph.n_features
         edges, weight, sign = directed(graph)
         for name, value in (("edges", edges), ("weight", weight), ("sign", sign)):
@@ -168,27 +158,14 @@ class DiagVIModel(Program):
         The story of GLUE (its Methods, graph-linked embeddings); beyond it is z_<modality>. Sites: ``v``, ``edges``,
         ``z``, ``z_<modality>``, and one of each modality's name.
         """
-        weights = self.weights
-        zero = self.sign.new_zeros(())
-        with weights.features(minibatch, self.n_features):
-            v = pyro.sample("v", dist.Normal(zero, 1.0).expand([self.n_latent]).to_event(1))
+        with self.weights.features(minibatch, self.n_features):
+            v = pyro.sample("v", dist.Normal(self.sign.new_zeros(()), 1.0).expand([self.n_latent]).to_event(1))
         self.graph(v, minibatch)
         v = v.reshape(*v.shape[:-3], *v.shape[-2:])  # if drawn several times, without the dimension of the cells' plate
-        with weights.cells(minibatch, kl_weight):
+        with cells(minibatch, kl_weight, self.weights.cells):
             z = pyro.sample("z", self.prior(minibatch))
         for name, view in minibatch.decoded.items():
-            shared, likelihood = z[..., view.rows, 0, :], self.likelihoods[name]
-            with poutine.scale(scale=weights.modality(view, minibatch)), self.cells(name, minibatch):
-                view = self.sizes[name](shared, view)
-                own = None
-                if self.n_private:
-                    with weighted(kl_weight), poutine.scale(scale=weights.own(name)):
-                        own = pyro.sample(f"z_{name}", dist.Normal(zero, 1.0).expand([self.n_private]).to_event(1))
-                        own = own[..., 0, :]
-                predictors = self.decoders[name](shared, v[..., self.nodes[name], :], own, view)
-                plate = pyro.plate(f"{name}_features", likelihood.schema.n_features, dim=-1)
-                with poutine.scale(scale=weights.data), plate:
-                    likelihood(name, predictors, view, kl_weight)
+            self.modalities[name](z, view, minibatch, kl_weight, v[..., self.nodes[name], :])
         return z
 
     def graph(self, v: Tensor, minibatch: Minibatch) -> None:
@@ -238,60 +215,33 @@ class DiagVIGuide(Program):
     def __init__(
         self,
         graph_encoder: nn.Module,
-        encoders: Mapping[str, nn.Module],
+        modalities: Mapping[str, MeasurementGuide],
         fusion: Fusion,
         penalties: Sequence[nn.Module],
-        decoders: Mapping[str, nn.Module],
-        likelihoods: Mapping[str, nn.Module],
         weights: Weights,
         n_features: int,
-        n_latent: int,
-        n_private: int,
     ) -> None:
         super().__init__("guide")
         self.graph_encoder = graph_encoder
-        self.encoders = self.container(encoders)
-        self.fusion = fusion
-        self.penalties = nn.ModuleList(penalties)
-        self.decoders = self.container(decoders)
-        self.likelihoods: dict[str, Any] = dict(likelihoods)  # the model owns their parameters
-        self.weights, self.n_features, self.n_latent, self.n_private = weights, n_features, n_latent, n_private
-
-    def posteriors(self, minibatch: Minibatch) -> tuple[dict[str, Posterior], dict[str, Posterior]]:
-        """Posteriors of z given each modality alone, and of each modality's private variable."""
-        shared, private = {}, {}
-        for name, view in minibatch.observed.items():
-            q = Posterior(view.rows, *self.encoders[name](view))
-            shared[name] = q.dimensions(slice(self.n_latent))
-            private[name] = q.dimensions(slice(self.n_latent, None))
-        return shared, private
+        self.modalities = Slots(modalities)
+        self.fusion = own(fusion)
+        self.penalties = attached(penalties, self.modalities)
+        self.weights, self.n_features = weights, n_features
 
     def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> None:
         """``q(v)`` by the graph encoder, ``q(z | x_m)`` by the encoder of the modality m that was measured.
 
         Sites: ``v``, ``z``, ``penalty/...``, ``z_<modality>``, and ``<protein>_background`` beside an NB mixture.
         """
-        weights = self.weights
-        with weights.features(minibatch, self.n_features):
+        with self.weights.features(minibatch, self.n_features):
             pyro.sample("v", dist.Normal(*self.graph_encoder()).to_event(1))
-        posteriors, private = self.posteriors(minibatch)
-        apply(self.penalties, posteriors, minibatch, kl_weight)
-        used = presence(posteriors, len(minibatch))
-        with weights.cells(minibatch, kl_weight):
-            z = pyro.sample("z", self.fusion.posterior(posteriors, used, minibatch.index))
+        shared, private = encoded(self.modalities, minibatch)
+        apply(self.penalties, shared, minibatch, kl_weight)
+        used = presence(shared, len(minibatch))
+        with cells(minibatch, kl_weight, self.weights.cells):
+            z = pyro.sample("z", self.fusion.posterior(shared, used, minibatch.index))
         for name, view in minibatch.decoded.items():
-            latent = z[..., view.rows, 0, :]
-            with poutine.scale(scale=weights.modality(view, minibatch)), self.cells(name, minibatch):
-                if self.n_private:
-                    q = alone(private.get(name), torch.ones_like(used[:, 0]), self.n_private, view.rows)
-                    with weighted(kl_weight), poutine.scale(scale=weights.own(name)):
-                        own = pyro.sample(f"z_{name}", q)
-                    latent = torch.cat([latent, own[..., 0, :]], dim=-1)
-                if name in self.decoders:
-                    predictors, likelihood = self.decoders[name](latent, view), self.likelihoods[name]
-                    plate = pyro.plate(f"{name}_features", likelihood.schema.n_features, dim=-1)
-                    with poutine.scale(scale=weights.data), plate:
-                        likelihood.posterior(name, predictors, kl_weight)
+            self.modalities[name](z, view, minibatch, kl_weight, private.get(name))
 
 
 def directed(graph: GuidanceGraph) -> tuple[Tensor, Tensor, Tensor]:
@@ -415,15 +365,12 @@ class DiagVI(MosaicModel):
         penalties: Sequence[Penalty] = (),
         seed: int = 0,
     ) -> None:
-        options = locals()
         if n_latent < 1 or n_private < 0:
             raise ValueError(f"n_latent is at least 1 and n_private at least 0; found {n_latent} and {n_private}")
         self.pairing = pairing
-        if isinstance(data, Mosaic) and not pairing:
-            data = separate(data)
-        with self._construction(data, options, seed) as schema:
+        with self._construction(data, seed) as schema:
             self.graph = GuidanceGraph.of(graph, schema)
-            self.options |= {"graph": self.graph.to_json(), "linkage": linkage if isinstance(linkage, str) else None}
+            self._keep(graph=self.graph.to_json(), linkage=linkage if isinstance(linkage, str) else None)
             self.linkage = linkage
             self.scores = Scores()
             labels = Labels(schema)
@@ -454,8 +401,17 @@ class DiagVI(MosaicModel):
                 prior = GaussianMixture(n_latent, n_components, labels)
             elif isinstance(prior, str):
                 raise ValueError(f'the prior is "normal", "mixture" or a module; found {prior!r}')
+            if min(lam_data, lam_kl, lam_private, lam_graph) < 0:
+                raise ValueError(
+                    f"weights are at least 0; found lam_data={lam_data}, lam_kl={lam_kl}, lam_private={lam_private} "
+                    f"and lam_graph={lam_graph}"
+                )
             per_feature = {name: m.n_features if kl_per_feature else 1 for name, m in modalities.items()}
-            weights = Weights(lam_data, lam_kl, lam_private, lam_graph, per_feature)
+            weights = Weights(lam_graph, {name: lam_kl / n for name, n in per_feature.items()})
+            plates = {
+                name: LinkedPlates(name, m.n_features, lam_data, lam_private / per_feature[name], balanced=True)
+                for name, m in modalities.items()
+            }
             edges, weight, sign = directed(self.graph)
             self.classifier = Classifier(lam_class, labels, n_latent) if len(labels) else None
             aligned = [
@@ -463,46 +419,51 @@ class DiagVI(MosaicModel):
                 Anchors(lam_anchors, self.scores),
                 Pull(lam_pull, self.scores),
                 *([] if self.classifier is None else [self.classifier]),
-                *penalties,
             ]
-            self.model = self.Model(self.graph, prior, sizes, decoders, likelihoods, weights, n_latent, n_private)
+            self.model = self.Model(
+                self.graph,
+                prior,
+                {
+                    name: LinkedMeasurement(plates[name], sizes[name], decoders[name], likelihoods[name], n_private)
+                    for name in modalities
+                },
+                weights,
+                n_latent,
+            )
             self.guide = self.Guide(
                 GraphEncoder(self.graph.n_features, edges, weight * sign, n_latent),
-                encoders,
+                {
+                    name: MeasurementGuide(
+                        plates[name],
+                        encoders[name],
+                        n_latent,
+                        n_private,
+                        posterior_decoders.get(name),
+                        likelihoods[name],
+                    )
+                    for name in modalities
+                },
                 fusion_of(fusion, tuple(modalities)),
-                aligned,
-                posterior_decoders,
-                likelihoods,
+                with_given(aligned, penalties),
                 weights,
                 self.graph.n_features,
-                n_latent,
-                n_private,
             )
 
-    def _data(self, data: Mosaic | None) -> Mosaic:
-        mosaic = super()._data(data)
-        mosaic = mosaic if self.pairing else separate(mosaic)
-        self.guide.fusion.meet(mosaic)
-        return mosaic
+    def arranged(self, mosaic: Mosaic) -> Mosaic:
+        """Every measurement a cell of its own, unless the model takes pairs."""
+        return mosaic if self.pairing else separate(mosaic)
 
-    def start(self, mosaic: Mosaic) -> None:
-        """Set input scaling, feature-level parameters and the decoders' biases from the data."""
+    def check_data(self, mosaic: Mosaic) -> None:
+        """Refuse modalities without cells, counts that are taken for real values, and labels of two vocabularies."""
         check_labels(mosaic)
-        self.guide.fusion.start(mosaic)
         for name, modality in mosaic.modalities.items():
             if not modality.present.any():
                 raise ValueError(f"modality {name!r} has no cell to learn from; load a trained model for such data")
-            view = measured(mosaic, modality.sample()).observed[name]
-            if modality.spec.likelihood == "normal" and (view.dense_counts() % 1 == 0).all():
+            if modality.spec.likelihood == "normal" and (modality.tensor(modality.sample()).to_dense() % 1 == 0).all():
                 raise ValueError(
                     f"modality {name!r}: all values are whole numbers, like counts, but likelihood 'normal' takes "
                     "transformed values; transform them, or use a likelihood of counts such as 'nb'"
                 )
-            self.guide.encoders[name].scaling.start(view)
-            values = self.model.likelihoods[name].start(view)
-            for decoders in (self.model.decoders, self.guide.decoders):
-                if name in decoders:
-                    decoders[name].start(values)
 
     def train(
         self, n_epochs: int = 150, *, batch_size: int = 2048, learning_rate: float = 1e-2, **options: Any
@@ -522,19 +483,9 @@ class DiagVI(MosaicModel):
         """
         mosaic = self._data(None)
         if not self.scores and self.linkage is not None:
-            self.scores.set(torch.from_numpy(self.link(mosaic)).to(self._device))
+            scores = linked_scores(self.linkage, mosaic, self.graph, self.model.n_latent)
+            self.scores.set(torch.from_numpy(scores).to(self._device))
         super().train(n_epochs, batch_size=batch_size, learning_rate=learning_rate, **options)
-
-    def link(self, mosaic: Mosaic) -> np.ndarray:
-        """Scores of the cells that all modalities share, shape (N, c)."""
-        if isinstance(self.linkage, pd.DataFrame):
-            missing = mosaic.obs_names.difference(self.linkage.index)
-            if len(missing):
-                raise ValueError(f"the linkage has no scores of cell {missing[0]!r}; accepted: a row for every cell")
-            return self.linkage.loc[mosaic.obs_names].to_numpy(dtype=np.float32)
-        if self.linkage != "cca":
-            raise ValueError(f'linkage is "cca", a table of scores, or None; found {self.linkage!r}')
-        return shared_scores(mosaic, self.graph, self.model.n_latent)
 
     def finish(self, mosaic: Mosaic) -> None:
         """Learn the sizes of cells from their latent variables; calibrate the classifier."""

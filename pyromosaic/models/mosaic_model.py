@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -17,19 +18,21 @@ from pyro.distributions import TorchDistribution
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sklearn.neighbors import NearestNeighbors
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pyromosaic.data import Minibatch, ModalitySpec, Mosaic, Schema, Split, Traits, loader, measured, split, to_predict
+from pyromosaic.fusion import Fusion
 from pyromosaic.laplace import learn_weights
 from pyromosaic.likelihoods import Likelihood
+from pyromosaic.measurement import part_of
+from pyromosaic.models.formats import FORMAT, READ, upgraded
 from pyromosaic.models.query import carry_over, only
-from pyromosaic.program import Program, check, make_local
+from pyromosaic.program import Program, check, check_names
 from pyromosaic.tasks import AtMean, Estimate, compare_groups, contrasts, draws, estimate, inference_mode
 from pyromosaic.tasks.differential import Delta, Mode
 from pyromosaic.train import Optimisation, Schedule, fit
 
-FORMAT = 4  # version of the saved form
 CHUNK_ENTRIES = 20_000_000  # draws × cells × features in memory at once
 
 Cells = Sequence[str] | np.ndarray | pd.Index | None
@@ -45,8 +48,7 @@ class Preset(NamedTuple):
 class MosaicModel:
     """A Pyro program (`model`, `guide`) over a mosaic.
 
-    A subclass builds `model` and `guide` in its constructor inside ``with self._construction(data, options, seed)``
-    and defines `start`.
+    A subclass builds `model` and `guide` in its constructor inside ``with self._construction(data, seed)``.
 
     Attributes
     ----------
@@ -80,17 +82,22 @@ class MosaicModel:
     model: Program
     guide: Program
 
+    options: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Note the options of the outermost constructor, a subclass's for example, to rebuild the model from."""
+        model = super().__new__(cls)
+        model.options = _options(cls, args, kwargs)
+        return model
+
     @contextmanager
-    def _construction(self, data: Mosaic | Schema, options: Mapping[str, Any], seed: int) -> Iterator[Schema]:
+    def _construction(self, data: Mosaic | Schema, seed: int) -> Iterator[Schema]:
         """Seeded and with local parameters; afterwards start values are taken from the data, if there are any."""
-        self.mosaic = data if isinstance(data, Mosaic) else None
+        self.mosaic = self.arranged(data) if isinstance(data, Mosaic) else None
         self.schema = data.schema if isinstance(data, Mosaic) else data
-        self.options = {k: v for k, v in options.items() if k not in ("self", "data", "__class__")}
+        check_names(self.schema)
         self.history = pd.DataFrame()
         self.split: Split | None = None
-        for option in self.options.values():
-            if isinstance(option, nn.Module):
-                make_local(option)
         with torch.random.fork_rng(), pyro.settings.context(module_local_params=True):
             torch.manual_seed(seed)
             yield self.schema
@@ -101,8 +108,33 @@ class MosaicModel:
         self.model.eval()
         self.guide.eval()
 
+    def _keep(self, **options: Any) -> None:
+        """Save these values in place of what options were given as."""
+        self.options |= {name: value for name, value in options.items() if name in self.options}
+
+    def arranged(self, mosaic: Mosaic) -> Mosaic:
+        """The cells as the model takes them."""
+        return mosaic
+
+    def check_data(self, mosaic: Mosaic) -> None:
+        """Refuse data that the model cannot learn from."""
+
     def start(self, mosaic: Mosaic) -> None:
-        """Set input scaling and start values from data."""
+        """Set input scaling, feature-level parameters and the decoders' biases from the data."""
+        self.check_data(mosaic)
+        if self._fusion is not None:
+            self._fusion.start(mosaic)
+        for name, modality in mosaic.modalities.items():
+            part, of_guide = part_of(self.model, name), part_of(self.guide, name)
+            if part is not None and modality.present.any():
+                view = measured(mosaic, modality.sample()).observed[name]
+                biases = part.start(view)
+                if of_guide is not None:
+                    of_guide.start(view, biases)
+
+    @property
+    def _fusion(self) -> Fusion | None:
+        return getattr(self.guide, "fusion", None)
 
     def loader(
         self, mosaic: Mosaic, cells: np.ndarray, batch_size: int, seed: int | None = None, n_workers: int = 0
@@ -113,10 +145,11 @@ class MosaicModel:
     def finish(self, mosaic: Mosaic) -> None:
         """Learn how sure decoders are, and how a cell's size depends on z, for cells in which it was not measured."""
         for name, modality in mosaic.modalities.items():
-            if modality.present.any():
+            part = part_of(self.model, name)
+            if part is not None and modality.present.any():
                 cells, latent = self.explaining_size(mosaic, modality.sample())
                 view = measured(mosaic, cells).observed[name].to(self._device)
-                self.model.sizes[name].fit(torch.from_numpy(latent).to(self._device), view)
+                part.size.fit(torch.from_numpy(latent).to(self._device), view)
                 parts = np.array_split(cells, -(-len(cells) // 256))
                 minibatches = (measured(mosaic, part).to(self._device) for part in parts)
                 with inference_mode(self.model, self.guide, seed=0):
@@ -329,7 +362,7 @@ class MosaicModel:
         ...         self.log_theta = PyroSample(pyro.distributions.Normal(torch.zeros(50), 1.5).to_event(1))
         >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50})[0], {"rna": ModalitySpec(Uncertain)})
         >>> model = MultiVI(mosaic, n_latent=3)
-        >>> model.get_global_posterior(n_samples=20).loc["likelihoods.rna.log_theta"].shape
+        >>> model.get_global_posterior(n_samples=20).loc["modalities.rna.likelihood.log_theta"].shape
         (50, 4)
         """
         values: dict[str, list[Tensor]] = {}
@@ -887,7 +920,13 @@ class MosaicModel:
 
     def _likelihood(self, modality: str) -> Any:
         self.schema[modality]
-        return self.model.likelihoods[modality]
+        part = part_of(self.model, modality)
+        if part is None:
+            raise ValueError(
+                f"the program has no likelihood of modality {modality!r} to ask: none of its `modalities` is a "
+                "pyromosaic.measurement.Measurement of that name"
+            )
+        return part.likelihood
 
     def _features(self, modality: str, features: Sequence[str] | None) -> np.ndarray:
         known = pd.Index(self.schema[modality].features)
@@ -904,6 +943,9 @@ class MosaicModel:
             raise ValueError("the model has no data: give some, data=model.register(mdata) say")
         if mosaic.schema != self.schema:
             raise ValueError("the data were not registered for this model: model.register(mdata) does that")
+        mosaic = self.arranged(mosaic)
+        if self._fusion is not None:
+            self._fusion.meet(mosaic)
         return mosaic
 
     def nearest_cells(self, modality: str, to: str, cells: Cells = None, *, n_neighbors: int = 15) -> pd.DataFrame:
@@ -1086,9 +1128,10 @@ class MosaicModel:
             weights = load_file(directory / "weights.safetensors")
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(f"{directory} does not hold a whole saved model: {error}") from error
-        if version != FORMAT:
+        if version not in READ:
             raise ValueError(
-                f"{directory} was saved in format {version}; this version of pyromosaic reads format {FORMAT}"
+                f"{directory} was saved in format {version}; this version of pyromosaic reads formats "
+                f"{' and '.join(map(str, READ))}"
             )
         if name != cls.__name__:
             raise ValueError(f"{directory} holds a model of class {name}, not {cls.__name__}; use {name}.load")
@@ -1101,7 +1144,8 @@ class MosaicModel:
             likelihoods = {k: v for k, v in objects.items() if isinstance(v, type) and issubclass(v, Likelihood)}
             schema = Schema.from_json(content["schema"], likelihoods)
             others = {k: v for k, v in objects.items() if k not in likelihoods}
-            model = cls(schema, **content["options"], **others)  # type: ignore[call-arg]
+            options, weights = upgraded(content, weights, schema)
+            model = cls(schema, **options, **others)
             for part in ("model", "guide"):
                 state = {k.removeprefix(f"{part}."): v for k, v in weights.items() if k.startswith(f"{part}.")}
                 getattr(model, part).load_state_dict(state)
@@ -1184,7 +1228,7 @@ class MosaicModel:
             mosaic = Mosaic.from_anndata(data, match_cells=True, schema=self.schema, new_batches="add")
         else:
             mosaic = Mosaic.from_mudata(data, schema=self.schema, new_batches="add")
-        adapted = type(self)(mosaic.schema, **deepcopy(self.options))  # type: ignore[call-arg]
+        adapted = type(self)(mosaic.schema, **deepcopy(self.options))
         adapted.model.to(self._device)
         adapted.guide.to(self._device)
         with torch.no_grad():
@@ -1198,6 +1242,17 @@ class MosaicModel:
         with only(adapted.model, of_model), only(adapted.guide, of_guide):
             adapted.train(n_epochs, **{"learning_rate": 1e-2, "weight_decay": 0.0, "kl_warmup_epochs": 0} | training)
         return adapted
+
+
+def _options(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by name, given or by default, of the constructor of a class."""
+    bound = signature(cls).bind_partial(*args, **kwargs)
+    bound.apply_defaults()
+    options: dict[str, Any] = {}
+    for name, value in list(bound.arguments.items())[1:]:  # the first is the data
+        kind = bound.signature.parameters[name].kind
+        options |= value if kind is Parameter.VAR_KEYWORD else {name: value}
+    return options
 
 
 def _is_own(spec: ModalitySpec) -> bool:

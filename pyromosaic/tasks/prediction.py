@@ -1,7 +1,7 @@
 """What a trained program says of a modality in any cell, measured or not."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +12,8 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch
-from pyromosaic.laplace import decoder_of, weights_drawn
+from pyromosaic.laplace import weights_drawn
+from pyromosaic.measurement import encoded_once, part_of
 from pyromosaic.program import AtMean
 
 
@@ -101,12 +102,15 @@ def draws(
     >>> counts.shape
     torch.Size([2, 10, 3])
     """
-    values, decoder = [], decoder_of(model, name)
-    for i in range(n_samples or 1):
-        at_mean = n_samples is None
-        with nullcontext() if at_mean or weights_seed is None else weights_drawn(decoder, (weights_seed << 20) + i):
-            site = run(model, guide, minibatch, latent_at_mean=at_mean, drawn=value is None).nodes[name]
-        values.append((site["value"] if value is None else value(site["fn"])).index_select(-1, columns))
+    values, at_mean, part = [], n_samples is None, part_of(model, name)
+    with encoded_once(guide):
+        for i in range(n_samples or 1):
+            weights: AbstractContextManager[None] = nullcontext()
+            if not at_mean and weights_seed is not None and part is not None:
+                weights = weights_drawn(part.decoder, (weights_seed << 20) + i)
+            with weights:
+                site = run(model, guide, minibatch, latent_at_mean=at_mean, drawn=value is None).nodes[name]
+            values.append((site["value"] if value is None else value(site["fn"])).index_select(-1, columns))
     return torch.stack(values)
 
 
