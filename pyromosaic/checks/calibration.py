@@ -24,7 +24,8 @@ from pyromosaic.checks.cells import (
 from pyromosaic.checks.ranks import Ranks
 from pyromosaic.data import Minibatch, Mosaic, loader
 from pyromosaic.measurement import encoded_once
-from pyromosaic.models.mosaic_model import CHUNK_ENTRIES, Cells, MosaicModel
+from pyromosaic.models.asking import CHUNK_ENTRIES
+from pyromosaic.models.mosaic_model import Cells, MosaicModel
 from pyromosaic.tasks import inference_mode
 
 if TYPE_CHECKING:

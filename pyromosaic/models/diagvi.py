@@ -5,9 +5,7 @@ inference with graph-linked embedding, Nature Biotechnology 2022). Beyond both: 
 space in two parts, one shared by all modalities and one private to each.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -19,17 +17,18 @@ from pyro import distributions as dist
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyromosaic.data import Minibatch, Mosaic, Schema, View, measured, separate
+from pyromosaic.data import Minibatch, Mosaic, Schema, measured, separate
 from pyromosaic.fusion import Fusion, fusion_of, presence
 from pyromosaic.guidance import GuidanceGraph, linked_scores
 from pyromosaic.labels import Labels, check_labels
 from pyromosaic.likelihoods import likelihoods_of
-from pyromosaic.measurement import Measurement, MeasurementGuide, Plates, cells, encoded
-from pyromosaic.models.mosaic_model import Cells, MosaicModel, Preset
+from pyromosaic.measurement import MeasurementGuide, cells, encoded
+from pyromosaic.models.embedded import Embedded, LinkedMeasurement, LinkedPlates, Weights, directed
+from pyromosaic.models.mosaic_model import Cells, Preset
 from pyromosaic.nn import Decoder, Encoder, GraphEncoder, InnerProductDecoder
 from pyromosaic.penalties import Anchors, Classifier, Penalty, Pull, Scores, Sinkhorn, apply, attached, with_given
 from pyromosaic.priors import GaussianMixture, StandardNormal
-from pyromosaic.program import Program, Slots, own, weighted
+from pyromosaic.program import Program, Slots, own
 from pyromosaic.sizes import Size
 from pyromosaic.tasks import inference_mode
 
@@ -61,50 +60,6 @@ REFERENCE = Preset(
         "gradient_clip": 0.0,
     },
 )
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What the shared parts of the objective count; every modality counts alike, however many cells have it.
-
-    Parameters
-    ----------
-    graph
-        Weight of the graph: of its likelihood, and of the features' divergence.
-    cells
-        By modality the weight of its cells' divergences.
-    """
-
-    graph: float
-    cells: Mapping[str, float]
-
-    @contextmanager
-    def features(self, minibatch: Minibatch, n_features: int) -> Iterator[None]:
-        """Plate of the features' embeddings, whose divergence enters as the mean over features over their number."""
-        scale = minibatch.n_cells * self.graph / n_features**2
-        with poutine.scale(scale=scale), pyro.plate("features", n_features, dim=-1):
-            yield
-
-
-@dataclass(frozen=True)
-class LinkedPlates(Plates):
-    """Plates in which the divergence of the private variable counts in the history as in the objective."""
-
-    @contextmanager
-    def own(self, kl_weight: float) -> Iterator[None]:
-        """Weight of the private latent variable."""
-        with weighted(kl_weight), poutine.scale(scale=self.private):
-            yield
-
-
-class LinkedMeasurement(Measurement):
-    """A modality whose decoder takes the embeddings of its features, shape (..., features, latent)."""
-
-    def predictors(self, z: Tensor, own: Tensor | None, view: View, *context: Any) -> dict[str, Tensor]:
-        """What the decoder makes of cells and features, by predictor."""
-        (embeddings,) = context
-        decoded: dict[str, Tensor] = self.decoder(z, embeddings, own, view)
-        return decoded
 
 
 class DiagVIModel(Program):
@@ -244,16 +199,7 @@ class DiagVIGuide(Program):
             self.modalities[name](z, view, minibatch, kl_weight, private.get(name))
 
 
-def directed(graph: GuidanceGraph) -> tuple[Tensor, Tensor, Tensor]:
-    """Edges in both directions and a self loop at every node, shape (2, E); their weights and signs, shape (E,)."""
-    loops = np.arange(graph.n_features)
-    edges = np.concatenate([graph.edges, graph.edges[::-1], [loops, loops]], axis=1)
-    ones = np.ones(len(loops), dtype=np.float32)
-    weight, sign = (np.concatenate([values, values, ones]) for values in (graph.weight, graph.sign))
-    return torch.from_numpy(edges), torch.from_numpy(weight), torch.from_numpy(sign)
-
-
-class DiagVI(MosaicModel):
+class DiagVI(Embedded):
     """Integrate modalities that were measured in different cells, by a graph of features that go together.
 
     Parameters
@@ -401,18 +347,17 @@ class DiagVI(MosaicModel):
                 prior = GaussianMixture(n_latent, n_components, labels)
             elif isinstance(prior, str):
                 raise ValueError(f'the prior is "normal", "mixture" or a module; found {prior!r}')
-            if min(lam_data, lam_kl, lam_private, lam_graph) < 0:
-                raise ValueError(
-                    f"weights are at least 0; found lam_data={lam_data}, lam_kl={lam_kl}, lam_private={lam_private} "
-                    f"and lam_graph={lam_graph}"
-                )
+            lams = {"lam_data": lam_data, "lam_kl": lam_kl, "lam_private": lam_private, "lam_graph": lam_graph}
+            for lam, weight in lams.items():
+                if weight < 0:
+                    raise ValueError(f"{lam} is at least 0; found {weight}")
             per_feature = {name: m.n_features if kl_per_feature else 1 for name, m in modalities.items()}
             weights = Weights(lam_graph, {name: lam_kl / n for name, n in per_feature.items()})
             plates = {
                 name: LinkedPlates(name, m.n_features, lam_data, lam_private / per_feature[name], balanced=True)
                 for name, m in modalities.items()
             }
-            edges, weight, sign = directed(self.graph)
+            edges, strength, sign = directed(self.graph)
             self.classifier = Classifier(lam_class, labels, n_latent) if len(labels) else None
             aligned = [
                 Sinkhorn(lam_sinkhorn, blur=blur, reach=reach, sampled=align_draws, reference=reference),
@@ -431,7 +376,7 @@ class DiagVI(MosaicModel):
                 n_latent,
             )
             self.guide = self.Guide(
-                GraphEncoder(self.graph.n_features, edges, weight * sign, n_latent),
+                GraphEncoder(self.graph.n_features, edges, strength * sign, n_latent),
                 {
                     name: MeasurementGuide(
                         plates[name],
@@ -498,66 +443,6 @@ class DiagVI(MosaicModel):
                 self.classifier.calibrate(z[known >= 0], known[known >= 0])
 
     # Asking
-
-    def get_feature_embeddings(self, modality: str | None = None) -> pd.DataFrame:
-        """Posterior mean of the features' embeddings.
-
-        Parameters
-        ----------
-        modality
-            The modality; None for all.
-
-        Returns
-        -------
-        pandas.DataFrame
-            Features × latent dimensions, indexed by modality and feature.
-        """
-        with inference_mode(self.guide):
-            loc = self.guide.graph_encoder()[0].cpu().numpy()
-        pairs = [(name, feature) for name, features in self.graph.features.items() for feature in features]
-        index = pd.MultiIndex.from_tuples(pairs, names=["modality", "feature"])
-        frame = pd.DataFrame(loc, index, [f"v_{i}" for i in range(loc.shape[1])])
-        if modality is None:
-            return frame
-        self.schema[modality]
-        return frame.loc[[modality]]
-
-    def nearest_features(
-        self, modality: str, to: str, features: Sequence[str] | None = None, n_neighbors: int = 5
-    ) -> pd.DataFrame:
-        """Features of another modality whose embeddings point the same way: candidates of regulatory links.
-
-        Parameters
-        ----------
-        modality, to
-            Where to start, and where to look.
-        features
-            Names of the features to start from; None for all.
-        n_neighbors
-            Number of neighbours of each.
-
-        Returns
-        -------
-        pandas.DataFrame
-            A row a pair, nearest first: the two features (columns named after the modalities), ``score``, the cosine
-            of their embeddings, and ``linked``, whether the graph joins them.
-        """
-        chosen = np.asarray(self.schema[modality].features, dtype=object)[self._features(modality, features)]
-        others = np.asarray(self.schema[to].features, dtype=object)
-        embeddings = self.get_feature_embeddings()
-        embeddings = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
-        cosine = embeddings.loc[modality].loc[chosen].to_numpy() @ embeddings.loc[to].to_numpy().T
-        n = min(n_neighbors, len(others))
-        nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :n]
-        table = pd.DataFrame(
-            {
-                modality: np.repeat(chosen, n),
-                to: others[nearest.ravel()],
-                "score": np.take_along_axis(cosine, nearest, axis=1).ravel(),
-            }
-        )
-        links = pd.MultiIndex.from_frame(self.graph.links(modality, to)[[modality, to]])
-        return table.assign(linked=pd.MultiIndex.from_frame(table[[modality, to]]).isin(links))
 
     def predict_celltype(
         self, cells: Cells = None, *, modality: str | None = None, data: Mosaic | None = None
