@@ -2,7 +2,8 @@
 
 from pyromosaic.data.cohorts import Cohorts
 from pyromosaic.data.datasets import pbmc_mosaic, protein_gene_links
-from pyromosaic.data.minibatch import Minibatch, Split, View, contrastive_loader, loader, measured, split, to_predict
+from pyromosaic.data.loaders import Split, contrastive_loader, loader, split
+from pyromosaic.data.minibatch import Minibatch, View, measured, to_predict
 from pyromosaic.data.mosaic import Modality, Mosaic
 from pyromosaic.data.simulate import Truth, simulate
 from pyromosaic.data.spec import ModalitySchema, ModalitySpec, Schema
