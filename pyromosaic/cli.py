@@ -3,11 +3,11 @@
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from importlib.resources import as_file
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile, mkdtemp
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pyromosaic.tasks import Estimate
 
 FIGURES = (".png", ".pdf", ".svg")
+WRITING = (OSError, RuntimeError, TypeError, ValueError, KeyError)  # what anndata raises if it cannot write a value
 DEMO_OUT, DEMO_FIGURE = Path("pbmc_integrated.h5mu"), Path("pbmc_integrated.png")
 
 app = typer.Typer(
@@ -136,6 +137,7 @@ def integrate(
 
         with _sentence(2, ValueError):
             mdata = _read(data)
+            _check_tables(data, mdata)
             likelihoods = _likelihoods(mdata, likelihood or [])
             shown, hidden = _hide(mdata, hide, seed)
             mosaic = Mosaic.from_mudata(shown, likelihoods, layer=layer, batch_key=batch_key, label_key=label_key)
@@ -152,22 +154,22 @@ def integrate(
                     for name, a in hidden.items()
                 }
                 metrics = _metrics(mosaic, latent, compared)
-            with console.status("Drawing and writing"), ExitStack() as drafts:
+            with console.status("Drawing and writing"):
+                if model is not None:
+                    with _draft(model) as draft:
+                        multivi.save(draft)
                 mdata.obsm["X_multivi"] = latent.loc[mdata.obs_names].to_numpy("float32")
                 if figure is not None:
-                    coordinates = _draw(
-                        multivi, latent, compared, label_key, seed, drafts.enter_context(_draft(figure))
-                    )
+                    with _draft(figure) as draft:
+                        coordinates = _draw(multivi, latent, compared, label_key, seed, draft)
                     mdata.obsm["X_multivi_umap"] = coordinates.loc[mdata.obs_names].to_numpy("float32")
-                if model is not None:
-                    multivi.save(drafts.enter_context(_draft(model)))
                 _add(mdata, imputed if impute else {}, hidden)
                 mdata.uns["pyromosaic"] = {
                     "version": __version__,
                     "options": options | {"data": data.name, "likelihood": likelihoods},
                     "metrics": metrics["value"].to_dict(),
                 }
-                mdata.write(drafts.enter_context(_draft(out)), compression="gzip")
+                _write(mdata, out, multivi, model)
     _report(console, metrics)
     for path in (out, figure, model):
         if path is not None:
@@ -222,14 +224,18 @@ def _sentence(exit_code: int, *errors: type[Exception]) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the asides of libraries, and with MuData's tables left as they are in the file."""
+    import anndata
     import lightning.pytorch
-    import mudata
+
+    from pyromosaic.data.tables import kept_apart
 
     logger = logging.getLogger(lightning.pytorch.__name__)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), mudata.set_options(pull_on_update=False):
+        # anndata before 0.13 reads the names in files of 0.13 but writes them only if it is told to.
+        strings = anndata.settings.override(allow_write_nullable_strings=True)
+        with warnings.catch_warnings(), kept_apart(), strings:
             warnings.filterwarnings("ignore", module="mudata|anndata|lightning|umap|numba|sklearn")
             warnings.filterwarnings("ignore", message="The HDF5 file was not created by muon")
             yield
@@ -270,13 +276,30 @@ def _read(path: Path) -> "MuData":
         raise ValueError(f"there is no file {path}")
     try:
         mdata = mudata.read_h5mu(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = (str(error).splitlines() or ["it is damaged"])[0]
-        raise ValueError(f"{path} cannot be read as MuData: {reason}") from error
+    except (TypeError, AttributeError):  # so mudata 0.3 answers to an HDF5 file of another kind
+        mdata = mudata.MuData({})
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read as MuData: {_reason(error)}") from error
+    if not mdata.mod:
+        raise ValueError(f"{path} cannot be read as MuData: it has no modality. Is it a single AnnData (.h5ad)?")
     for name in mdata.mod:
         if f"{name}_imputed" in mdata.mod:
             raise ValueError(f"{path} has a modality '{name}_imputed' already; integrate the data without it")
     return mdata
+
+
+def _check_tables(path: Path, mdata: "MuData") -> None:
+    """Refuse what could be read but could not be written again, before anything is trained."""
+    from anndata import AnnData
+
+    for name, part in {"the whole": mdata, **mdata.mod}.items():
+        with TemporaryDirectory() as folder:
+            try:
+                AnnData(obs=part.obs, var=part.var, uns=dict(part.uns)).write_h5ad(Path(folder) / "tables.h5ad")
+            except WRITING as error:
+                raise ValueError(
+                    f"{path}, {name}: obs, var or uns cannot be written again: {_reason(error)}"
+                ) from error
 
 
 def _likelihoods(mdata: "MuData", given: list[str]) -> dict[str, str]:
@@ -423,6 +446,23 @@ def _add(mdata: "MuData", imputed: "dict[str, Estimate]", hidden: "dict[str, Ann
         obs = pd.DataFrame(index=mdata.obs_names)
         mdata.mod[f"{name}_imputed"] = AnnData(mean, obs=obs, var=var, layers={"sd": sd})
     mdata.update()
+
+
+def _write(mdata: "MuData", out: Path, multivi: "MultiVI", model: Path | None) -> None:
+    """Write the result; if that fails, keep the model and say where it is."""
+    try:
+        with _draft(out) as draft:
+            mdata.write(draft, compression="gzip")
+    except WRITING as error:
+        kept = model
+        if kept is None:
+            kept = out.parent / Path(mkdtemp(prefix=f"{out.stem}-model-", dir=out.parent)).name
+            multivi.save(kept)
+        raise OSError(f"{out} cannot be written: {_reason(error)}. The trained model is in {kept}") from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

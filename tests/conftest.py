@@ -1,4 +1,5 @@
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import anndata
@@ -7,18 +8,59 @@ import pandas as pd
 import pyro
 import pytest
 import torch
+from filelock import FileLock
 from mudata import MuData
 from scipy import sparse
+
+from pyromosaic.models import MosaicModel
 
 # Tests run in several processes: threads beside them, in a notebook's kernel too, would only get in each other's way.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["NUMBA_NUM_THREADS"] = "1"  # numba, which draws UMAP, would set torch's threads to its own number
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests go first, so that at the end no process is left alone with one of them."""
+    first = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in first)
 
 
 @pytest.fixture(autouse=True)
 def own_parameters():
     """Each test begins without parameters of another in Pyro's global store."""
     pyro.clear_param_store()
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory) -> Callable[[MosaicModel, Callable[[MosaicModel], None]], MosaicModel]:
+    """``trained_once(model, train)``: a copy of the trained model of its class.
+
+    The first process of a run that asks trains the model and saves it, all others load it.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # common to the workers
+
+    def trained(model: MosaicModel, train: Callable[[MosaicModel], None]) -> MosaicModel:
+        saved = folder / type(model).__name__
+        with FileLock(saved.with_suffix(".lock")):
+            if not (saved / "model.json").exists():
+                train(model)
+                model.save(saved)
+        return type(model).load(saved, model.mosaic)
+
+    return trained
+
+
+@pytest.fixture
+def quick_umap(monkeypatch):
+    """Two latent variables instead of a layout, which takes long to compile."""
+    from pyromosaic import plot
+
+    monkeypatch.setattr(
+        plot, "umap", lambda latent, seed=0: latent.iloc[:, :2].set_axis(["UMAP 1", "UMAP 2"], axis=1) + seed
+    )
 
 
 @pytest.fixture

@@ -381,6 +381,7 @@ def test_salient_information_is_by_dimension(trained):
         trained.salient_information(np.flatnonzero(trained.mosaic.groups == 0))
 
 
+@pytest.mark.slow
 def test_ard_shrinks_dimensions_that_are_not_needed():
     mdata, _ = planted(4000, 100, n_batches=1)
     mosaic = Mosaic.from_mudata(mdata).with_cohorts("condition", background="control")

@@ -311,7 +311,7 @@ def test_minibatches_hold_the_rows_of_the_source(storage, density, tmp_path):
         batch = measured(mosaic, index)
     for name, adata in adatas.items():
         modality, view = mosaic.modalities[name], batch.observed[name]
-        cells = mosaic.obs_names[index][view.rows]
+        cells = mosaic.obs_names[index[view.rows.numpy()]]
         assert sorted(cells) == sorted(adata.obs_names)
         expected = dense(adata.X)[adata.obs_names.get_indexer(cells)]
         assert_array_equal(view.dense_counts(), expected)

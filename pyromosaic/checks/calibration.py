@@ -262,5 +262,6 @@ def imputation_ranks(
         )
         below[part], equal[part] = (draws < values).sum(0), (draws == values).sum(0)
     columns = pd.MultiIndex.from_product([[modality], features], names=["variable", "name"])
-    below, equal = (pd.DataFrame(values, truth.index, columns) for values in (below, equal))
-    return Ranks(below, equal, n_samples)
+    return Ranks(
+        pd.DataFrame(below, truth.index, columns), pd.DataFrame(equal, truth.index, columns), n_samples=n_samples
+    )

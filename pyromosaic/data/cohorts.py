@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyromosaic.data.tables import look_up, words
+
 if TYPE_CHECKING:
     from pyromosaic.data.mosaic import Mosaic
 
@@ -41,10 +43,10 @@ class Cohorts:
     def codes(self, mosaic: "Mosaic") -> np.ndarray:
         """Group number of every cell, shape (N,): 0 background, 1, 2, … target groups, -1 neither."""
         codes = np.full(mosaic.n_cells, NEITHER, dtype=np.int64)
-        if self.key is not None and any(self.key in obs for _, obs in mosaic.tables):
-            words = mosaic.column(self.key).astype(str)
+        column = None if self.key is None else look_up(mosaic.tables, self.key, mosaic.obs_names)
+        if column is not None:
             for code, values in enumerate(self.values):
-                codes[words.isin(values).to_numpy()] = code
+                codes[words(column).isin(values).to_numpy()] = code
         return codes
 
 
@@ -53,7 +55,7 @@ def from_column(
 ) -> tuple[Cohorts, np.ndarray]:
     """Cohorts by the values of a column of `obs`, and the group number of every cell."""
     column = mosaic.column(key)
-    there = tuple(sorted(column.dropna().astype(str).unique()))
+    there = tuple(sorted(words(column.dropna()).unique()))
     controls = _words(background)
     targets = tuple(v for v in there if v not in controls) if target is None else _words(target)
     for value in (*controls, *targets):

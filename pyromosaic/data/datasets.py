@@ -1,10 +1,11 @@
 """Real data that come with the package."""
 
-import warnings
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING
 
 import pandas as pd
+
+from pyromosaic.data.tables import kept_apart
 
 if TYPE_CHECKING:
     from mudata import MuData
@@ -35,8 +36,7 @@ def pbmc_mosaic() -> "MuData":
     """
     import mudata
 
-    with as_file(FILES / "pbmc_mosaic.h5mu") as path, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning, module="mudata")
+    with as_file(FILES / "pbmc_mosaic.h5mu") as path, kept_apart():
         return mudata.read_h5mu(path)
 
 

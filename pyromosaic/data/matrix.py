@@ -15,6 +15,13 @@ def _is_sparse(matrix: Any) -> bool:
     return sparse.issparse(matrix)
 
 
+def is_readable(source: Any) -> bool:
+    """Whether rows come as NumPy or scipy arrays, from memory or from a file."""
+    if not (_is_sparse(source) or isinstance(source, np.ndarray)):
+        source = source[:1] if hasattr(source, "shape") else None
+    return _is_sparse(source) or isinstance(source, np.ndarray)
+
+
 class Matrix:
     """The measurements of one modality, read by rows and never copied as a whole.
 

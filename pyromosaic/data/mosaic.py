@@ -1,6 +1,6 @@
 """The mosaic: cells × modalities with holes, registered once and checked before anything is trained."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +9,9 @@ import pandas as pd
 import torch
 
 from pyromosaic.data.cohorts import Cohorts, from_cells, from_column
-from pyromosaic.data.matrix import DENSE_ABOVE, Matrix, check_values
+from pyromosaic.data.matrix import DENSE_ABOVE, Matrix, check_values, is_readable
 from pyromosaic.data.spec import DATA_KINDS, LIKELIHOOD_BY_NAME, ModalitySchema, ModalitySpec, Schema
+from pyromosaic.data.tables import WHOLE, Table, codes, look_up, words
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -134,7 +135,7 @@ class Mosaic:
     modalities
         The registered modalities, by name.
     tables
-        The user's `obs` tables, of the whole and of each modality, each with the names of its cells here.
+        The user's `obs` tables, of the whole and of each modality.
     cohorts
         Background and target groups, see `with_cohorts`; None if there are none.
     groups
@@ -159,7 +160,7 @@ class Mosaic:
 
     obs_names: pd.Index
     modalities: dict[str, Modality] = field(repr=False)
-    tables: tuple[tuple[pd.Index, pd.DataFrame], ...] = field(default=(), repr=False)
+    tables: tuple[Table, ...] = field(default=(), repr=False)
     cohorts: Cohorts | None = field(default=None, repr=False)
     groups: np.ndarray | None = field(default=None, repr=False)
 
@@ -214,21 +215,18 @@ class Mosaic:
         Parameters
         ----------
         key
-            Name of the column, which may have been added after registration.
+            Name of the column, which may have been added after registration; ``"rna:batch"`` for the column
+            ``"batch"`` of modality ``"rna"``.
 
         Raises
         ------
         ValueError
             If no table has such a column.
         """
-        places = [obs[key].astype(object).set_axis(names) for names, obs in self.tables if key in obs]
-        if not places:
-            known = {str(column): None for _, obs in self.tables for column in obs}
-            raise ValueError(f"no obs has a column {key!r}; there are {_words(known)}")
-        column = pd.Series(None, index=self.obs_names, dtype=object)
-        for place in places:
-            column = column.where(column.notna(), place.reindex(self.obs_names))
-        return column.rename(key)
+        column = look_up(self.tables, key, self.obs_names)
+        if column is None:
+            raise ValueError(f"no obs has a column {key!r}; there are {_columns_of(self.tables, self.tables)}")
+        return column
 
     def with_cohorts(self, key: str | None = None, *, background: Any, target: Any = None) -> "Mosaic":
         """The same mosaic with its cells divided into a background cohort and one or several target groups.
@@ -396,6 +394,7 @@ class Mosaic:
         ValueError
             With one sentence that names the modality, column, cell or feature at fault.
         """
+        obs = _obs(next(iter(blocks), ""), adata)
 
         def block(name: str, key: str | None, spec: ModalitySpec) -> _Source:
             if key is None:
@@ -409,13 +408,13 @@ class Mosaic:
                 features = pd.Index([f"{name}_{i}" for i in range(values.shape[1])])
                 if isinstance(values, pd.DataFrame):
                     values, features = values.to_numpy(), values.columns.astype(str)
-                source = _Source(values, adata.obs_names, features, adata.obs)
+                source = _Source(values, adata.obs_names, features, obs)
             if isinstance(source.matrix, np.ndarray):
                 source.measured = pd.DataFrame(source.matrix).notna().any(axis=1).to_numpy()
             return source
 
         sources = {name: lambda spec, n=name, k=key: block(n, k, spec) for name, key in blocks.items()}
-        return cls._register(sources, modalities, schema, shared, adata.obs, new_batches)
+        return cls._register(sources, modalities, schema, shared, obs, new_batches)
 
     @classmethod
     def _register(
@@ -432,7 +431,16 @@ class Mosaic:
         specs = _specifications(list(sources), modalities, schema, shared)
         known = {} if schema is None else schema.modalities
         read = {name: sources[name](spec) for name, spec in specs.items() if name in sources}
+        if known:  # a selection of cells may leave a modality of the model empty
+            read = {name: source for name, source in read.items() if len(source.cells)}
+            if not read:
+                raise ValueError("the data have no cell")
         for name, source in read.items():
+            if not is_readable(source.matrix):
+                raise ValueError(
+                    f"modality {name!r}: the measurements are a {type(source.matrix).__name__}; accepted: "
+                    "a NumPy array, a scipy sparse matrix or array, or those of a backed AnnData"
+                )
             if source.matrix.dtype.kind not in "biuf":
                 raise ValueError(f"modality {name!r}: values of type {source.matrix.dtype}; accepted: real numbers")
             if source.cells.has_duplicates:
@@ -463,14 +471,16 @@ class Mosaic:
                     f"cell {obs.index[lost][0]!r} has no modality; remove it, or give it one of {_words(sources)}"
                 )
             cells = obs.index[~lost]  # without cells of modalities that were left out on purpose
-        read |= {name: _absent(known[name]) for name in specs if name not in sources}
-        tables = _columns(specs, read, cells, obs)
+        absent = {name: _absent(known[name]) for name in specs if name not in read}
+        read |= absent
+        whole = () if obs is None else (Table(WHOLE, obs.index, obs),)
+        tables = (*whole, *(Table(name, source.cells, source.obs) for name, source in read.items()))
+        columns = _columns(specs, tables, cells, absent)
         if new_batches == "add":
-            known = {name: _with_batches(m, read[name].cells, tables[name]) for name, m in known.items()}
+            known = {name: _with_batches(m, read[name].cells, columns[name]) for name, m in known.items()}
         average = new_batches == "average"
-        registered = {n: _modality(n, s, read[n], cells, tables[n], known.get(n), average) for n, s in specs.items()}
-        whole = () if obs is None else ((obs.index, obs),)
-        mosaic = cls(cells, registered, (*whole, *((source.cells, source.obs) for source in read.values())))
+        registered = {n: _modality(n, s, read[n], cells, columns[n], known.get(n), average) for n, s in specs.items()}
+        mosaic = cls(cells, registered, tables)
         if schema is not None and schema.cohorts is not None:
             return replace(mosaic, cohorts=schema.cohorts, groups=schema.cohorts.codes(mosaic))
         return mosaic
@@ -484,7 +494,18 @@ def _first_duplicate(names: pd.Index) -> str:
     return str(names[names.duplicated()][0])
 
 
+def _obs(name: str, data: "AnnData | MuData") -> pd.DataFrame:
+    """The table of the cells, which must be in memory."""
+    if not isinstance(data.obs, pd.DataFrame):
+        raise ValueError(
+            f"modality {name!r} was opened by read_lazy; accepted: anndata.read_h5ad(path), "
+            'or anndata.read_h5ad(path, backed="r"), which leaves the measurements in the file'
+        )
+    return data.obs
+
+
 def _source(name: str, adata: "AnnData", spec: ModalitySpec, prefix: str = "") -> _Source:
+    obs = _obs(name, adata)
     for layer in (spec.layer, spec.exposure_layer):
         if layer is not None and layer not in adata.layers:
             raise ValueError(f"modality {name!r}: there is no layer {layer!r}; it has {_words(adata.layers.keys())}")
@@ -493,7 +514,7 @@ def _source(name: str, adata: "AnnData", spec: ModalitySpec, prefix: str = "") -
         raise ValueError(f"modality {name!r}: X is empty; name the layer that holds the values")
     cells = adata.obs_names if not prefix else pd.Index(prefix + adata.obs_names.astype(str))
     exposures = None if spec.exposure_layer is None else adata.layers[spec.exposure_layer]
-    return _Source(matrix, cells, adata.var_names, adata.obs, exposures=exposures)
+    return _Source(matrix, cells, adata.var_names, obs, exposures=exposures)
 
 
 def _absent(known: ModalitySchema) -> _Source:
@@ -545,36 +566,35 @@ def _specifications(
 
 
 def _columns(
-    specs: Mapping[str, ModalitySpec], read: Mapping[str, _Source], cells: pd.Index, obs: pd.DataFrame | None
+    specs: Mapping[str, ModalitySpec], tables: Sequence[Table], cells: pd.Index, absent: Collection[str]
 ) -> dict[str, pd.DataFrame]:
     """For each modality its columns over all cells of the mosaic.
 
     A cell's value is looked up in the modality's own columns, then in those of the whole, then in another modality's
-    of the same name: so a cell that lacks the modality still knows its batch.
+    of the same name: so a cell that lacks the modality still knows its batch. Only sizes are each modality's own. An
+    absent modality needs no columns.
     """
-
-    def values(place: pd.DataFrame, key: str) -> pd.Series:
-        return place[key].astype(object).reindex(cells)  # as objects, lest holes turn whole numbers to floats
-
-    tables: dict[str, pd.DataFrame] = {}
+    found: dict[str, pd.DataFrame] = {}
     for name, spec in specs.items():
         wanted = [*spec.categorical, *spec.continuous_covariates]
         wanted += [k for k in (spec.label_key, spec.size_factor_key) if k is not None]
-        table = pd.DataFrame(index=cells)
-        own = read[name].obs.set_axis(read[name].cells)
+        columns = {}
         for key in wanted:
-            places = [own] if key in own else []
-            places += [obs] if obs is not None and key in obs else []
-            if not places and len(own):
-                raise ValueError(f"modality {name!r}: obs has no column {key!r}; it has {_words(own.columns)}")
-            if key != spec.size_factor_key:
-                places += [o.obs.set_axis(o.cells) for n, o in read.items() if n != name and key in o.obs]
-            column = pd.Series(None, index=cells, dtype=object)
-            for place in places:
-                column = column.where(column.notna(), values(place, key))
-            table[key] = column
-        tables[name] = table
-    return tables
+            places = [t for t in tables if key != spec.size_factor_key or t.modality in (name, WHOLE)]
+            column = look_up(places, key, cells, name)
+            if column is None and name not in absent:
+                raise ValueError(
+                    f"modality {name!r}: no obs has a column {key!r}; there are {_columns_of(places, tables)}"
+                )
+            columns[key] = pd.Series(None, cells, dtype=object) if column is None else column
+        found[name] = pd.DataFrame(columns, index=cells)
+    return found
+
+
+def _columns_of(places: Sequence[Table], tables: Sequence[Table]) -> str:
+    """Names of the columns in some places, without the copies that MuData makes of a modality's column."""
+    copies = {f"{t.modality}:{column}" for t in tables for column in t.obs}
+    return _words(dict.fromkeys(str(column) for t in places for column in t.obs if column not in copies))
 
 
 def _with_batches(known: ModalitySchema, cells: pd.Index, table: pd.DataFrame) -> ModalitySchema:
@@ -583,7 +603,7 @@ def _with_batches(known: ModalitySchema, cells: pd.Index, table: pd.DataFrame) -
     if key is None:
         return known
     batches = known.categories[key]
-    new = sorted(set(table.loc[cells, key].dropna().astype(str)) - set(batches))
+    new = sorted(set(words(table.loc[cells, key].dropna())) - set(batches))
     return replace(known, categories={**known.categories, key: (*batches, *new)})
 
 
@@ -616,7 +636,7 @@ def _modality(
     totals, density = check_values(matrix, rows[present], spec.data_kind, name, cells[present], features)
     library = _library(name, spec, totals, cells, present, table)
 
-    codes = np.full((len(cells), len(spec.categorical)), -1, dtype=np.int64)
+    categorical = np.full((len(cells), len(spec.categorical)), -1, dtype=np.int64)
     categories: dict[str, tuple[str, ...]] = {}
     for i, key in enumerate(spec.categorical):
         values = table[key]
@@ -626,18 +646,18 @@ def _modality(
                 f"modality {name!r}: column {key!r} is missing for cell {lacking.index[lacking][0]!r}; "
                 "every cell needs a value"
             )
-        words = values.where(values.isna(), values.astype(str))
+        found = words(values)
         if known is None:
-            categories[key] = tuple(sorted(words[present].unique()))
+            categories[key] = tuple(sorted(found[present].unique()))
         else:
             categories[key] = known.categories[key]
-            unseen = present & ~words.isin(categories[key]).to_numpy()
+            unseen = present & ~found.isin(categories[key]).to_numpy()
             if unseen.any() and not (average_new_batches and key == spec.batch_key):
                 raise ValueError(
-                    f"modality {name!r}: cell {cells[unseen][0]!r} has {key} {words[unseen].iloc[0]!r}, "
+                    f"modality {name!r}: cell {cells[unseen][0]!r} has {key} {found[unseen].iloc[0]!r}, "
                     f"which the model has not seen; seen: {_words(categories[key])}"
                 )
-        codes[:, i] = pd.Categorical(words, categories=categories[key]).codes
+        categorical[:, i] = codes(found, categories[key])
 
     continuous = np.zeros((len(cells), len(spec.continuous_covariates)), dtype=np.float32)
     moments: dict[str, tuple[float, float]] = {}
@@ -669,7 +689,7 @@ def _modality(
     )
     # A likelihood of the user's own need not know of sparse tensors.
     dense = not isinstance(spec.likelihood, str) or DATA_KINDS[spec.likelihood] != "count" or density > DENSE_ABOVE
-    return Modality(name, schema, matrix, rows, codes, continuous, library, labels, dense, exposures)
+    return Modality(name, schema, matrix, rows, categorical, continuous, library, labels, dense, exposures)
 
 
 def _exposure(
@@ -711,14 +731,13 @@ def _labels(
     """Label numbers of all cells (-1 unknown) and the label categories."""
     if spec.label_key is None:
         return np.full(len(cells), -1, dtype=np.int64), ()
-    values = table[spec.label_key]
-    words = values.where(values.isna(), values.astype(str))
-    words = words.where(words != spec.unlabelled)
-    names = known.labels if known else tuple(sorted(words.dropna().unique()))
-    unseen = present & (words.notna() & ~words.isin(names)).to_numpy()
+    found = words(table[spec.label_key])
+    found = found.where(found != spec.unlabelled)
+    names = known.labels if known else tuple(sorted(found.dropna().unique()))
+    unseen = present & (found.notna() & ~found.isin(names)).to_numpy()
     if unseen.any():
         raise ValueError(
-            f"modality {name!r}: cell {cells[unseen][0]!r} has label {words[unseen].iloc[0]!r}, "
+            f"modality {name!r}: cell {cells[unseen][0]!r} has label {found[unseen].iloc[0]!r}, "
             f"which the model has not seen; seen: {_words(names)}, or {spec.unlabelled!r} for unknown"
         )
-    return pd.Categorical(words, categories=list(names)).codes.astype(np.int64), names
+    return codes(found, names), names

@@ -17,6 +17,7 @@ from scipy import sparse
 from scipy.special import expit
 
 from pyromosaic.data.spec import LIKELIHOOD_BY_NAME, ModalitySpec
+from pyromosaic.data.tables import kept_apart
 
 if TYPE_CHECKING:
     from mudata import MuData
@@ -364,7 +365,7 @@ def simulate(
             obs=obs[has],
             var=pd.DataFrame(index=[f"{name}_{i}" for i in range(modalities[name])]),
         )
-    with mudata.set_options(pull_on_update=False):
+    with kept_apart():
         mdata = mudata.MuData(adatas)
     for column in obs:
         mdata.obs[column] = obs[column]

@@ -1,6 +1,5 @@
 """Taking measurements away from paired cells, so that what a model says of them can be compared with the truth."""
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -9,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from pyromosaic.data.mosaic import Mosaic
+from pyromosaic.data.tables import kept_apart
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -24,8 +24,7 @@ def _mudata(modalities: "dict[str, AnnData]", obs: pd.DataFrame, origin: Mapping
     """A MuData whose cells have the columns `obs` of the cells that they come from."""
     import mudata
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning, module="mudata")
+    with kept_apart():
         mdata = mudata.MuData(modalities)
     names = [origin.get(name, name) for name in mdata.obs_names]
     for column in obs.columns.difference(mdata.obs.columns, sort=False):
@@ -166,6 +165,6 @@ def separate(mosaic: Mosaic) -> Mosaic:
         mosaic,
         obs_names=pd.Index(prefixes[owner] + mosaic.obs_names.to_numpy(dtype=object)[index]),
         modalities=modalities,
-        tables=tuple((prefix + names.astype(str), obs) for names, obs in mosaic.tables for prefix in prefixes),
+        tables=tuple(t._replace(cells=prefix + t.cells.astype(str)) for t in mosaic.tables for prefix in prefixes),
         groups=None if mosaic.groups is None else mosaic.groups[index],
     )

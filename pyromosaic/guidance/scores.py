@@ -82,7 +82,7 @@ def shared_scores(mosaic: Mosaic, graph: GuidanceGraph, n_components: int, seed:
         links = {(a, b): graph.links(a, b) for a, b in pairs if not scores or b in scores}
         a, b = max(links, key=lambda pair: len(links[pair]))
         width = min(
-            n_components, *(min(len(graph.features[k]), mosaic.modalities[k].present.sum()) - 1 for k in (a, b))
+            n_components, *(min(len(graph.features[k]), int(mosaic.modalities[k].present.sum())) - 1 for k in (a, b))
         )
         linkage = cca(mosaic, (a, b), links[a, b], n_components=width, seed=seed)
         if not scores:

@@ -200,9 +200,11 @@ def mutual_nearest(similarity: np.ndarray, weights: tuple[np.ndarray, np.ndarray
     n, m = similarity.shape
     k = min(k, n, m)
     best = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
-    chosen = sparse.csr_array((np.ones(n * k), (np.repeat(np.arange(n), k), best.ravel())), shape=(n, m))
+    chosen: sparse.csr_array = sparse.csr_array(
+        (np.ones(n * k), (np.repeat(np.arange(n), k), best.ravel())), shape=(n, m)
+    )
     best = np.argpartition(-similarity, k - 1, axis=0)[:k]
-    back = sparse.csr_array((np.ones(m * k), (best.ravel(), np.tile(np.arange(m), k))), shape=(n, m))
+    back: sparse.csr_array = sparse.csr_array((np.ones(m * k), (best.ravel(), np.tile(np.arange(m), k))), shape=(n, m))
     return chosen.multiply(back).tocsr()
 
 

@@ -79,10 +79,9 @@ def reliability_curve(confidence: ArrayLike, correct: ArrayLike, n_bins: int = 1
     """
     confidence, correct = as_finite(confidence, "confidence"), as_finite(correct, "correct")
     check_same_shape(confidence, correct, ("confidence", "correct"))
-    if confidence.min() < 0 or confidence.max() > 1:
-        raise ValueError(
-            f"`confidence` ranges from {confidence.min():g} to {confidence.max():g}; probabilities lie in [0, 1]."
-        )
+    low, high = np.min(confidence), np.max(confidence)
+    if low < 0 or high > 1:
+        raise ValueError(f"`confidence` ranges from {low:g} to {high:g}; probabilities lie in [0, 1].")
     if not np.isin(correct, (0, 1)).all():
         raise ValueError("`correct` has values other than 0 and 1; each prediction is either right or wrong.")
     check_number(n_bins, "n_bins", np.iinfo(np.int32).max, "bins of equal width")
@@ -172,8 +171,8 @@ def error_by_uncertainty(error: ArrayLike, uncertainty: ArrayLike, n_bins: int =
     """
     error, uncertainty = as_finite(error, "error"), as_finite(uncertainty, "uncertainty")
     check_same_shape(error, uncertainty, ("error", "uncertainty"))
-    if uncertainty.min() < 0:
-        raise ValueError(f"`uncertainty` goes down to {uncertainty.min():g}; it must not be negative.")
+    if np.min(uncertainty) < 0:
+        raise ValueError(f"`uncertainty` goes down to {np.min(uncertainty):g}; it must not be negative.")
     check_number(n_bins, "n_bins", error.size, "the number of predictions")
     edges = np.quantile(uncertainty, np.linspace(0, 1, n_bins + 1), method="inverted_cdf")
     means = _means_by_bin(uncertainty, edges, {"uncertainty": uncertainty, "squared_error": error**2})

@@ -219,7 +219,7 @@ def smooth_by_neighbors(
         space = TruncatedSVD(n_components, algorithm="arpack", random_state=0).fit_transform(weighted)
     neighbors = nearest_neighbors(space, n_neighbors)
     weights = np.full(neighbors.size, 1 / n_neighbors, dtype=np.float32)
-    average = sparse.csr_array(
+    average: sparse.csr_array = sparse.csr_array(
         (weights, neighbors.ravel(), np.arange(0, neighbors.size + 1, n_neighbors)), shape=(len(space), len(space))
     )
     return (average @ profiles.astype(np.float32)).toarray()

@@ -125,7 +125,7 @@ class Embedded(MosaicModel):
         chosen = np.asarray(self.schema[modality].features, dtype=object)[self._features(modality, features)]
         others = np.asarray(self.schema[to].features, dtype=object)
         embeddings = self.get_feature_embeddings()
-        embeddings = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+        embeddings = embeddings.div(np.linalg.norm(embeddings, axis=1), axis=0)
         cosine = embeddings.loc[modality].loc[chosen].to_numpy() @ embeddings.loc[to].to_numpy().T
         n = min(n_neighbors, len(others))
         nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :n]

@@ -296,7 +296,7 @@ class Contrasting(MosaicModel):
             "sd": np.sqrt(np.maximum(square / n_samples - mean**2, 0)),
             "probability": probability,
             "bayes_factor": np.log(probability + 1e-8) - np.log(1 - probability + 1e-8),
-            "is_significant": 1 - probability <= accepted.max(initial=-1.0),
+            "is_significant": 1 - probability <= np.max(accepted, initial=-1.0),
         }
         columns = np.asarray(self.schema[name].features, dtype=object)[self._features(name, features)]
         frames = {k: pd.DataFrame(v, mosaic.obs_names[chosen], columns) for k, v in tables.items()}
