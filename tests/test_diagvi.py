@@ -192,7 +192,7 @@ def test_private_parts_have_their_own_weight_and_all_modalities_count_alike(mosa
     minibatch = measured(mosaic, cells)
     terms = []
     for weight in (1.0, 3.0):
-        model = small(mosaic, graph, lam_private=weight)
+        model = small(mosaic, graph, private_kl=weight)
         elbo = MosaicELBO()
         torch.manual_seed(0)
         elbo.loss(model.model, model.guide, minibatch)

@@ -161,6 +161,17 @@ def test_options_of_a_subclass_are_kept(mosaic, tmp_path):
     assert type(again).__name__ == "Fixed"
 
 
+def test_options_of_earlier_versions_are_refused_by_their_new_name(mosaic):
+    links = pd.DataFrame({"rna": ["rna_0", "rna_1"], "adt": ["adt_0", "adt_1"]})
+    for kind, old, new in (
+        (DiagVI, "n_layers", "n_encoder_layers"),
+        (DiagVI, "lam_private", "private_kl"),
+        (ScModal, "n_layers", "n_encoder_layers"),
+    ):
+        with pytest.raises(TypeError, match=f"{kind.__name__} calls the option '{old}' '{new}' now"):
+            kind(mosaic, links, **{old: 2})
+
+
 # Penalties
 
 

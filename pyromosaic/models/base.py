@@ -21,6 +21,9 @@ from pyromosaic.tasks import inference_mode
 from pyromosaic.tasks.question import columns_of, portions
 from pyromosaic.train import Optimisation, Schedule, fit
 
+#: Options that have another name than in earlier versions.
+RENAMED: Mapping[str, str] = {"n_layers": "n_encoder_layers", "lam_private": "private_kl"}
+
 
 class Preset(NamedTuple):
     """Named choices: options of a model's constructor, and of its `train`."""
@@ -254,6 +257,9 @@ class TrainedModel:
 
 def _options(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Options by name, given or by default, of the constructor of a class."""
+    for old, new in RENAMED.items():
+        if old in kwargs and old not in signature(cls).parameters and new in signature(cls).parameters:
+            raise TypeError(f"{cls.__name__} calls the option {old!r} {new!r} now")
     bound = signature(cls).bind_partial(*args, **kwargs)
     bound.apply_defaults()
     options: dict[str, Any] = {}

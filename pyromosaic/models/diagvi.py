@@ -214,7 +214,7 @@ class DiagVI(Embedded):
         Width of the shared latent space, in which modalities are aligned and cells are returned.
     n_private
         Width of each modality's private latent space; 0, as in the reference, makes all that a modality can see shared.
-    n_hidden, n_layers, dropout
+    n_hidden, n_encoder_layers, dropout
         Shape of the encoders.
     encode_covariates
         Whether encoders see batch and covariates.
@@ -231,8 +231,10 @@ class DiagVI(Embedded):
     encoder, decoder
         What makes the networks of each modality, with the arguments of `pyromosaic.nn.Encoder` and
         `InnerProductDecoder`, which they are by default.
-    lam_data, lam_kl, lam_private, lam_graph, lam_sinkhorn, lam_anchors, lam_pull, lam_class
-        Weights of the likelihoods, of the divergences of shared and private variables, of the graph (its likelihood
+    private_kl
+        Weight of the private variables' divergences.
+    lam_data, lam_kl, lam_graph, lam_sinkhorn, lam_anchors, lam_pull, lam_class
+        Weights of the likelihoods, of the divergence of the shared variable, of the graph (its likelihood
         and its divergence), of the Sinkhorn divergence, of anchors and pull to the linkage's scores, and of the
         classifier of labels. The pull is 20 by default, and 2 beside a mixture, whose components must be free to move.
         The preset ``"reference"`` holds the reference's.
@@ -285,7 +287,7 @@ class DiagVI(Embedded):
         n_latent: int = 12,
         n_private: int = 8,
         n_hidden: int = 128,
-        n_layers: int = 2,
+        n_encoder_layers: int = 2,
         dropout: float = 0.1,
         encode_covariates: bool = True,
         pairing: bool = False,
@@ -297,7 +299,7 @@ class DiagVI(Embedded):
         lam_data: float = 1.0,
         lam_kl: float = 1.0,
         kl_per_feature: bool = False,
-        lam_private: float = 2.0,
+        private_kl: float = 2.0,
         lam_graph: float = 15.0,
         lam_sinkhorn: float = 3.0,
         align_draws: bool = False,
@@ -326,7 +328,7 @@ class DiagVI(Embedded):
             likelihoods = likelihoods_of(schema)
             width = n_latent + n_private
             encoders = {
-                name: (encoder or Encoder)(m, width, n_hidden, n_layers, dropout, encode_covariates)
+                name: (encoder or Encoder)(m, width, n_hidden, n_encoder_layers, dropout, encode_covariates)
                 for name, m in modalities.items()
             }
             decoders = {
@@ -347,14 +349,14 @@ class DiagVI(Embedded):
                 prior = GaussianMixture(n_latent, n_components, labels)
             elif isinstance(prior, str):
                 raise ValueError(f'the prior is "normal", "mixture" or a module; found {prior!r}')
-            lams = {"lam_data": lam_data, "lam_kl": lam_kl, "lam_private": lam_private, "lam_graph": lam_graph}
+            lams = {"lam_data": lam_data, "lam_kl": lam_kl, "private_kl": private_kl, "lam_graph": lam_graph}
             for lam, weight in lams.items():
                 if weight < 0:
                     raise ValueError(f"{lam} is at least 0; found {weight}")
             per_feature = {name: m.n_features if kl_per_feature else 1 for name, m in modalities.items()}
             weights = Weights(lam_graph, {name: lam_kl / n for name, n in per_feature.items()})
             plates = {
-                name: LinkedPlates(name, m.n_features, lam_data, lam_private / per_feature[name], balanced=True)
+                name: LinkedPlates(name, m.n_features, lam_data, private_kl / per_feature[name], balanced=True)
                 for name, m in modalities.items()
             }
             edges, strength, sign = directed(self.graph)

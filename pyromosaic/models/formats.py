@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from pyromosaic.data import Schema
+from pyromosaic.models.base import RENAMED
 from pyromosaic.program import Slots
 
 FORMAT = 5
@@ -47,6 +48,9 @@ def upgraded(
     options = dict(content["options"])
     if content["format"] == FORMAT:
         return options, dict(weights)
+    for old, new in RENAMED.items():
+        if old in options and new not in options:
+            options[new] = options.pop(old)
     if options.get("library") == "latent":  # in ContrastiveVI of antibodies too
         options["library"] = {key.split(".")[2]: "latent" for key in weights if key.startswith("guide.size_encoders.")}
     names = Slots.names(schema.modalities)

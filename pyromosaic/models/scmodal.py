@@ -192,7 +192,7 @@ class ScModal(Linking):
         Width of each modality's private latent space; 0, as in the reference, makes all that a modality can see shared.
     private_kl
         Weight of the private variables' divergences.
-    n_hidden, n_layers, dropout, encode_covariates
+    n_hidden, n_encoder_layers, dropout, encode_covariates
         Shape of the encoders, and whether they see batch and covariates.
     encoder
         ``"layers"``, fully connected ones; ``"attention"``, an `AttentionEncoder`; or what makes the
@@ -277,7 +277,7 @@ class ScModal(Linking):
         n_private: int = 8,
         private_kl: float = 2.0,
         n_hidden: int = 128,
-        n_layers: int = 2,
+        n_encoder_layers: int = 2,
         dropout: float = 0.1,
         encode_covariates: bool = True,
         encoder: Literal["layers", "attention"] | Callable[..., nn.Module] = "layers",
@@ -338,7 +338,7 @@ class ScModal(Linking):
                 likelihoods = likelihoods_of(schema)
                 encode = ENCODERS[encoder] if isinstance(encoder, str) else encoder
                 encoders = {
-                    name: encode(m, width, n_hidden, n_layers, dropout, encode_covariates)
+                    name: encode(m, width, n_hidden, n_encoder_layers, dropout, encode_covariates)
                     for name, m in modalities.items()
                 }
                 decoders = {
