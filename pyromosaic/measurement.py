@@ -13,12 +13,11 @@ import pyro
 import torch
 from pyro import distributions as dist
 from pyro import poutine
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch, View
 from pyromosaic.fusion import Posterior, alone
-from pyromosaic.program import weighted
+from pyromosaic.program import Part, weighted
 
 
 @contextmanager
@@ -110,7 +109,7 @@ class Plates:
             yield
 
 
-class Measurement(PyroModule):
+class Measurement(Part):
     """A modality in the generative story: decoded from the cell's latent variable, and measured.
 
     Parameters
@@ -145,8 +144,7 @@ class Measurement(PyroModule):
     def __init__(
         self, plates: Plates, size: nn.Module, decoder: nn.Module, likelihood: nn.Module, n_private: int = 0
     ) -> None:
-        with pyro.settings.context(module_local_params=True):
-            super().__init__()
+        super().__init__()
         self.plates, self.n_private = plates, n_private
         self.size, self.decoder, self.likelihood = size, decoder, likelihood
 
@@ -192,7 +190,7 @@ class Measurement(PyroModule):
         return biases
 
 
-class MeasurementGuide(PyroModule):
+class MeasurementGuide(Part):
     """A modality in the inference story: what its measurements say of the cell's latent variables.
 
     Parameters
@@ -236,8 +234,7 @@ class MeasurementGuide(PyroModule):
         likelihood: nn.Module | None = None,
         size_encoder: nn.Module | None = None,
     ) -> None:
-        with pyro.settings.context(module_local_params=True):
-            super().__init__()
+        super().__init__()
         self.plates, self.n_latent, self.n_private = plates, n_latent, n_private
         self.encoder, self.decoder, self.size_encoder = encoder, decoder, size_encoder
         self.owned_by_model: tuple[Any] = (likelihood,)

@@ -14,7 +14,8 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.autoguide import AutoNormal, init_to_median
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import Message
+from pyro.poutine.replay_messenger import ReplayMessenger
+from pyro.poutine.runtime import _PYRO_STACK, Message
 from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch, Schema
@@ -75,7 +76,46 @@ class AtMean(Messenger):
             msg["done"] = True
 
 
-class Slots(PyroModule):
+def _heard() -> bool:
+    """Whether an effect handler takes note of parameters, as those of `pyro.infer.SVI` do."""
+    return any(
+        getattr(handler, "_pyro_post_param", None) is not None
+        or (hasattr(handler, "_pyro_param") and not isinstance(handler, ReplayMessenger))  # which ignores them
+        for handler in _PYRO_STACK
+    )
+
+
+class Part(PyroModule):
+    """A part of a program: its parameters stay local to it, and are announced to effect handlers if one listens.
+
+    Pyro announces each parameter of a plain module whenever it is reached, which takes several percent of a step.
+
+    Parameters
+    ----------
+    name
+        What the names of parameters begin with.
+
+    Examples
+    --------
+    >>> part = Part()
+    >>> part.linear = nn.Linear(2, 3)
+    >>> part.linear
+    Linear(in_features=2, out_features=3, bias=True)
+    """
+
+    def __init__(self, name: str = "") -> None:
+        with pyro.settings.context(module_local_params=True):
+            super().__init__(name)
+
+    def __getattr__(self, name: str) -> Any:
+        """Find a parameter, a part or a global latent variable."""
+        part = self.__dict__["_modules"].get(name)
+        if part is None or isinstance(part, PyroModule) or _heard():
+            return super().__getattr__(name)
+        return part
+
+
+class Slots(Part):
     """Modules by modality, in which Pyro finds parameters and global latent variables.
 
     Parameters
@@ -94,8 +134,7 @@ class Slots(PyroModule):
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        with pyro.settings.context(module_local_params=True):
-            super().__init__()
+        super().__init__()
         self.keys_by_name = self.names(modules)
         for name, module in modules.items():
             self[name] = module
@@ -135,7 +174,7 @@ def _itself(parameter: Tensor) -> Tensor:
     return parameter
 
 
-class Program(PyroModule):
+class Program(Part):
     """A model or a guide: a `pyro.nn.PyroModule` called with a minibatch and a KL weight.
 
     Parameters stay local to the module whatever Pyro's ``module_local_params`` setting is elsewhere in the process, so
@@ -165,8 +204,7 @@ class Program(PyroModule):
     """
 
     def __init__(self, name: str = "") -> None:
-        with pyro.settings.context(module_local_params=True):
-            super().__init__(name)
+        super().__init__(name)
         self.register_forward_pre_hook(lambda program, inputs: program.globals())
 
     def globals(self) -> None:
@@ -186,7 +224,7 @@ class Program(PyroModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program."""
-        for parameter in self.parameters():
+        for parameter in self.parameters() if _heard() else ():
             # pyro.infer.SVI asks each parameter for the tensor to optimise, and plain ones do not answer in local mode.
             if not hasattr(parameter, "unconstrained"):
                 parameter.unconstrained = partial(_itself, parameter)

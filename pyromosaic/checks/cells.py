@@ -188,13 +188,10 @@ def prior_sample(
     for name, m in mosaic.modalities.items():
         has = m.rows[index] >= 0
         modalities[name] = replace(
-            m,
+            m.take(index),
             matrix=Matrix(np.concatenate(counts[name]).astype(np.float32)),
             rows=np.where(has, np.cumsum(has) - 1, -1),
-            codes=m.codes[index],
-            continuous=m.continuous[index],
             library=library[name],
-            labels=m.labels[index],
             dense=True,
             exposures=None if m.exposures is None else Matrix(m.exposures[m.rows[index][has]]),
         )

@@ -108,6 +108,11 @@ class Modality:
             exposure[torch.from_numpy(has)] = self.exposures.tensor(self.rows[cells][has], dense=True)
         return exposure
 
+    def take(self, cells: np.ndarray) -> "Modality":
+        """The modality of a mosaic of these cells, with the same matrix."""
+        columns = ("rows", "codes", "continuous", "library", "labels")
+        return replace(self, **{name: getattr(self, name)[cells] for name in columns})
+
     def read(self, cells: np.ndarray) -> Any:
         """Measurements of cells that have the modality, as a CSR matrix or a NumPy array."""
         return self.matrix[self.rows[cells]]

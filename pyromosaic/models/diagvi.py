@@ -406,10 +406,12 @@ class DiagVI(Embedded):
         for name, modality in mosaic.modalities.items():
             if not modality.present.any():
                 raise ValueError(f"modality {name!r} has no cell to learn from; load a trained model for such data")
-            if modality.spec.likelihood == "normal" and (modality.tensor(modality.sample()).to_dense() % 1 == 0).all():
+            named_real = modality.spec.traits.kind == "real" and isinstance(modality.spec.likelihood, str)
+            if named_real and (modality.tensor(modality.sample()).to_dense() % 1 == 0).all():
                 raise ValueError(
-                    f"modality {name!r}: all values are whole numbers, like counts, but likelihood 'normal' takes "
-                    "transformed values; transform them, or use a likelihood of counts such as 'nb'"
+                    f"modality {name!r}: all values are whole numbers, like counts, but likelihood "
+                    f"{modality.spec.likelihood!r} takes transformed values; transform them, or use a likelihood of "
+                    "counts such as 'nb'"
                 )
 
     def train(
