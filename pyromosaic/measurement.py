@@ -16,7 +16,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch, View
-from pyromosaic.fusion import Posterior, alone
+from pyromosaic.posterior import Posterior, alone
 from pyromosaic.program import Part, weighted
 
 

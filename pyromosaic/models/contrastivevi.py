@@ -78,7 +78,7 @@ class ContrastiveModel(Program):
     >>> from pyromosaic import Mosaic, simulate
     >>> from pyromosaic.data import measured
     >>> mdata, _ = simulate(60, {"rna": 50}, treated=0.5)
-    >>> mosaic = Mosaic.from_mudata(mdata).withcohorts_of("condition", background="control")
+    >>> mosaic = Mosaic.from_mudata(mdata).with_cohorts("condition", background="control")
     >>> model, minibatch = ContrastiveVI(mosaic, n_latent=3, n_salient=2), measured(mosaic, mosaic.find(None))
     >>> trace = poutine.trace(model.model).get_trace(minibatch)
     >>> trace.nodes["z"]["fn"].event_shape, trace.nodes["s"]["fn"].event_shape
@@ -159,7 +159,7 @@ class ContrastiveGuide(Program):
     >>> from pyromosaic import Mosaic, simulate
     >>> from pyromosaic.data import measured
     >>> mdata, _ = simulate(60, {"rna": 50}, treated=0.5)
-    >>> mosaic = Mosaic.from_mudata(mdata).withcohorts_of("condition", background="control")
+    >>> mosaic = Mosaic.from_mudata(mdata).with_cohorts("condition", background="control")
     >>> model, minibatch = ContrastiveVI(mosaic, n_latent=3, n_salient=2), measured(mosaic, mosaic.find(None))
     >>> trace = poutine.trace(model.guide).get_trace(minibatch)
     >>> int(trace.nodes["s"]["mask"].sum())  # target cells alone have s
@@ -286,7 +286,7 @@ class ContrastiveVI(Contrasting):
     --------
     >>> from pyromosaic import ContrastiveVI, Mosaic, simulate
     >>> mdata, truth = simulate(400, {"rna": 100}, treated=0.5)
-    >>> mosaic = Mosaic.from_mudata(mdata).withcohorts_of("condition", background="control")
+    >>> mosaic = Mosaic.from_mudata(mdata).with_cohorts("condition", background="control")
     >>> model = ContrastiveVI(mosaic, n_salient=5)
     >>> model.train(n_epochs=1, progress_bar=False)
     >>> model.get_latent_representation().shape

@@ -99,13 +99,14 @@ class Locating(TrainedModel):
 
         Examples
         --------
+        >>> from pyro import distributions as dist
         >>> from pyro.nn import PyroSample
         >>> from pyromosaic import ModalitySpec, Mosaic, MultiVI, simulate
         >>> from pyromosaic.likelihoods import NB
         >>> class Uncertain(NB):  # dispersions with a prior, and so with a posterior
         ...     def __init__(self, schema):
         ...         super().__init__(schema)
-        ...         self.log_theta = PyroSample(pyro.distributions.Normal(torch.zeros(50), 1.5).to_event(1))
+        ...         self.log_theta = PyroSample(dist.Normal(torch.zeros(50), 1.5).to_event(1))
         >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50})[0], {"rna": ModalitySpec(Uncertain)})
         >>> model = MultiVI(mosaic, n_latent=3)
         >>> model.get_global_posterior(n_samples=20).loc["modalities.rna.likelihood.log_theta"].shape

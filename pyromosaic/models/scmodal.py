@@ -100,7 +100,8 @@ class ScModalModel(Program):
     Examples
     --------
     >>> import pandas as pd
-    >>>     >>> from pyromosaic import Mosaic, simulate
+    >>> from pyro import poutine
+    >>> from pyromosaic import Mosaic, simulate
     >>> from pyromosaic.data import measured
     >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 25}, patterns=["rna", "adt"])[0])
     >>> links = pd.DataFrame({"rna": mosaic.schema["rna"].features[:25], "adt": mosaic.schema["adt"].features})
@@ -137,7 +138,8 @@ class ScModalGuide(Program):
     Examples
     --------
     >>> import pandas as pd
-    >>>     >>> from pyromosaic import Mosaic, simulate
+    >>> from pyro import poutine
+    >>> from pyromosaic import Mosaic, simulate
     >>> from pyromosaic.data import measured
     >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 25}, patterns=["rna", "adt"])[0])
     >>> links = pd.DataFrame({"rna": mosaic.schema["rna"].features[:25], "adt": mosaic.schema["adt"].features})

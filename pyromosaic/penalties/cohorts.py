@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from pyromosaic.data import Minibatch
-from pyromosaic.fusion import Posterior
 from pyromosaic.penalties.divergence import MMD
 from pyromosaic.penalties.penalty import Penalty
+from pyromosaic.posterior import Posterior
 
 
 class CohortMMD(MMD):

@@ -8,8 +8,8 @@ from pyro import poutine
 from torch import Tensor
 
 from pyromosaic.data import Minibatch, ModalitySchema, View
-from pyromosaic.fusion import Posterior
 from pyromosaic.penalties.penalty import Penalty
+from pyromosaic.posterior import Posterior
 from pyromosaic.program import AtMean
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyromosaic.data import Minibatch
-from pyromosaic.fusion import Posterior
 from pyromosaic.penalties.penalty import Penalty
+from pyromosaic.posterior import Posterior
 
 
 class Jeffreys(Penalty):

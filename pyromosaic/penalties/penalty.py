@@ -11,7 +11,7 @@ import pyro
 from torch import nn
 
 from pyromosaic.data import Minibatch
-from pyromosaic.fusion import Posterior
+from pyromosaic.posterior import Posterior
 from pyromosaic.program import own
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pyromosaic.data import Minibatch
-from pyromosaic.fusion import Posterior
 from pyromosaic.penalties.penalty import Penalty
+from pyromosaic.posterior import Posterior
 
 
 class Sinkhorn(Penalty):

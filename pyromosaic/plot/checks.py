@@ -196,6 +196,7 @@ def ranks(ranks: "Ranks", variable: str | None = None, ax: Axes | None = None, n
 
     Examples
     --------
+    >>> import pandas as pd
     >>> from pyromosaic.checks import Ranks
     >>> columns = pd.MultiIndex.from_tuples([("z", "z_0")], names=["variable", "name"])
     >>> below = pd.DataFrame(np.arange(1000)[:, None] % 100, columns=columns)  # of 99 draws
@@ -245,6 +246,7 @@ def coverage(ranks: "Ranks", ax: Axes | None = None) -> Axes:
 
     Examples
     --------
+    >>> import pandas as pd
     >>> from pyromosaic.checks import Ranks
     >>> columns = pd.MultiIndex.from_tuples([("z", "z_0")], names=["variable", "name"])
     >>> below = pd.DataFrame(np.arange(1000)[:, None] % 100, columns=columns)  # of 99 draws
