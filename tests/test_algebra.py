@@ -141,7 +141,7 @@ def test_with_a_product_of_experts_and_multinomials_it_is_cobolt(data):
     assert terms["z"] == pytest.approx(divergence(drawn["z"]), rel=1e-4)
     model.train(1, progress_bar=False)
     shares = model.get_normalized_expression("rna")
-    assert np.allclose(shares.sum(1), 1, atol=1e-4)
+    assert np.allclose(shares.sum(axis=1), 1, atol=1e-4)
     draw = model.posterior_predictive_sample("rna", n_samples=1)[0]
     assert np.array_equal(draw.sum(1), model.mosaic.modalities["rna"].library)  # the totals are given
 

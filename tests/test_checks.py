@@ -248,9 +248,12 @@ def test_imputed_counts_of_the_model_itself_are_covered(counts):
     """Antibodies drawn from the model for cells without them: the model knows how uncertain it is."""
     _, model = counts
     cells = model.mosaic.obs_names[~model.mosaic.presence["adt"]]
-    truth = model.posterior_predictive_sample("adt", list(cells), n_samples=1, seed=5)[0]
-    ranks = checks.imputation_ranks(model, "adt", pd.DataFrame(truth, cells, model.schema["adt"].features))
-    assert_allclose(ranks.coverage()["randomised"], [0.5, 0.9], atol=0.06)
+    truths = model.posterior_predictive_sample("adt", list(cells), n_samples=10, seed=5)
+    found = []  # a draw of the weights is common to all cells, so one truth says little
+    for seed, truth in enumerate(truths):
+        truth = pd.DataFrame(truth, cells, model.schema["adt"].features)
+        found.append(checks.imputation_ranks(model, "adt", truth, n_samples=49, seed=seed).coverage()["randomised"])
+    assert_allclose(np.mean(found, axis=0), [0.5, 0.9], atol=0.04)
     sizes = model.posterior_predictive_sample("adt", list(cells), n_samples=40).sum(-1)
     model.model.modalities["adt"].size.residual.fill_(1e-6)
     assert (

@@ -424,7 +424,7 @@ def test_normalized_expression_with_and_without_what_is_salient(trained):
     assert_allclose(own[background], without[background], rtol=1e-5)
     assert_allclose(own[~background], with_all[~background], rtol=1e-5)
     assert not np.allclose(own[~background], without[~background], rtol=0.1)
-    assert_allclose(own.sum(1), 1.0, rtol=1e-4)
+    assert_allclose(own.sum(axis=1), 1.0, rtol=1e-4)
     draws = trained.posterior_predictive_sample("rna", np.arange(3), n_samples=2)
     assert draws.shape == (2, 3, 120) and not np.array_equal(draws[0], draws[1])
 
@@ -501,8 +501,8 @@ def test_query_cells_know_their_cohort_by_the_column(trained, data):
         trained.get_latent_representation(data=registered), trained.get_latent_representation(np.arange(20)), atol=1e-5
     )
     plain = mudata.MuData({"rna": data[0]["rna"][:20].copy()})
-    for obs in (plain.obs, plain["rna"].obs):
-        obs.drop(columns=[c for c in obs if "condition" in c], inplace=True)
+    for part in (plain, plain["rna"]):
+        part.obs = part.obs.drop(columns=[c for c in part.obs if "condition" in c])
     unknown = trained.register(plain)
     assert_array_equal(unknown.groups, -1)
     assert trained.get_latent_representation(representation="background", data=unknown).shape == (20, 10)

@@ -166,7 +166,7 @@ def test_the_reference_loss_is_that_of_the_seed(data):
     assert 0 < known.sum() < len(known)
     codes = torch.from_numpy(pd.Categorical(label[known], categories=model.classifier.labels.names).codes.astype(int))
     expected["penalty/classifier"] = 5 * cross_entropy(
-        model.classifier.logits(posteriors["adt"].mean[torch.from_numpy(known)]), codes
+        model.classifier.logits(posteriors["adt"].mean[torch.tensor(known)]), codes
     )
     assert set(elbo.terms) == set(expected)
     for name, value in expected.items():

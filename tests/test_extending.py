@@ -283,7 +283,7 @@ def test_a_likelihood_derived_from_one_of_the_packages_is_treated_like_it(data):
     spec = ModalitySpec(Own, batch_key="batch", dispersion="gene-batch")
     assert (spec.family, spec.data_kind, spec.needs_library) == ("nb", "count", True)
     model = build("MultiVI", data, {"rna": spec})
-    assert np.allclose(model.get_normalized_expression().sum(1), 1, atol=1e-4)
+    assert np.allclose(model.get_normalized_expression().sum(axis=1), 1, atol=1e-4)
     assert "Own" in repr(model.mosaic)
 
 

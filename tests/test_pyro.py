@@ -292,6 +292,7 @@ class Linear(nn.Module):
         return {"loc": self.loc(z)}
 
 
+@pytest.mark.slow
 def test_the_guide_agrees_with_nuts_and_with_the_formula():
     values, _ = simulate(200, {"x": 15}, likelihoods={"x": "normal"}, n_latent=2, n_batches=1, seed=0)
     mosaic = Mosaic.from_mudata(values, {"x": "normal"})

@@ -11,7 +11,7 @@ from pyromosaic.models.query import carry_over
 def mosaics(**options):
     """Cells of three batches to train on, and of a fourth one, with a strong effect of its own."""
     mdata, truth = simulate(
-        2000, {"rna": 120, "adt": 30}, types=4, n_batches=4, batch_effect=0.6, patterns=["rna+adt"], seed=1, **options
+        1000, {"rna": 120, "adt": 30}, types=4, n_batches=4, batch_effect=0.6, patterns=["rna+adt"], seed=1, **options
     )
     batch = mdata.obs["batch"].astype(str)
     last = sorted(batch.unique())[-1]
@@ -23,7 +23,7 @@ def trained():
     reference, query, last = mosaics()
     mosaic = Mosaic.from_mudata(reference, batch_key="batch", label_key="celltype")
     model = MultiVI(mosaic, n_latent=8, n_hidden=64)
-    model.train(40, progress_bar=False)
+    model.train(30, progress_bar=False)
     return model, reference, query, last
 
 
@@ -96,7 +96,7 @@ def test_networks_may_see_an_embedding_of_the_batch(tmp_path):
 def test_adapted_model_explains_new_cells_better_and_mixes_them(trained):
     model, reference, query, _ = trained
     average = model.register(query, new_batches="average")
-    adapted = model.adapt(query, 40, progress_bar=False)
+    adapted = model.adapt(query, 30, progress_bar=False)
 
     def error(m, mosaic):
         counts = query["rna"].X

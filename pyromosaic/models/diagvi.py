@@ -433,7 +433,7 @@ class DiagVI(Embedded):
         mosaic = self._data(None)
         if not self.scores and self.linkage is not None:
             scores = linked_scores(self.linkage, mosaic, self.graph, self.model.n_latent)
-            self.scores.set(torch.from_numpy(scores).to(self._device))
+            self.scores.set(torch.tensor(scores).to(self._device))
         super().train(n_epochs, batch_size=batch_size, learning_rate=learning_rate, **options)
 
     def finish(self, mosaic: Mosaic) -> None:
@@ -441,7 +441,7 @@ class DiagVI(Embedded):
         super().finish(mosaic)
         if self.classifier is not None and self.split is not None and len(self.split.validation):
             cells = self.split.validation
-            z = torch.from_numpy(self.get_latent_representation(cells).to_numpy()).to(self._device)
+            z = torch.tensor(self.get_latent_representation(cells).to_numpy()).to(self._device)
             known = self.classifier.labels(measured(mosaic, cells).to(self._device))
             if (known >= 0).any():
                 self.classifier.calibrate(z[known >= 0], known[known >= 0])
@@ -473,7 +473,7 @@ class DiagVI(Embedded):
             raise ValueError("the model has no classifier: register the data with a label_key for a modality")
         latent = self.get_latent_representation(cells, modality=modality, data=data)
         with inference_mode(self.guide):
-            values = self.classifier.probabilities(torch.from_numpy(latent.to_numpy()).to(self._device))
+            values = self.classifier.probabilities(torch.tensor(latent.to_numpy()).to(self._device))
         names = np.array(self.classifier.labels.names, dtype=object)
         probability = pd.DataFrame(values.cpu().numpy(), latent.index, names)
         best = probability.to_numpy().argmax(axis=1)

@@ -108,7 +108,7 @@ class Linking(MosaicModel):
             `GuidanceGraph.from_linkage` take such tables.
         """
         x, y = self.schema[first], self.schema[second]
-        z = torch.from_numpy(self.get_latent_representation().to_numpy()).to(self._device)
+        z = torch.tensor(self.get_latent_representation().to_numpy()).to(self._device)
         centre, spread = z.mean(0), torch.linalg.cholesky(torch.cov(z.T) + 1e-6 * torch.eye(z.shape[1]).to(z))
         white = torch.linalg.solve_triangular(spread, (z - centre).T, upper=False)
         noise = torch.Generator().manual_seed(seed)

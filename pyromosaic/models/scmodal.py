@@ -408,15 +408,15 @@ class ScModal(Linking):
         if self.linkage is not None:
             if not self.by_features and not self.scores:
                 scores = linked_scores(self.linkage, mosaic, self.graph, self.n_latent)
-                self.scores.set(torch.from_numpy(scores).to(self._device))
+                self.scores.set(torch.tensor(scores).to(self._device))
             for pair, own in self.matches.items():
-                features = torch.from_numpy(self.linked_features(mosaic, *pair)) if self.by_features else None
+                features = torch.tensor(self.linked_features(mosaic, *pair)) if self.by_features else None
                 own.set(self.scores.values if features is None else features)
         fixed = {pair: own.values for pair, own in self.matches.items()}
 
         def refresh(trainer: lightning.Trainer, plan: lightning.LightningModule) -> None:
             if self.refresh_every and trainer.current_epoch and trainer.current_epoch % self.refresh_every == 0:
-                z = torch.from_numpy(self.get_latent_representation().to_numpy()).to(self._device)
+                z = torch.tensor(self.get_latent_representation().to_numpy()).to(self._device)
                 for pair, own in self.matches.items():
                     own.set(torch.cat([normalize(fixed[pair]), normalize(z)], dim=1))
 

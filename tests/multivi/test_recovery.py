@@ -113,6 +113,7 @@ def test_intervals_of_imputed_means_cover_the_truth(n_cells, features, preset):
     assert all(0.75 < c.mean() < 0.99 for c in covered)
 
 
+@pytest.mark.slow
 def test_pbmc_mosaic_integrates():
     """Sixty epochs on the packaged data already bring the modalities together and the types apart."""
     data, truth = hide(pbmc_mosaic(), {"adt": 200, "rna": 200}, seed=0)
