@@ -258,7 +258,8 @@ class MeasurementGuide(Part):
         private
             Posterior of the private variable; in other cells it has its prior.
         """
-        name, latent = self.plates.name, z[..., view.rows, 0, :]
+        name = self.plates.name
+        latent = z[..., view.rows, 0, :] if self.n_private or self.decoder is not None else z
         with self.plates.cells(minibatch):
             if self.size_encoder is not None and view.counts is not None:
                 loc, scale = self._once(self.size_encoder, view)

@@ -257,13 +257,14 @@ class TrainedModel:
 
 def _options(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Options by name, given or by default, of the constructor of a class."""
+    constructor = signature(cls.__init__)  # type: ignore[misc]
     for old, new in RENAMED.items():
-        if old in kwargs and old not in signature(cls).parameters and new in signature(cls).parameters:
+        if old in kwargs and old not in constructor.parameters and new in constructor.parameters:
             raise TypeError(f"{cls.__name__} calls the option {old!r} {new!r} now")
-    bound = signature(cls).bind_partial(*args, **kwargs)
+    bound = constructor.bind_partial(None, *args, **kwargs)
     bound.apply_defaults()
     options: dict[str, Any] = {}
-    for name, value in list(bound.arguments.items())[1:]:  # the first is the data
-        kind = bound.signature.parameters[name].kind
+    for name, value in list(bound.arguments.items())[2:]:  # behind the model itself and its data
+        kind = constructor.parameters[name].kind
         options |= value if kind is Parameter.VAR_KEYWORD else {name: value}
     return options

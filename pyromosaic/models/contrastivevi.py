@@ -196,10 +196,11 @@ class ContrastiveGuide(Program):
                 apply(penalties, self.compare(what, by_modality, z, s, minibatch), minibatch, kl_weight)
         each = zip(*(moment.chunk(len(self.parts), dim=-1) for moment in s), strict=True)
         with cells(minibatch, kl_weight):
-            latent = [pyro.sample("z", normal(*z))]
-            latent += salient(self.parts, minibatch, (normal(*moments) for moments in each))
+            drawn = pyro.sample("z", normal(*z))
+            salients = salient(self.parts, minibatch, (normal(*moments) for moments in each))
+        latent = torch.cat([drawn, *salients], dim=-1)
         for name, view in minibatch.decoded.items():
-            self.modalities[name](torch.cat(latent, dim=-1), view, minibatch, kl_weight)
+            self.modalities[name](latent, view, minibatch, kl_weight)
 
     def compare(self, what: str, by_modality: Any, z: Any, s: Any, minibatch: Minibatch) -> dict[str, Posterior]:
         """The posteriors that a set of penalties compares; z and s are the moments of every cell."""
