@@ -456,9 +456,7 @@ def draw_unpairing(options: Namespace, results: Mapping[str, Runs]) -> None:
                 values = np.array([[run[name] for run in seeds] for seeds in runs.values()])
                 words = [system] * (len(results) > 1) + [name.removeprefix("transfer ")] * (len(names) > 1)
                 style: Any = {"color": colour, "marker": marker, "linestyle": line, "markersize": 5}
-                ax.errorbar(
-                    rates, values.mean(axis=1), spread(values, 1), label=", ".join(words) or "pyromosaic", **style
-                )
+                ax.errorbar(rates, values.mean(1), spread(values, 1), label=", ".join(words) or "pyromosaic", **style)
         ax.set(xlabel="cells unpaired (%)", ylabel=title, xlim=(-3, 103))
         ax.spines[["top", "right"]].set_visible(False)
     runs = results["pyromosaic"]
@@ -488,7 +486,7 @@ def draw_uncertainty(options: Namespace, curves: Runs) -> None:
         for word, (colour, marker) in styles.items():
             values = np.array([[run.get(f"tenth {i}", np.nan) for i in tenths] for run in curves[f"{name}, {word}"]])
             ax.errorbar(
-                tenths, values.mean(axis=0), spread(values, 0), color=colour, marker=marker, markersize=5, label=word
+                tenths, values.mean(0), spread(values, 0), color=colour, marker=marker, markersize=5, label=word
             )
         ax.axhline(1, linestyle=":", color="0.4", label="mean of all")
         ax.set(xlabel="tenth of imputed values, most to least certain", ylabel="squared error / its mean")

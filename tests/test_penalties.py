@@ -71,7 +71,7 @@ def test_classes_are_patterns_or_batches(mosaic, mdata):
     for name, modality in mosaic.modalities.items():
         only = (mosaic.patterns == name).to_numpy()
         categories = np.array(modality.schema.categories["batch"])
-        assert (np.array(["a", "b", "c"])[batch[only]] == categories[modality.codes[only, 0]]).all()
+        assert (np.array(["a", "b", "c"])[batch.numpy()[only]] == categories[modality.codes[only, 0]]).all()
     without = Mosaic.from_mudata(mdata)
     assert (Adversary(without.schema, 3, "batch").classes(measured(without, np.arange(10))) == 0).all()
     with pytest.raises(ValueError, match='"pattern" or "batch"; found \'donor\''):

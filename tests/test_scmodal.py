@@ -657,7 +657,7 @@ def test_links_that_were_left_out_are_found(part):
 def test_unrelated_latent_spaces_have_no_links(part, monkeypatch):
     model, _ = part
     turn = torch.linalg.qr(normals(5, 8, 8)).Q
-    z = torch.from_numpy(model.get_latent_representation().to_numpy())
+    z = torch.tensor(model.get_latent_representation().to_numpy())
     spread = torch.linalg.cholesky(torch.cov(z.T))
     expected = model.cycle.expected
 
