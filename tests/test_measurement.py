@@ -276,3 +276,25 @@ def test_a_program_without_parts_trains_and_says_what_it_cannot_answer(data, tmp
         BareModel.load(tmp_path / "bare", mosaic).get_imputed_values("rna", n_samples=3).mean,
         model.get_imputed_values("rna", n_samples=3).mean,
     )
+
+
+class Blind(torch.nn.Module):
+    """A decoder that does not see the batch, and begins at random."""
+
+    def __init__(self, schema, predictors, n_latent, n_hidden, n_layers):
+        super().__init__()
+        self.heads = torch.nn.ModuleDict({name: torch.nn.Linear(n_latent, schema.n_features) for name in predictors})
+
+    def forward(self, z, view):
+        return {name: head(z) for name, head in self.heads.items()}
+
+
+def test_a_model_of_which_only_the_guide_sees_the_batch_meets_new_ones():
+    mdata, _ = simulate(90, {"rna": 20}, n_batches=3, seed=1)
+    new = (mdata["rna"].obs["batch"] == "batch2").to_numpy()
+    model = MultiVI(Mosaic.from_mudata(mdata[~new].copy(), batch_key="batch"), decoder=Blind, **SMALL)
+    model.train(1, **QUIET)
+    adapted = model.adapt(mdata[new].copy(), 1, **QUIET)
+    assert adapted.schema["rna"].categories["batch"] == ("batch0", "batch1", "batch2")
+    for name, weight in model.model.state_dict().items():
+        assert "heads" not in name or torch.equal(weight, adapted.model.state_dict()[name])

@@ -220,7 +220,7 @@ class Keeping(TrainedModel):
                 carry_over(getattr(self, part), getattr(adapted, part), self.schema, mosaic.schema)
                 for part in ("model", "guide")
             )
-        if not of_model:
+        if not of_model and not of_guide:
             raise ValueError("the data have no batch that is new to the model: register(data) is all they need")
         adapted.mosaic = mosaic
         with only(adapted.model, of_model), only(adapted.guide, of_guide):
