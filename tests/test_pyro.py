@@ -360,7 +360,7 @@ def test_summing_out_types_is_the_mixture(data):
 
 def user_program():
     """Of the user's own, with Pyro's global parameters, one of a name that models use too."""
-    loc = pyro.param("decoders.rna$$$hidden.0.weight", torch.zeros(()))
+    loc = pyro.param("modalities.rna.decoder$$$hidden.0.weight", torch.zeros(()))
     pyro.sample("z", dist.Normal(loc, 1.0), obs=torch.tensor(2.0))
 
 
@@ -379,8 +379,8 @@ def test_models_of_different_classes_and_a_users_program_do_not_disturb_each_oth
         svi.step()
         found = parameters(model.model, model.guide)
         assert all(torch.equal(found[k], expected[name][k]) for k in found)
-    assert list(pyro.get_param_store()) == ["decoders.rna$$$hidden.0.weight"]
-    assert pyro.param("decoders.rna$$$hidden.0.weight").item() == pytest.approx(0.4, abs=0.05)
+    assert list(pyro.get_param_store()) == ["modalities.rna.decoder$$$hidden.0.weight"]
+    assert pyro.param("modalities.rna.decoder$$$hidden.0.weight").item() == pytest.approx(0.4, abs=0.05)
 
 
 @pytest.mark.parametrize("name", MODELS)
