@@ -96,6 +96,7 @@ def steps(options: Namespace, seed: int, naive: bool) -> Figures:
     from pyromosaic import ScModal
     from pyromosaic.data import measured
     from pyromosaic.guidance import GuidanceGraph
+    from pyromosaic.measurement import encoded
     from pyromosaic.penalties import geometry
     from pyromosaic.train import MosaicELBO
 
@@ -124,7 +125,7 @@ def steps(options: Namespace, seed: int, naive: bool) -> Figures:
         MosaicELBO().differentiable_loss(model.model, model.guide, minibatch).backward()
 
     def kernels() -> None:
-        term(model.guide.posteriors(minibatch)[0], minibatch).backward()
+        term(encoded(model.guide.modalities, minibatch)[0], minibatch).backward()
 
     return {
         "seconds a step": seconds / options.timed_steps,

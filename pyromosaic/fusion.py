@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -12,34 +11,25 @@ from torch import Tensor, nn
 from torch.types import _size
 
 from pyromosaic.data import Mosaic, Schema
+from pyromosaic.posterior import Posterior, alone, leave_out, placed, presence
 
-
-@dataclass
-class Posterior:
-    """Diagonal normal posterior of the latent variable given one modality.
-
-    Parameters
-    ----------
-    rows
-        Positions in the minibatch of the b cells that have the modality, shape (b,).
-    loc, scale
-        Mean and standard deviation, shape (b, latent).
-
-    Examples
-    --------
-    >>> import torch
-    >>> q = Posterior(rows=torch.tensor([0, 2]), loc=torch.zeros(2, 5), scale=torch.ones(2, 5))
-    >>> q.dimensions(slice(3)).loc.shape
-    torch.Size([2, 3])
-    """
-
-    rows: Tensor
-    loc: Tensor
-    scale: Tensor
-
-    def dimensions(self, which: slice) -> "Posterior":
-        """The posterior of some of the latent dimensions."""
-        return Posterior(self.rows, self.loc[:, which], self.scale[:, which])
+__all__ = [
+    "CellFusion",
+    "ExpertMixture",
+    "FUSIONS",
+    "Fusion",
+    "GlobalFusion",
+    "MeanFusion",
+    "MixtureFusion",
+    "Posterior",
+    "ProductFusion",
+    "agreement_weights",
+    "alone",
+    "fusion_of",
+    "leave_out",
+    "placed",
+    "presence",
+]
 
 
 class Fusion(nn.Module):
@@ -359,125 +349,8 @@ def fusion_of(fusion: str | Fusion, modalities: Sequence[str]) -> Fusion:
     return FUSIONS[fusion](modalities)
 
 
-def placed(parts: Iterable[tuple[Tensor, Tensor]], n_cells: int) -> Tensor:
-    """Sum over parts (rows, values), each added to its rows of a tensor with `n_cells` rows.
-
-    Parameters
-    ----------
-    parts
-        Rows, shape (b,), and values, shape (b, width), of each part.
-    n_cells
-        Number of rows of the result.
-
-    Returns
-    -------
-    Tensor
-        Shape (n_cells, width); 0 in rows of no part.
-
-    Examples
-    --------
-    >>> placed([(torch.tensor([0, 2]), torch.ones(2, 1)), (torch.tensor([2]), torch.ones(1, 1))], n_cells=3).T
-    tensor([[1., 0., 2.]])
-    """
-    total = torch.zeros(())
-    for rows, values in parts:
-        total = total.to(values) + values.new_zeros(n_cells, values.shape[-1]).index_add(0, rows, values)
-    return total
-
-
-def alone(q: Posterior | None, used: Tensor, n_latent: int, rows: Tensor) -> dist.TorchDistribution:
-    """Posterior of a variable that one modality alone informs on, in the given rows; elsewhere a standard normal.
-
-    Parameters
-    ----------
-    q
-        Posterior given the modality; None if no cell has it.
-    used
-        In which cells of the minibatch it is used, shape (B,), 0 or 1.
-    n_latent
-        Width of the variable.
-    rows
-        Positions of the b cells that are asked for.
-
-    Returns
-    -------
-    TorchDistribution
-        Batch shape (b, 1), event shape (latent,).
-
-    Examples
-    --------
-    >>> q = Posterior(torch.tensor([0]), torch.full((1, 1), 2.0), torch.full((1, 1), 0.5))  # the first cell has it
-    >>> posterior = alone(q, torch.ones(2), n_latent=1, rows=torch.tensor([0, 1]))
-    >>> posterior.mean.flatten(), posterior.stddev.flatten()
-    (tensor([2., 0.]), tensor([0.5000, 1.0000]))
-    """
-    loc, excess = used.new_zeros(2, len(used), n_latent)
-    if q is not None:
-        seen = used[q.rows].unsqueeze(-1)
-        loc, excess = (loc.index_add(0, q.rows, seen * q.loc), excess.index_add(0, q.rows, seen * (q.scale - 1)))
-    return dist.Normal(loc[rows].unsqueeze(-2), 1 + excess[rows].unsqueeze(-2)).to_event(1)
-
-
 def _hashes(names: pd.Index) -> np.ndarray:
     return pd.util.hash_array(np.asarray(names, dtype=object)).view(np.int64)
-
-
-def presence(posteriors: Mapping[str, Posterior], n_cells: int) -> Tensor:
-    """Which cell has which modality, shape (n_cells, modalities), 0 or 1.
-
-    Parameters
-    ----------
-    posteriors
-        By modality.
-    n_cells
-        Number of cells in the minibatch.
-
-    Returns
-    -------
-    Tensor
-        Columns in the order of `posteriors`.
-
-    Examples
-    --------
-    >>> import torch
-    >>> rna, adt = (Posterior(torch.tensor(rows), torch.zeros(2, 1), torch.ones(2, 1)) for rows in ([0, 1], [1, 2]))
-    >>> presence({"rna": rna, "adt": adt}, 3)
-    tensor([[1., 0.],
-            [1., 1.],
-            [0., 1.]])
-    """
-    first = next(iter(posteriors.values())).loc
-    columns = [first.new_zeros(n_cells).index_fill(0, q.rows, 1.0) for q in posteriors.values()]
-    return torch.stack(columns, dim=-1)
-
-
-def leave_out(present: Tensor, share: float) -> Tensor:
-    """In a random share of the cells use one random modality of those present, and leave the others out.
-
-    The model still has to explain all that was measured: so the posterior given one modality learns to predict the
-    others, and how well it can. The objective stays a lower bound of the evidence, as it is for any posterior.
-
-    Parameters
-    ----------
-    present
-        Which cell has which modality, shape (B, modalities), 0 or 1.
-    share
-        Share of the cells in which modalities are left out, from 0 to 1.
-
-    Returns
-    -------
-    Tensor
-        Which modality is used in which cell, shape of `present`, 0 or 1.
-
-    Examples
-    --------
-    >>> import torch
-    >>> leave_out(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), share=1.0).sum(-1)
-    tensor([1., 1.])
-    """
-    chosen = (torch.rand_like(present) + present).argmax(-1)
-    single = torch.nn.functional.one_hot(chosen, present.shape[-1]).to(present.dtype)
-    return torch.where(torch.rand_like(present[:, :1]) < share, single, present)
 
 
 def agreement_weights(schema: Schema, jeffreys: float | None, left_out: float | None) -> tuple[float, float]:

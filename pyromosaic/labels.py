@@ -30,13 +30,18 @@ class Labels(nn.Module):
     (8, 'B')
     """
 
+    numbers: Tensor
+
     def __init__(self, schema: Schema) -> None:
         super().__init__()
         sets = {name: m.labels for name, m in schema.modalities.items() if m.labels}
         self.names = tuple(sorted({label for labels in sets.values() for label in labels}))
-        for name, labels in sets.items():  # from a modality's own numbers to those of the vocabulary; unknown stays -1
-            numbers = torch.tensor([*(self.names.index(label) for label in labels), -1])
-            self.register_buffer(f"numbers_{name}", numbers, persistent=False)
+        self.modalities = tuple(sets)
+        # From a modality's own numbers, the columns, to those of the vocabulary; unknown, the last column, stays -1.
+        numbers = torch.full((len(sets), 1 + max(map(len, sets.values()), default=0)), -1)
+        for row, labels in zip(numbers, sets.values(), strict=True):
+            row[: len(labels)] = torch.tensor([self.names.index(label) for label in labels])
+        self.register_buffer("numbers", numbers, persistent=False)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -44,8 +49,9 @@ class Labels(nn.Module):
     def of_modality(self, name: str, minibatch: Minibatch) -> Tensor | None:
         """Labels of the cells that have a modality, shape (b,), -1 where unknown; None if it has no labels."""
         labels = minibatch.observed[name].labels
-        numbers = getattr(self, f"numbers_{name}", None)
-        return None if labels is None or numbers is None else numbers[labels]
+        if labels is None or name not in self.modalities:
+            return None
+        return self.numbers[self.modalities.index(name)][labels]
 
     def forward(self, minibatch: Minibatch) -> Tensor:
         """Label of each cell from any of its modalities, shape (B,), -1 where unknown."""

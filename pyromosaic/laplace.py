@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from pyromosaic.data import Minibatch
+from pyromosaic.measurement import part_of
 
 
 class UncertainLinear(nn.Linear):
@@ -64,19 +65,6 @@ class UncertainLinear(nn.Linear):
         """Outputs, shape (..., out), of inputs of shape (..., in)."""
         y = super().forward(x)
         return y if self.deviation is None else y + linear(x, self.deviation[:, :-1], self.deviation[:, -1])
-
-
-def decoder_of(model: nn.Module, name: str) -> nn.Module:
-    """The decoder of a modality, or an empty module if a model of one's own has none by that name.
-
-    Examples
-    --------
-    >>> decoder_of(nn.Module(), "rna")
-    Module()
-    """
-    decoders = getattr(model, "decoders", {})
-    decoder: nn.Module = decoders[name] if name in decoders else nn.Module()
-    return decoder
 
 
 def _layers(module: nn.Module) -> list[UncertainLinear]:
@@ -135,10 +123,11 @@ def learn_weights(model: nn.Module, guide: nn.Module, name: str, minibatches: It
     >>> model, minibatch = MultiVI(mosaic), measured(mosaic, mosaic.find(None))
     >>> with inference_mode(model.model, model.guide, seed=0):
     ...     learn_weights(model.model, model.guide, "rna", [minibatch], n=60)
-    >>> bool(model.model.decoders["rna"].heads["rate"].precision.isfinite())
+    >>> bool(model.model.modalities["rna"].decoder.heads["rate"].precision.isfinite())
     True
     """
-    layers = _layers(decoder_of(model, name))
+    part = part_of(model, name)
+    layers = [] if part is None else _layers(part.decoder)
     inputs: dict[Any, Tensor] = {}
     outputs: dict[Any, Tensor] = {}
     n_seen = 0

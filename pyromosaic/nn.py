@@ -105,7 +105,7 @@ class InputScaling(nn.Module):
             return x
         if view.exposure is not None:
             return view.rates(x)
-        if self.schema.spec.family == "bernoulli":
+        if self.schema.spec.traits.binary:
             x = (x > 0).to(x.dtype)
         return (x * (self.schema.library / view.library.clamp_min(1e-8))).log1p_()
 
@@ -166,6 +166,10 @@ class Encoder(nn.Module):
         self.hidden = layers(schema.n_features + covariates * width, n_hidden, n_layers, dropout)
         self.loc = nn.Linear(n_hidden, n_latent)
         self.log_variance = nn.Linear(n_hidden, n_latent)
+
+    def start(self, view: View) -> None:
+        """Learn the input scaling from the cells of a view."""
+        self.scaling.start(view)
 
     def forward(self, view: View) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the posterior, each of shape (b, latent)."""

@@ -169,7 +169,7 @@ class VampPrior(nn.Module):
     Parameters
     ----------
     encoder
-        A modality's, ``model.guide.encoders["rna"]`` say.
+        A modality's, ``model.guide.modalities["rna"].encoder`` say.
     n_latent
         Width of the latent space.
     n_components
@@ -183,7 +183,7 @@ class VampPrior(nn.Module):
     --------
     >>> from pyromosaic import Mosaic, MultiVI, simulate
     >>> model = MultiVI(Mosaic.from_mudata(simulate(40, {"rna": 50})[0]), n_latent=10)
-    >>> model.model.prior = VampPrior(model.guide.encoders["rna"], n_latent=10, n_components=20)
+    >>> model.model.prior = VampPrior(model.guide.modalities["rna"].encoder, n_latent=10, n_components=20)
     >>> model.train(n_epochs=1, progress_bar=False)
     """
 

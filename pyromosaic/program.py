@@ -1,9 +1,10 @@
 """What a Pyro model or guide over a mosaic shares: its parameters are its own, and its plates have one form."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from copy import deepcopy
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import pyro
 import torch
@@ -17,7 +18,7 @@ from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.runtime import _PYRO_STACK, Message
 from torch import Tensor, nn
 
-from pyromosaic.data import Minibatch
+from pyromosaic.data import Minibatch, Schema
 
 
 class weighted(Messenger):
@@ -75,10 +76,6 @@ class AtMean(Messenger):
             msg["done"] = True
 
 
-def _itself(parameter: Tensor) -> Tensor:
-    return parameter
-
-
 def _heard() -> bool:
     """Whether an effect handler takes note of parameters, as those of `pyro.infer.SVI` do."""
     return any(
@@ -88,37 +85,96 @@ def _heard() -> bool:
     )
 
 
-def _plain(program: nn.Module, name: str) -> nn.Module | None:
-    """A part that Pyro announces, parameter by parameter at each access, if nobody hears it: that takes time."""
-    part: nn.Module | None = program.__dict__["_modules"].get(name)
-    return None if part is None or isinstance(part, PyroModule) or _heard() else part
+class Part(PyroModule):
+    """A part of a program: its parameters stay local to it, and are announced to effect handlers if one listens.
+
+    Pyro announces each parameter of a plain module whenever it is reached, which takes several percent of a step.
+
+    Parameters
+    ----------
+    name
+        What the names of parameters begin with.
+
+    Examples
+    --------
+    >>> part = Part()
+    >>> part.linear = nn.Linear(2, 3)
+    >>> part.linear
+    Linear(in_features=2, out_features=3, bias=True)
+    """
+
+    def __init__(self, name: str = "") -> None:
+        with pyro.settings.context(module_local_params=True):
+            super().__init__(name)
+
+    def __getattr__(self, name: str) -> Any:
+        """Find a parameter, a part or a global latent variable."""
+        part = self.__dict__["_modules"].get(name)
+        if part is None or isinstance(part, PyroModule) or _heard():
+            return super().__getattr__(name)
+        return part
 
 
-class Slots(PyroModule[nn.ModuleDict]):
+class Slots(Part):
     """Modules by modality, in which Pyro finds parameters and global latent variables.
 
     Parameters
     ----------
     modules
-        By modality.
+        By modality. A name that torch cannot have for a module (``"rna.v2"``, ``"type"``) is replaced in the names of
+        parameters by ``modality_<number>``.
 
     Examples
     --------
-    >>> modules = Program.container({"rna": nn.Linear(2, 3), "adt": nn.Linear(2, 1)})
-    >>> modules["adt"]
-    Linear(in_features=2, out_features=1, bias=True)
+    >>> modules = Slots({"rna": nn.Linear(2, 3), "rna.v2": nn.Linear(2, 1)})
+    >>> modules["rna.v2"], list(modules)
+    (Linear(in_features=2, out_features=1, bias=True), ['rna', 'rna.v2'])
+    >>> [name for name, _ in modules.named_parameters()]
+    ['rna.weight', 'rna.bias', 'modality_1.weight', 'modality_1.bias']
     """
 
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.keys_by_name = self.names(modules)
+        for name, module in modules.items():
+            self[name] = module
+
+    @classmethod
+    def names(cls, modalities: Iterable[str]) -> dict[str, str]:
+        """By modality what it is called in the names of parameters."""
+        return {name: f"modality_{i}" if _unfit(name, cls) else name for i, name in enumerate(modalities)}
+
     def __getitem__(self, name: str) -> Any:
-        return getattr(self, name)  # by which Pyro takes note of a plain module's parameters
+        return getattr(self, self.keys_by_name[name])  # by which Pyro takes note of a plain module's parameters
 
-    def __getattr__(self, name: str) -> Any:
-        """Find a part."""
-        part = _plain(self, name)
-        return super().__getattr__(name) if part is None else part
+    def __setitem__(self, name: str, module: nn.Module) -> None:
+        setattr(self, self.keys_by_name[name], module)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys_by_name
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys_by_name)
+
+    def __len__(self) -> int:
+        return len(self.keys_by_name)
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """Names and modules."""
+        return ((name, self[name]) for name in self)
 
 
-class Program(PyroModule):
+def _unfit(name: str, kind: type[nn.Module]) -> bool:
+    """Whether torch cannot have a module of that name in one of this kind, or it may be another's."""
+    taken = name in ("", "training", "keys_by_name") or name.startswith(("_", "modality_")) or hasattr(kind, name)
+    return taken or "." in name
+
+
+def _itself(parameter: Tensor) -> Tensor:
+    return parameter
+
+
+class Program(Part):
     """A model or a guide: a `pyro.nn.PyroModule` called with a minibatch and a KL weight.
 
     Parameters stay local to the module whatever Pyro's ``module_local_params`` setting is elsewhere in the process, so
@@ -148,8 +204,7 @@ class Program(PyroModule):
     """
 
     def __init__(self, name: str = "") -> None:
-        with pyro.settings.context(module_local_params=True):
-            super().__init__(name)
+        super().__init__(name)
         self.register_forward_pre_hook(lambda program, inputs: program.globals())
 
     def globals(self) -> None:
@@ -167,11 +222,6 @@ class Program(PyroModule):
             self.global_posterior = AutoNormal(model.globals, init_loc_fn=init_to_median(num_samples=50))
             self.globals()  # makes its parameters
 
-    def __getattr__(self, name: str) -> Any:
-        """Find a part."""
-        part = _plain(self, name)
-        return super().__getattr__(name) if part is None else part
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program."""
         for parameter in self.parameters() if _heard() else ():
@@ -181,43 +231,60 @@ class Program(PyroModule):
         with pyro.settings.context(module_local_params=True):
             return super().__call__(*args, **kwargs)
 
-    @staticmethod
-    def container(modules: Mapping[str, nn.Module]) -> Slots:
-        """A dictionary of modules in which Pyro finds parameters and global latent variables."""
-        return Slots(modules)
 
-    @staticmethod
-    @contextmanager
-    def cells(name: str, minibatch: Minibatch) -> Iterator[None]:
-        """Plate of the cells that have a modality (dim -2), scaled to all cells."""
-        n_cells = len(minibatch.decoded[name].rows)
-        with poutine.scale(scale=minibatch.scale), pyro.plate(f"{name}_cells", n_cells, dim=-2):
-            yield
-
-    @staticmethod
-    @contextmanager
-    def plates(name: str, minibatch: Minibatch, n_features: int) -> Iterator[None]:
-        """Plates of the cells that have a modality (dim -2) and of its features (dim -1), scaled to all cells."""
-        with Program.cells(name, minibatch), pyro.plate(f"{name}_features", n_features, dim=-1):
-            yield
+_TAKEN: "WeakSet[nn.Module]" = WeakSet()  # objects that are part of a model
 
 
-def make_local(module: nn.Module) -> None:
-    """Let a module that was made outside of the package, a prior say, be part of a program whose parameters are local.
+def own(module: Any) -> Any:
+    """Let an object that was made outside of the package, a prior for example, be part of a model, and of that alone.
 
     Parameters
     ----------
     module
-        The module; changed in place if it is a `pyro.nn.PyroModule`.
+        The object. If it is part of another model, a copy of it takes its place.
+
+    Returns
+    -------
+    nn.Module
+        The object, or the copy.
 
     Examples
     --------
-    >>> from pyro.nn import PyroModule
-    >>> make_local(PyroModule())
+    >>> prior = PyroModule()
+    >>> own(prior) is prior, own(prior) is prior
+    (True, False)
     """
+    if not isinstance(module, nn.Module):
+        return module
+    module = deepcopy(module) if module in _TAKEN else module
+    _TAKEN.add(module)
     for part in module.modules():
         if isinstance(part, PyroModule) and not hasattr(part._pyro_context, "param_state"):
             part._pyro_context.param_state = {"params": {}, "constraints": {}}
+    return module
+
+
+def check_names(schema: Schema) -> None:
+    """Refuse a modality that has the name of a site or plate of a program.
+
+    Raises
+    ------
+    ValueError
+        With the name.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> check_names(Mosaic.from_mudata(simulate(40, {"rna": 50})[0]).schema)
+    """
+    taken = {"z", "s", "v", "edges", "cells", "features", "pairs"}
+    for name in schema.modalities:
+        taken |= {f"z_{name}", *(f"{name}_{of}" for of in ("cells", "features", "size", "library", "background"))}
+    if schema.cohorts is not None:
+        taken |= {f"s_{group}" for group in schema.cohorts.names}
+    for name in schema.modalities:
+        if name in taken:
+            raise ValueError(f"modality {name!r} has the name of a variable or plate of the models; give it another")
 
 
 class SiteError(ValueError):

@@ -1,5 +1,6 @@
 """Sizes: how many counts a cell has in a modality, where it was not measured or is not taken for granted."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pyro
@@ -7,7 +8,7 @@ import torch
 from pyro import distributions as dist
 from torch import Tensor, nn
 
-from pyromosaic.data import ModalitySchema, View
+from pyromosaic.data import ModalitySchema, Schema, View
 
 
 class Size(nn.Module):
@@ -126,3 +127,32 @@ class LatentSize(Size):
         batches = self.batches(view, len(self.loc))
         log_size = pyro.sample(f"{self.name}_library", dist.Normal(batches @ self.loc, batches @ self.scale))
         return replace(view, library=log_size.exp())
+
+
+def latent_sizes(library: str | Mapping[str, str], schema: Schema) -> list[str]:
+    """The modalities whose sizes a model infers: those of RNA if it is told ``"latent"``, or some by name.
+
+    Raises
+    ------
+    ValueError
+        If a choice is neither ``"observed"`` nor ``"latent"``, or a size to infer does not matter to a likelihood.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> schema = Mosaic.from_mudata(simulate(40, {"rna": 50, "adt": 5})[0]).schema
+    >>> latent_sizes("latent", schema), latent_sizes({"adt": "latent"}, schema)
+    (['rna'], ['adt'])
+    """
+    if isinstance(library, str):
+        rna = [name for name, m in schema.modalities.items() if m.spec.traits.latent_size]
+        chosen: Mapping[str, str] = {"": library} | dict.fromkeys(rna, library)
+    else:
+        chosen = library
+        for name in library:
+            if library[name] == "latent" and not schema[name].spec.traits.sized:
+                raise ValueError(f"modality {name!r} has no size to infer: its likelihood does not depend on one")
+    for choice in chosen.values():
+        if choice not in ("observed", "latent"):
+            raise ValueError(f'library is "observed" or "latent"; found {choice!r}')
+    return [name for name in schema.modalities if chosen.get(name) == "latent"]

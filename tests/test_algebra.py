@@ -12,6 +12,7 @@ from pyromosaic import ContrastiveVI, DiagVI, Mosaic, MultiVI, ScModal, simulate
 from pyromosaic.data import measured
 from pyromosaic.distributions import Multinomial
 from pyromosaic.labels import Labels
+from pyromosaic.measurement import encoded
 from pyromosaic.penalties import MMD, Adversary, Classifier, Jeffreys, MeanDistance, Sinkhorn
 from pyromosaic.train import MosaicELBO
 
@@ -43,7 +44,7 @@ def evaluated(model, n=40):
 def predictors(model, name, drawn, view):
     """What the decoder says at the draws, as arrays."""
     with torch.no_grad():
-        found = model.model.decoders[name](drawn["z"]["value"][view.rows, 0], view)
+        found = model.model.modalities[name].decoder(drawn["z"]["value"][view.rows, 0], view)
     return {k: v.numpy().astype(float) for k, v in found.items()}
 
 
@@ -73,7 +74,7 @@ def test_on_rna_it_is_scvi(data, likelihood):
     assert terms.keys() == {"z", "rna_library", "rna"}
     view = minibatch.observed["rna"]
     p, x = predictors(model, "rna", drawn, view), counts(view)
-    theta = model.model.likelihoods["rna"].log_theta.exp().detach().numpy()
+    theta = model.model.modalities["rna"].likelihood.log_theta.exp().detach().numpy()
     mu = np.exp(drawn["rna_library"]["value"].detach().numpy()) * softmax(p["rate"], axis=-1)
     log_p = nb(x, mu, theta)
     if likelihood == "zinb":
@@ -90,7 +91,7 @@ def test_on_chromatin_it_is_peakvi(data):
     model = MultiVI(Mosaic.from_mudata(data[0], {"atac": "bernoulli"}, batch_key="batch"), **ALONE, **SIZE)
     terms, drawn, _, minibatch = evaluated(model)
     assert terms.keys() == {"z", "atac"}
-    view, likelihood = minibatch.observed["atac"], model.model.likelihoods["atac"]
+    view, likelihood = minibatch.observed["atac"], model.model.modalities["atac"].likelihood
     with torch.no_grad():
         cell = likelihood.depth(torch.log1p(view.library) - np.log1p(model.schema["atac"].library)).numpy()
     region = likelihood.region_logits.detach().numpy()
@@ -105,7 +106,7 @@ def test_on_rna_and_protein_it_is_totalvi(data):
     terms, drawn, made, minibatch = evaluated(model)
     assert terms.keys() == {"z", "rna", "adt_background", "adt"}
     rna, adt = minibatch.observed["rna"], minibatch.observed["adt"]
-    theta = {k: model.model.likelihoods[k].log_theta.exp().detach().numpy() for k in specs}
+    theta = {k: model.model.modalities[k].likelihood.log_theta.exp().detach().numpy() for k in specs}
     mu = rna.library.numpy() * softmax(predictors(model, "rna", drawn, rna)["rate"], axis=-1)
     assert terms["rna"] == pytest.approx(-nb(counts(rna), mu, theta["rna"]).sum(), rel=1e-4)
     p = predictors(model, "adt", drawn, adt)
@@ -132,7 +133,7 @@ def test_with_a_product_of_experts_and_multinomials_it_is_cobolt(data):
         x, p = counts(view), predictors(model, name, drawn, view)["rate"]
         log_p = stats.multinomial(x.sum(-1), softmax(p, axis=-1)).logpmf(x)
         assert terms[name] == pytest.approx(-log_p.sum(), rel=1e-4)
-        loc, scale = (part.detach().numpy() for part in model.guide.encoders[name](view))
+        loc, scale = (part.detach().numpy() for part in model.guide.modalities[name].encoder(view))
         precision, weighted = precision + scale**-2, weighted + loc * scale**-2
     q = drawn["z"]["fn"]
     assert np.allclose(q.mean[:, 0].detach(), weighted / precision, atol=1e-4)
@@ -182,7 +183,7 @@ def test_with_an_adversary_diagvi_is_glue(data):
     n, v = 120, drawn["v"]["value"].detach().numpy()
     # x ~ NB(l softmax(scale <z, v> + bias), theta), each modality counting alike
     for name, view in minibatch.observed.items():
-        decoder, likelihood = model.model.decoders[name], model.model.likelihoods[name]
+        decoder, likelihood = model.model.modalities[name].decoder, model.model.modalities[name].likelihood
         scale, bias = (part["rate"].detach().numpy()[view.codes[:, 0]] for part in (decoder.scale, decoder.bias))
         own = v[model.model.nodes[name]]
         signal = drawn["z"]["value"].detach().numpy()[view.rows, 0] @ own.T
@@ -202,7 +203,7 @@ def test_with_an_adversary_diagvi_is_glue(data):
     unlinked = np.log(expit(-logits[len(first) :]))[found]
     assert terms["edges"] == pytest.approx(-2.0 * n * (linked.sum() + unlinked.sum()) / (2 * len(first)), rel=1e-3)
     # the discriminator: its own loss, and what the encoders are to make small
-    posteriors, _ = model.guide.posteriors(minibatch)
+    posteriors, _ = encoded(model.guide.modalities, minibatch)
     with torch.no_grad():
         torch.manual_seed(5)
         misled = float(poutine.trace(adversary).get_trace(posteriors, minibatch).nodes["_RETURN"]["value"])

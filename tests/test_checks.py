@@ -58,9 +58,9 @@ def linear_gaussian(stretch=1.0, shift=0.0, sigma=0.7):
     mosaic = Mosaic.from_anndata({"x": anndata.AnnData(x.astype(np.float32))}, {"x": ModalitySpec("normal")})
     model = MultiVI(mosaic, n_latent=D)
     decoder = Linear(torch.tensor(weight, dtype=torch.float32), torch.tensor(bias, dtype=torch.float32))
-    model.model.decoders.x = decoder
-    model.guide.encoders.x = Exact(decoder, sigma, stretch, shift)
-    model.model.likelihoods["x"].log_sigma.data.fill_(np.log(sigma))
+    model.model.modalities["x"].decoder = decoder
+    model.guide.modalities["x"].encoder = Exact(decoder, sigma, stretch, shift)
+    model.model.modalities["x"].likelihood.log_sigma.data.fill_(np.log(sigma))
     covariance = weight @ weight.T + sigma**2 * np.eye(P)
     return model, stats.multivariate_normal(bias, covariance).logpdf(x)
 
@@ -94,8 +94,8 @@ def test_wrong_posteriors_are_found_out(stretch, shift):
 def test_a_fitted_guide_is_calibrated_and_the_model_is_left_alone():
     model = linear_gaussian()[0]
     network = MultiVI(model.mosaic, n_latent=D, dropout=0.0)
-    network.model.decoders.x = model.model.decoders["x"]
-    network.model.likelihoods["x"].log_sigma.data.fill_(np.log(0.7))
+    network.model.modalities["x"].decoder = model.model.modalities["x"].decoder
+    network.model.modalities["x"].likelihood.log_sigma.data.fill_(np.log(0.7))
     before = {k: v.clone() for k, v in (network.model.state_dict() | network.guide.state_dict()).items()}
     as_it_is = checks.simulation_based_calibration(network, n_steps=0, n_samples=49)
     fitted = checks.simulation_based_calibration(network, n_steps=300, n_samples=49)
@@ -255,7 +255,7 @@ def test_imputed_counts_of_the_model_itself_are_covered(counts):
         found.append(checks.imputation_ranks(model, "adt", truth, n_samples=49, seed=seed).coverage()["randomised"])
     assert_allclose(np.mean(found, axis=0), [0.5, 0.9], atol=0.04)
     sizes = model.posterior_predictive_sample("adt", list(cells), n_samples=40).sum(-1)
-    model.model.sizes["adt"].residual.fill_(1e-6)
+    model.model.modalities["adt"].size.residual.fill_(1e-6)
     assert (
         sizes.std(0).mean()
         > 1.05 * model.posterior_predictive_sample("adt", list(cells), n_samples=40).sum(-1).std(0).mean()
@@ -264,7 +264,7 @@ def test_imputed_counts_of_the_model_itself_are_covered(counts):
 
 def test_expected_counts_are_the_mean_of_draws(counts):
     _, model = counts
-    model.model.sizes["rna"].residual.fill_(0.5)
+    model.model.modalities["rna"].size.residual.fill_(0.5)
     cells = list(model.mosaic.obs_names[~model.mosaic.presence["rna"]][:40])
     mean = model.posterior_predictive_sample("rna", cells, n_samples=300).mean(0)
     expected = model.get_imputed_values("rna", cells, n_samples=100).mean.to_numpy()
@@ -327,7 +327,7 @@ def test_a_likelihood_without_weights_and_scales_is_the_sum_of_its_parts():
     model = made("DiagVI")
     found = checks.held_out_log_likelihood(model, n_samples=20)
     mdata = model.mosaic
-    other = DiagVI(mdata, model.graph, n_latent=3, n_private=1, linkage=None, lam_data=0.1, lam_kl=5.0, lam_private=9.0)
+    other = DiagVI(mdata, model.graph, n_latent=3, n_private=1, linkage=None, lam_data=0.1, lam_kl=5.0, private_kl=9.0)
     other.model.load_state_dict(model.model.state_dict())
     other.guide.load_state_dict(model.guide.state_dict())
     pd.testing.assert_frame_equal(checks.held_out_log_likelihood(other, n_samples=20), found, rtol=1e-4)

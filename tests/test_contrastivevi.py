@@ -198,12 +198,12 @@ def test_every_term_of_the_loss_is_its_formula(data, likelihood, library):
         view = minibatch.decoded["rna"]
         x = view.dense_counts().double().numpy()
         z, s = trace.nodes["z"]["value"][:, 0], trace.nodes["s"]["value"][:, 0].clone()
-        q_z, q_s = ([model.guide.encoders[v]["rna"](view)] for v in "zs")
+        q_z, q_s = ([model.guide.modalities["rna"].encoder.get_submodule(v)(view)] for v in "zs")
         s[:m] = 0.0
         latent = torch.cat([z, s], -1)
-        predictors = model.model.decoders["rna"](latent, view)
+        predictors = model.model.modalities["rna"].decoder(latent, view)
         rho = torch.softmax(predictors["rate"], -1).double().numpy()
-        theta = model.model.likelihoods["rna"].log_theta.exp().double().numpy()
+        theta = model.model.modalities["rna"].likelihood.log_theta.exp().double().numpy()
         pi = predictors["gate"].double().numpy() if likelihood == "zinb" else np.full_like(x, -np.inf)
     size = x.sum(1, keepdims=True)
     kl_size = np.zeros(2 * m)
@@ -391,7 +391,7 @@ def test_ard_shrinks_dimensions_that_are_not_needed():
     scales = model.model.salient_prior.log_scale.detach().exp().numpy()
     assert information.iloc[0] > 1.5 and information.iloc[1] < 0.1
     assert scales.argmax() == int(information.index[0].removeprefix("s_"))
-    columns = model.model.decoders["rna"].hidden[0].weight[:, 10:15]
+    columns = model.model.modalities["rna"].decoder.hidden[0].weight[:, 10:15]
     assert_allclose(columns.detach().norm(dim=0), 1.0, rtol=1e-5)
 
 

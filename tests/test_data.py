@@ -323,6 +323,18 @@ def test_minibatches_hold_the_rows_of_the_source(storage, density, tmp_path):
             assert view.counts.is_sparse == ("dense" not in storage and density < 0.3)
 
 
+def test_some_cells_of_a_modality_are_those_cells(mdata):
+    mosaic = Mosaic.from_mudata(mdata, batch_key="batch", label_key="celltype")
+    cells = np.array([20, 3, 9])
+    for modality in mosaic.modalities.values():
+        part = modality.take(cells)
+        assert np.array_equal(part.present, modality.present[cells]) and part.schema is modality.schema
+        here = np.flatnonzero(part.present)
+        assert torch.equal(part.tensor(here).to_dense(), modality.tensor(cells[here]).to_dense())
+        for name in ("codes", "continuous", "library", "labels"):
+            np.testing.assert_array_equal(getattr(part, name), getattr(modality, name)[cells])
+
+
 def test_only_sparse_counts_make_sparse_minibatches():
     adata = make(names(0, 12), 11, density=0.1)
     for likelihood, sparse_counts in {"zinb": True, "bernoulli": True, "normal": False, "ziln": False}.items():

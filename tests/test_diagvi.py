@@ -17,8 +17,9 @@ from pyromosaic import DiagVI, ModalitySpec, Mosaic, metrics, simulate
 from pyromosaic.data import loader, measured, separate
 from pyromosaic.distributions import NegativeBinomial
 from pyromosaic.fusion import Posterior
-from pyromosaic.guidance import GuidanceGraph
+from pyromosaic.guidance import GuidanceGraph, shared_scores
 from pyromosaic.labels import Labels, check_labels
+from pyromosaic.measurement import encoded
 from pyromosaic.nn import GraphEncoder
 from pyromosaic.penalties import Anchors, Pull, Scores, Sinkhorn, mutual_neighbors, sinkhorn_divergence
 from pyromosaic.priors import GaussianMixture
@@ -128,8 +129,8 @@ def test_the_reference_loss_is_that_of_the_seed(data):
 
     for name, features in (("rna", slice(0, 40)), ("adt", slice(40, 52))):
         view = minibatch.observed[name]
-        posteriors[name] = q = Normal(*model.guide.encoders[name](view))
-        decoder, likelihood = model.model.decoders[name], model.model.likelihoods[name]
+        posteriors[name] = q = Normal(*model.guide.modalities[name].encoder(view))
+        decoder, likelihood = model.model.modalities[name].decoder, model.model.modalities[name].likelihood
         predictor = likelihood.predictors[0]
         batch = view.codes[:, 0] if name == "rna" else torch.zeros(len(view.rows), dtype=torch.long)
         eta = (
@@ -191,7 +192,7 @@ def test_private_parts_have_their_own_weight_and_all_modalities_count_alike(mosa
     minibatch = measured(mosaic, cells)
     terms = []
     for weight in (1.0, 3.0):
-        model = small(mosaic, graph, lam_private=weight)
+        model = small(mosaic, graph, private_kl=weight)
         elbo = MosaicELBO()
         torch.manual_seed(0)
         elbo.loss(model.model, model.guide, minibatch)
@@ -199,7 +200,7 @@ def test_private_parts_have_their_own_weight_and_all_modalities_count_alike(mosa
     for name in ("z_rna", "z_adt"):
         torch.testing.assert_close(terms[1][name], 3 * terms[0][name])
     torch.testing.assert_close(terms[1]["z"], terms[0]["z"])
-    _, private = model.guide.posteriors(minibatch)
+    _, private = encoded(model.guide.modalities, minibatch)
     q = private["rna"]
     assert len(q.loc) == 10
     expected = 3 * mosaic.n_cells * kl_divergence(Normal(q.loc, q.scale), Normal(0.0, 1.0)).sum() / 10
@@ -571,7 +572,7 @@ def test_what_is_learnt_does_not_depend_on_order_or_hidden_columns(data):
             adata.obs = adata.obs[[]]
         mosaic = Mosaic.from_anndata(adatas)
         model = small(mosaic, linked(mosaic, data[1]))
-        model.scores.set(torch.from_numpy(model.link(mosaic)))
+        model.scores.set(torch.from_numpy(shared_scores(mosaic, model.graph, model.model.n_latent)))
         elbo = MosaicELBO()
         elbo.loss(model.model, model.guide, measured(mosaic, np.arange(mosaic.n_cells)))
         losses.append({k: float(elbo.terms[k]) for k in ("z", "z_rna", "z_adt", "penalty/sinkhorn", "penalty/pull")})

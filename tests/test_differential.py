@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from pyromosaic import Mosaic, MultiVI
 from pyromosaic.data import ModalitySchema, ModalitySpec
-from pyromosaic.tasks import compare, compare_groups, contrasts, estimate_delta
+from pyromosaic.tasks import Question, compare, compare_groups, contrasts, estimate_delta
 from pyromosaic.tasks.differential import Contrast, observed
 
 N_CELLS, N_CHANGED = 280, 24
@@ -411,7 +411,7 @@ def test_repeated_cells_have_draws_of_their_own(trained, mosaic):
     """From one cell a side, the spread over pairs is that of the two cells' posteriors, added."""
     cells = mosaic.obs_names[mosaic.patterns == "rna"]
     table = trained.differential(cells1=cells[:1], cells2=cells[1:2], n_samples=1500).sort_index()
-    chunks = trained._draws("rna", cells[:2], None, None, 1.0, 400, None, None, 9, lambda d: d.mean)
+    chunks = trained._answers(Question("rna", lambda d: d.mean, cells[:2], library=1.0, n_samples=400, seed=9))
     draws = np.concatenate([chunk.numpy() for chunk in chunks], axis=1)
     variance = np.log2(draws + 0.01 / mosaic.schema["rna"].library).var(0).sum(0)
     names = np.array(mosaic.schema["rna"].features)

@@ -24,7 +24,7 @@ from pyromosaic.distributions import (
     ZeroInflatedGamma,
     ZeroInflatedLogNormal,
     ZeroInflatedNegativeBinomial,
-    counts,
+    count_terms,
 )
 
 COUNTS = [NegativeBinomial, ZeroInflatedNegativeBinomial, NegativeBinomialMixture, AccessibilityBernoulli]
@@ -209,7 +209,7 @@ def test_evaluation_in_blocks_changes_nothing(cls, shape, monkeypatch):
     value = 5 * counts_like(shape)
     whole = cls(**values).log_prob(value)
     expected = gradients(whole, values)
-    monkeypatch.setattr(counts, "BLOCK", 50)
+    monkeypatch.setattr(count_terms, "BLOCK", 50)
     blocks = cls(**values).log_prob(value)
     torch.testing.assert_close(blocks, whole, rtol=1e-6, atol=0)
     torch.testing.assert_close(gradients(blocks, values), expected)

@@ -1,5 +1,7 @@
 """Every slot takes an object of the user's own, and what does not fit is refused in one sentence."""
 
+from dataclasses import replace
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -14,7 +16,7 @@ from scipy import stats
 from torch import nn
 
 from pyromosaic import ContrastiveVI, DiagVI, ModalitySpec, Mosaic, MultiVI, ScModal, simulate
-from pyromosaic.data import Schema, measured, to_predict
+from pyromosaic.data import Schema, Traits, measured, to_predict
 from pyromosaic.fusion import MeanFusion
 from pyromosaic.likelihoods import NB, Likelihood, logit
 from pyromosaic.nn import Decoder, Encoder, InnerProductDecoder
@@ -102,9 +104,9 @@ def test_every_slot_takes_an_object(name, data, tmp_path):
     made = poutine.trace(model.model).get_trace(minibatch).nodes
     drawn = poutine.trace(model.guide).get_trace(minibatch).nodes
     assert isinstance(made["z"]["fn"].base_dist, dist.Laplace | torch.distributions.Laplace)
-    assert isinstance(model.model.likelihoods["rna"], Poisson)
-    assert isinstance(model.model.decoders["rna"], objects["decoder"])
-    assert any(isinstance(m, Signs) for m in model.guide.encoders.modules())
+    assert isinstance(model.model.modalities["rna"].likelihood, Poisson)
+    assert isinstance(model.model.modalities["rna"].decoder, objects["decoder"])
+    assert any(isinstance(m, Signs) for m in model.guide.modalities.modules())
     assert "penalty/moments" in drawn and model.history["train_penalty/moments"].iloc[0] > 0
     if name != "ScModal":
         assert isinstance(model.guide.fusion, TrustRna)
@@ -137,20 +139,20 @@ def test_the_programs_themselves_can_be_replaced(name, data):
 
 def test_a_vamp_prior_is_the_mixture_of_the_encoders_posteriors(data):
     model = build("MultiVI", data)
-    prior = model.model.prior = VampPrior(model.guide.encoders["rna"], 4, 7)
+    prior = model.model.prior = VampPrior(model.guide.modalities["rna"].encoder, 4, 7)
     minibatch = measured(model.mosaic, model.mosaic.find(None))
     z = torch.randn(len(minibatch), 1, 4)
     with torch.no_grad():
-        loc, scale = model.guide.encoders["rna"].posterior(
+        loc, scale = model.guide.modalities["rna"].encoder.posterior(
             prior.inputs, to_predict(model.mosaic, np.zeros(7, int), ("rna",), batch=None).decoded["rna"]
         )
         found = prior(minibatch).log_prob(z)
-    batch = model.guide.encoders["rna"].scaling.schema.n_covariates
+    batch = model.guide.modalities["rna"].encoder.scaling.schema.n_covariates
     assert batch  # the pseudo-cells are of no batch, so of all of them alike
     design = torch.full((7, batch), 1 / batch)
-    hidden = model.guide.encoders["rna"].hidden(torch.cat([prior.inputs, design], -1))
-    loc = model.guide.encoders["rna"].loc(hidden).detach().numpy()
-    scale = (0.5 * model.guide.encoders["rna"].log_variance(hidden)).exp().detach().numpy()
+    hidden = model.guide.modalities["rna"].encoder.hidden(torch.cat([prior.inputs, design], -1))
+    loc = model.guide.modalities["rna"].encoder.loc(hidden).detach().numpy()
+    scale = (0.5 * model.guide.modalities["rna"].encoder.log_variance(hidden)).exp().detach().numpy()
     densities = stats.norm(loc, scale).logpdf(z.numpy()).sum(-1)  # cells × components
     expected = np.log(np.exp(densities).mean(-1, keepdims=True))
     assert np.allclose(found.numpy(), expected, atol=1e-4)
@@ -283,6 +285,33 @@ def test_a_likelihood_derived_from_one_of_the_packages_is_treated_like_it(data):
     model = build("MultiVI", data, {"rna": spec})
     assert np.allclose(model.get_normalized_expression().sum(axis=1), 1, atol=1e-4)
     assert "Own" in repr(model.mosaic)
+
+
+class Student(Likelihood):
+    predictors = ("loc",)
+
+    def distribution(self, predictors, view):
+        return dist.StudentT(4.0, predictors["loc"], 1.0)
+
+
+class Levels(BetaBinomial):
+    traits = Traits("count", effect="difference")
+
+
+def test_traits_say_how_a_likelihood_of_the_users_own_is_compared(methylation):
+    assert (Student.traits, BetaBinomial.traits) == (Traits("real"), Traits("count"))
+    assert type("Shares", (NB,), {"data_kind": "nonnegative"}).traits == replace(NB.traits, kind="nonnegative")
+    with pytest.raises(ValueError, match="the kind of data is .*found 'counts'"):
+        type("Wrong", (Likelihood,), {"data_kind": "counts"})
+    values, _ = simulate(60, {"x": 15}, likelihoods={"x": "normal"}, types=2, seed=0)
+    model = MultiVI(Mosaic.from_mudata(values, {"x": ModalitySpec(Student)}), n_latent=3, n_hidden=16)
+    table = model.differential("celltype", "type0", modality="x", n_samples=20)
+    assert "difference_mean" in table  # values below 0 have no fold change
+    for kind, column in ((BetaBinomial, "lfc_mean"), (Levels, "difference_mean")):
+        spec = ModalitySpec(kind, exposure_layer="coverage")
+        model = MultiVI(Mosaic.from_mudata(methylation[0], {"rna": "nb", "meth": spec}), n_latent=3, n_hidden=16)
+        cells = np.arange(20)
+        assert column in model.differential(cells1=cells, modality="meth", n_samples=20)
 
 
 @pytest.mark.parametrize("wrong", ["poisson", int, Poisson.__name__, 3])

@@ -59,7 +59,7 @@ def test_regression_with_known_noise_is_exact():
 
 def test_what_is_learnt_is_products_of_inputs_and_squared_slopes(model):
     """Against derivatives of each cell's log-likelihood, taken one by one."""
-    head = model.model.decoders["rna"].heads["rate"]
+    head = model.model.modalities["rna"].decoder.heads["rate"]
     minibatch = measured(model.mosaic, np.arange(40))
     with inference_mode(model.model, model.guide, seed=1):
         learn_weights(model.model, model.guide, "rna", [minibatch], 400)
@@ -103,7 +103,7 @@ def test_draws_are_reproducible_and_leave_the_weights(model):
 
 def test_all_cells_share_a_draw_of_weights(model):
     """With z at hand, a cell's value does not depend on which other cells are asked for."""
-    decoder = model.model.decoders["rna"]
+    decoder = model.model.modalities["rna"].decoder
     view = measured(model.mosaic, np.arange(20)).decoded["rna"]
     z = torch.randn(len(view.rows), 3)
     with weights_drawn(decoder, 1):
@@ -132,7 +132,7 @@ def test_more_cells_make_surer():
         mosaic = Mosaic.from_mudata(simulate(n, {"rna": 30}, seed=0)[0], batch_key="batch")
         model = MultiVI(mosaic, n_latent=3, n_hidden=16)
         model.train(max_steps=60, n_epochs=60, batch_size=64, progress_bar=False)
-        layer = model.model.decoders["rna"].heads["rate"]
+        layer = model.model.modalities["rna"].decoder.heads["rate"]
         spectrum = torch.linalg.eigvalsh(layer.products)
         spread.append(float((spectrum[:, None] * layer.information + layer.precision).rsqrt().mean()))
     assert spread[1] < 0.8 * spread[0]

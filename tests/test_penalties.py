@@ -10,6 +10,7 @@ from torch.distributions import Normal, kl_divergence
 from pyromosaic import Mosaic, MultiVI
 from pyromosaic.data import measured
 from pyromosaic.fusion import Posterior
+from pyromosaic.measurement import encoded
 from pyromosaic.penalties import Adversary, Jeffreys, MeanDistance
 from pyromosaic.train import MosaicELBO, NonFiniteLossError, Optimisation, Plan
 
@@ -32,7 +33,7 @@ def small(mosaic, **options) -> MultiVI:
 
 
 def test_pairwise_penalties_equal_their_formulas(mosaic, minibatch):
-    posteriors, _ = small(mosaic).guide.posteriors(minibatch)
+    posteriors, _ = encoded(small(mosaic).guide.modalities, minibatch)
     jeffreys, distance = 0.0, 0.0
     both = set(posteriors["rna"].rows.tolist()) & set(posteriors["adt"].rows.tolist())
     assert 0 < len(both) < len(minibatch)

@@ -196,11 +196,13 @@ def scaled(data, **options):
 def test_global_variables_are_drawn_once_outside_every_plate(data):
     model = scaled(data)
     trace = poutine.trace(model.model).get_trace(whole(model))
-    for name, shape in (("likelihoods.rna.spread", ()), ("likelihoods.rna.log_theta", (30,))):
+    for name, shape in (("modalities.rna.likelihood.spread", ()), ("modalities.rna.likelihood.log_theta", (30,))):
         site = trace.nodes[name]
         assert site["cond_indep_stack"] == () and site["scale"] == 1.0
         assert tuple(site["value"].shape) == shape
-    assert torch.equal(trace.nodes["rna"]["fn"].theta, trace.nodes["likelihoods.rna.log_theta"]["value"].exp())
+    assert torch.equal(
+        trace.nodes["rna"]["fn"].theta, trace.nodes["modalities.rna.likelihood.log_theta"]["value"].exp()
+    )
 
 
 def test_the_bound_of_an_automatic_guide_has_the_density_of_its_transform(data):
@@ -224,12 +226,14 @@ def test_posterior_of_global_variables_is_returned_saved_and_loaded(data, automa
     after = parameters(model.guide.global_posterior)
     assert not any(torch.equal(before[k], after[k]) for k in before)
     table = model.get_global_posterior(300, quantiles=(0.5,))
-    theta = table.loc["likelihoods.rna.log_theta"]
-    assert len(theta) == 30 and (theta["sd"] > 0).all() and (table.loc["likelihoods.rna.spread", 0.5] > 0).all()
+    theta = table.loc["modalities.rna.likelihood.log_theta"]
+    assert (
+        len(theta) == 30 and (theta["sd"] > 0).all() and (table.loc["modalities.rna.likelihood.spread", 0.5] > 0).all()
+    )
     if automatic is None:
         posterior = model.guide.global_posterior
-        loc = posterior.locs.likelihoods.rna.log_theta.detach().numpy()
-        sd = posterior.scales.likelihoods.rna.log_theta.detach().numpy()
+        loc = posterior.locs.modalities.rna.likelihood.log_theta.detach().numpy()
+        sd = posterior.scales.modalities.rna.likelihood.log_theta.detach().numpy()
         assert np.allclose(theta["mean"], loc, atol=4 * sd.max() / 300**0.5)
         assert np.allclose(theta["sd"], sd, rtol=0.25)
         model.save(tmp_path)
@@ -268,7 +272,9 @@ def test_decoders_with_global_variables_in_other_models(name, data):
     else:
         model = ContrastiveVI(mosaic, **options)
     model.train(1, progress_bar=False)
-    assert {"decoders.rna.effect", "decoders.adt.effect"} == set(model.get_global_posterior(5).index.levels[0])
+    assert {"modalities.rna.decoder.effect", "modalities.adt.decoder.effect"} == set(
+        model.get_global_posterior(5).index.levels[0]
+    )
 
 
 # The guide against other inference
@@ -298,8 +304,8 @@ def test_the_guide_agrees_with_nuts_and_with_the_formula():
     mcmc.run(minibatch)
     sampled = mcmc.get_samples()["z"][:, :, 0].detach()
     with torch.no_grad():  # x = W z + b + noise
-        w, b = model.model.decoders["x"].loc.weight, model.model.decoders["x"].loc.bias
-        precision = model.model.likelihoods["x"].log_sigma.mul(-2).exp()
+        w, b = model.model.modalities["x"].decoder.loc.weight, model.model.modalities["x"].decoder.loc.bias
+        precision = model.model.modalities["x"].likelihood.log_sigma.mul(-2).exp()
         covariance = torch.linalg.inv(torch.eye(2) + (w.T * precision) @ w)
         mean = (minibatch.observed["x"].dense_counts() - b) * precision @ w @ covariance
         encoded = poutine.trace(model.guide).get_trace(minibatch).nodes["z"]["fn"]
@@ -354,7 +360,7 @@ def test_summing_out_types_is_the_mixture(data):
 
 def user_program():
     """Of the user's own, with Pyro's global parameters, one of a name that models use too."""
-    loc = pyro.param("decoders.rna$$$hidden.0.weight", torch.zeros(()))
+    loc = pyro.param("modalities.rna.decoder$$$hidden.0.weight", torch.zeros(()))
     pyro.sample("z", dist.Normal(loc, 1.0), obs=torch.tensor(2.0))
 
 
@@ -373,8 +379,8 @@ def test_models_of_different_classes_and_a_users_program_do_not_disturb_each_oth
         svi.step()
         found = parameters(model.model, model.guide)
         assert all(torch.equal(found[k], expected[name][k]) for k in found)
-    assert list(pyro.get_param_store()) == ["decoders.rna$$$hidden.0.weight"]
-    assert pyro.param("decoders.rna$$$hidden.0.weight").item() == pytest.approx(0.4, abs=0.05)
+    assert list(pyro.get_param_store()) == ["modalities.rna.decoder$$$hidden.0.weight"]
+    assert pyro.param("modalities.rna.decoder$$$hidden.0.weight").item() == pytest.approx(0.4, abs=0.05)
 
 
 @pytest.mark.parametrize("name", MODELS)

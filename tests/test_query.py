@@ -88,7 +88,7 @@ def test_networks_may_see_an_embedding_of_the_batch(tmp_path):
     model.save(tmp_path / "model")
     pd.testing.assert_frame_equal(MultiVI.load(tmp_path / "model", mosaic).get_normalized_expression("rna"), expected)
     adapted = model.adapt(query[:100].copy(), 3, progress_bar=False)
-    old, new = (m.model.decoders["rna"].embed.weight.detach() for m in (model, adapted))
+    old, new = (m.model.modalities["rna"].decoder.embed.weight.detach() for m in (model, adapted))
     assert new.shape == (2, 4) and torch.equal(new[:, :3], old)
     assert not torch.equal(new[:, 3], old.mean(1))
 

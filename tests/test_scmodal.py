@@ -15,7 +15,7 @@ from torch.nn.functional import mse_loss, relu, softplus
 from pyromosaic import ModalitySpec, Mosaic, ScModal, metrics, simulate
 from pyromosaic.data import measured
 from pyromosaic.fusion import Posterior
-from pyromosaic.guidance import GuidanceGraph
+from pyromosaic.guidance import GuidanceGraph, shared_scores
 from pyromosaic.linkage import link_recovery, links_from_table
 from pyromosaic.penalties import (
     Anchors,
@@ -122,9 +122,10 @@ def test_every_term_of_the_reference_is_the_formula(mosaic, graph):
     x, z, encoders, decoders = {}, {}, {}, {}
     for name, view in minibatch.observed.items():
         counts, size = view.dense_counts(), mosaic.schema[name].library
-        scaling = model.guide.encoders[name].scaling
+        scaling = model.guide.modalities[name].encoder.scaling
         x[name] = (torch.log1p(counts * size / view.library) - scaling.mean) / scaling.sd
-        encoders[name], decoders[name] = model.guide.encoders[name].network, model.model.decoders[name].network
+        encoders[name] = model.guide.modalities[name].encoder.network
+        decoders[name] = model.model.modalities[name].decoder.network
         z[name] = net(encoders[name], x[name])
     a, b = z["rna"], z["adt"]
     d = model.guide.penalties[0].penalties[0].network
@@ -169,7 +170,9 @@ def test_every_term_of_the_reference_is_the_formula(mosaic, graph):
             elbo.terms[name] / mosaic.n_cells, (mean_square + constant).detach(), rtol=1e-4, atol=1e-3
         )
         expected[name] = mean_square
-    parameters = [*model.guide.encoders.parameters(), *model.model.decoders.parameters()]
+    parts = [part.encoder for _, part in model.guide.modalities.items()]
+    parts += [part.decoder for _, part in model.model.modalities.items()]
+    parameters = [parameter for part in parts for parameter in part.parameters()]
     for ours, theirs in zip(
         torch.autograd.grad(loss / mosaic.n_cells, parameters),
         torch.autograd.grad(sum(expected.values()), parameters),
@@ -530,7 +533,7 @@ def test_the_linkage_follows_rows_that_are_permuted(mosaic, graph, data):
     order = np.random.default_rng(0).permutation(adatas["adt"].n_obs)
     adatas["adt"] = adatas["adt"][order].copy()
     permuted = Mosaic.from_anndata(adatas, batch_key="batch")
-    scores = [pd.DataFrame(small(m, graph).link(m), m.obs_names) for m in (mosaic, permuted)]
+    scores = [pd.DataFrame(shared_scores(m, graph, small(m, graph).n_latent), m.obs_names) for m in (mosaic, permuted)]
     np.testing.assert_allclose(scores[1].loc[mosaic.obs_names], scores[0], atol=1e-4)
 
 
@@ -592,7 +595,7 @@ def test_anchors_are_sought_anew_by_scores_and_embedding(mosaic, graph):
 
 def test_attention_sees_all_features_and_trains(mosaic, graph):
     model = small(mosaic, graph, encoder="attention")
-    encoder = model.guide.encoders["rna"]
+    encoder = model.guide.modalities["rna"].encoder
     view = measured(mosaic, np.arange(0, mosaic.n_cells, 8)).observed["rna"]
     loc, scale = encoder(view)
     assert loc.shape == scale.shape == (len(view.rows), 6) and (scale > 0).all()
@@ -677,7 +680,7 @@ def test_agreement_of_links_tells_an_aligned_model(part):
     for name, modality in mosaic.modalities.items():
         rows[name] = np.flatnonzero(modality.present)
         view = measured(mosaic, rows[name]).observed[name]
-        scaled[name] = model.guide.encoders[name].scaling(view).numpy()
+        scaled[name] = model.guide.modalities[name].encoder.scaling(view).numpy()
     for a, b in (("rna", "adt"), ("adt", "rna")):
         distances = ((z[rows[a]][:, None] - z[rows[b]]) ** 2).sum(-1)
         near = distances.argsort(1)[:, :7]

@@ -23,7 +23,9 @@ from pyromosaic.checks.cells import (
 )
 from pyromosaic.checks.ranks import Ranks
 from pyromosaic.data import Minibatch, Mosaic, loader
-from pyromosaic.models.mosaic_model import CHUNK_ENTRIES, Cells, MosaicModel
+from pyromosaic.measurement import encoded_once
+from pyromosaic.models.asking import CHUNK_ENTRIES
+from pyromosaic.models.mosaic_model import Cells, MosaicModel
 from pyromosaic.tasks import inference_mode
 
 if TYPE_CHECKING:
@@ -114,13 +116,14 @@ def simulation_based_calibration(
             simulated = drawn_minibatch(program, minibatch, drawn)
             truth = quantities(drawn, simulated, of)
             below, equal = ({k: torch.zeros_like(v) for k, (_, v) in truth.items()} for _ in range(2))
-            for _ in range(n_samples):
-                inferred = infer(guide, simulated, shared)
-                found = inferred if of == "latent" else explain(program, simulated, inferred)
-                posterior = quantities(found, simulated, of)
-                for k, (_, value) in truth.items():
-                    below[k] += (posterior[k][1] < value).float().masked_fill(value.isnan(), torch.nan)
-                    equal[k] += (posterior[k][1] == value).float().masked_fill(value.isnan(), torch.nan)
+            with encoded_once(guide):
+                for _ in range(n_samples):
+                    inferred = infer(guide, simulated, shared)
+                    found = inferred if of == "latent" else explain(program, simulated, inferred)
+                    posterior = quantities(found, simulated, of)
+                    for k, (_, value) in truth.items():
+                        below[k] += (posterior[k][1] < value).float().masked_fill(value.isnan(), torch.nan)
+                        equal[k] += (posterior[k][1] == value).float().masked_fill(value.isnan(), torch.nan)
             for table, n in zip(tables, (below, equal), strict=True):
                 table.append(_frame(model, names, {k: (where, n[k]) for k, (where, _) in truth.items()}))
     return Ranks(pd.concat(tables[0]), pd.concat(tables[1]), n_samples)
@@ -252,7 +255,7 @@ def imputation_ranks(
     for start in range(0, len(truth), size):
         part = slice(start, start + size)
         cells, values = list(truth.index[part]), truth.to_numpy()[part]
-        if model.schema[modality].spec.family == "bernoulli":
+        if model.schema[modality].spec.traits.binary:
             values = values > 0
         draws = model.posterior_predictive_sample(
             modality, cells, features=features, encode=encode, n_samples=n_samples, data=data, seed=seed + start

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch, Mosaic, measured
 from pyromosaic.data.matrix import Matrix
+from pyromosaic.measurement import part_of
 from pyromosaic.models.mosaic_model import Cells, MosaicModel
 from pyromosaic.penalties import Penalty
 from pyromosaic.program import AtMean
@@ -91,7 +92,7 @@ def drawn_minibatch(model: Any, minibatch: Minibatch, drawn: poutine.Trace) -> M
     views = {}
     for name, view in minibatch.decoded.items():
         counts = drawn.nodes[name]["value"]
-        latent = isinstance(model.sizes[name], LatentSize)
+        latent = isinstance(getattr(part_of(model, name), "size", None), LatentSize)
         library = counts.sum(-1, keepdim=True).clamp_min(1.0) if latent else view.library
         views[name] = replace(view, counts=counts, library=library)
     return Minibatch(minibatch.index, minibatch.n_cells, views, views, minibatch.groups)
@@ -187,13 +188,10 @@ def prior_sample(
     for name, m in mosaic.modalities.items():
         has = m.rows[index] >= 0
         modalities[name] = replace(
-            m,
+            m.take(index),
             matrix=Matrix(np.concatenate(counts[name]).astype(np.float32)),
             rows=np.where(has, np.cumsum(has) - 1, -1),
-            codes=m.codes[index],
-            continuous=m.continuous[index],
             library=library[name],
-            labels=m.labels[index],
             dense=True,
             exposures=None if m.exposures is None else Matrix(m.exposures[m.rows[index][has]]),
         )

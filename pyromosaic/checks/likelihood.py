@@ -6,6 +6,7 @@ import torch
 
 from pyromosaic.checks.cells import blocks, explain, infer, log_weight, without_penalties
 from pyromosaic.data import Mosaic
+from pyromosaic.measurement import encoded_once
 from pyromosaic.models.mosaic_model import Cells, MosaicModel
 from pyromosaic.tasks import inference_mode
 
@@ -71,9 +72,10 @@ def held_out_log_likelihood(
     with inference_mode(model.model, model.guide, seed=seed), without_penalties(model.guide):
         for minibatch in blocks(model, mosaic, index):
             draws = []
-            for _ in range(n_samples):
-                inferred = infer(model.guide, minibatch)
-                draws.append(log_weight(explain(model.model, minibatch, inferred), inferred, minibatch))
+            with encoded_once(model.guide):
+                for _ in range(n_samples):
+                    inferred = infer(model.guide, minibatch)
+                    draws.append(log_weight(explain(model.model, minibatch, inferred), inferred, minibatch))
             weights = torch.stack(draws)
             share = weights.softmax(0)
             columns = [weights.logsumexp(0) - np.log(n_samples), weights.mean(0), 1 / share.square().sum(0)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyromosaic.checks.cells import BLOCK, blocks, draw_prior, shared_variables, without_penalties
 from pyromosaic.data import Minibatch, Mosaic
-from pyromosaic.likelihoods import NBMixture
+from pyromosaic.measurement import encoded_once
 from pyromosaic.models.mosaic_model import Cells, MosaicModel
 from pyromosaic.tasks import inference_mode
 from pyromosaic.tasks.prediction import run
@@ -148,16 +148,17 @@ def predictive_check(
                 minibatch.groups,
             )
             shared = shared_variables(model.guide, asked) if prior else None
-            for i, total in enumerate(totals):
-                if i == 0:
-                    drawn = {name: view.dense_counts() for name, view in views.items()}
-                else:
-                    if shared is None:
-                        found = run(model.model, model.guide, asked, latent_at_mean=False, drawn=True)
+            with encoded_once(model.guide):
+                for i, total in enumerate(totals):
+                    if i == 0:
+                        drawn = {name: view.dense_counts() for name, view in views.items()}
                     else:
-                        found = draw_prior(model.model, minibatch, shared)
-                    drawn = {name: found.nodes[name]["value"] for name in views}
-                _add(total, model, minibatch, drawn, pairs)
+                        if shared is None:
+                            found = run(model.model, model.guide, asked, latent_at_mean=False, drawn=True)
+                        else:
+                            found = draw_prior(model.model, minibatch, shared)
+                        drawn = {name: found.nodes[name]["value"] for name in views}
+                    _add(total, model, minibatch, drawn, pairs)
     found_by_draw = [_statistics(total) for total in totals]
     keys = sorted(found_by_draw[0])  # so that pandas finds modality and statistic quickly
     values = {key: np.stack([found[key] for found in found_by_draw]) for key in keys}
@@ -229,12 +230,12 @@ def _add(
     whole = {}
     for name, view in minibatch.decoded.items():
         spec, likelihood = model.schema[name].spec, model._likelihood(name)
-        x = (drawn[name] > 0).double() if spec.family == "bernoulli" else drawn[name].double()
+        x = (drawn[name] > 0).double() if spec.traits.binary else drawn[name].double()
         sums |= {(name, "n"): len(x), (name, "sum"): x.sum(0), (name, "squares"): x.square().sum(0)}
         if spec.data_kind != "real":
             sums |= {(name, "zeros"): (x == 0).sum(0), (name, "size"): [x.sum(1)]}
-        if isinstance(likelihood, NBMixture):
-            background = likelihood.cell_factor(view) * likelihood._prior(view)[0].exp()
+        if spec.traits.background:
+            background = likelihood.cell_factor(view) * likelihood.background(view)[0].exp()
             sums[name, "background"] = (x <= background).sum(0)
         size = torch.log1p(x.sum(1, keepdim=True)) if spec.data_kind != "real" else x.sum(1, keepdim=True)
         values = torch.cat([_scaled(x, spec.data_kind), size], dim=1)

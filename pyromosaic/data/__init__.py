@@ -2,14 +2,18 @@
 
 from pyromosaic.data.cohorts import Cohorts
 from pyromosaic.data.datasets import pbmc_mosaic, protein_gene_links
-from pyromosaic.data.minibatch import Minibatch, Split, View, contrastive_loader, loader, measured, split, to_predict
+from pyromosaic.data.loaders import Split, contrastive_loader, loader, split
+from pyromosaic.data.minibatch import Minibatch, View, measured, to_predict
 from pyromosaic.data.mosaic import Modality, Mosaic
 from pyromosaic.data.simulate import Truth, simulate
 from pyromosaic.data.spec import ModalitySchema, ModalitySpec, Schema
+from pyromosaic.data.traits import TRAITS, DataKind, Traits
 from pyromosaic.data.unpair import hide, separate, unpair
 
 __all__ = [
+    "TRAITS",
     "Cohorts",
+    "DataKind",
     "Minibatch",
     "Modality",
     "ModalitySchema",
@@ -17,6 +21,7 @@ __all__ = [
     "Mosaic",
     "Schema",
     "Split",
+    "Traits",
     "Truth",
     "View",
     "contrastive_loader",

@@ -6,19 +6,10 @@ from types import MappingProxyType
 from typing import Any
 
 from pyromosaic.data.cohorts import Cohorts
+from pyromosaic.data.traits import TRAITS, DataKind, Traits
 
 #: The kind of number that each likelihood describes; registration checks the data against it.
-DATA_KINDS: Mapping[str, str] = {
-    "nb": "count",
-    "zinb": "count",
-    "nb_mixture": "count",
-    "multinomial": "count",
-    "bernoulli": "count",
-    "normal": "real",
-    "log1p_normal": "nonnegative",
-    "ziln": "nonnegative",
-    "zig": "nonnegative",
-}
+DATA_KINDS: Mapping[str, str] = {name: traits.kind for name, traits in TRAITS.items()}
 
 #: Likelihoods that are used for a modality whose name says what it is.
 LIKELIHOOD_BY_NAME: Mapping[str, str] = {
@@ -80,9 +71,9 @@ class ModalitySpec:
     exposure_layer: str | None = None
 
     def __post_init__(self) -> None:
-        own = isinstance(self.likelihood, type) and hasattr(self.likelihood, "data_kind")
-        if not own and self.likelihood not in DATA_KINDS:
-            names = ", ".join(DATA_KINDS)
+        own = isinstance(self.likelihood, type) and hasattr(self.likelihood, "traits")
+        if not own and self.likelihood not in TRAITS:
+            names = ", ".join(TRAITS)
             raise ValueError(
                 f"there is no likelihood {self.likelihood!r}; accepted: {names}, or a subclass of "
                 "pyromosaic.likelihoods.Likelihood"
@@ -117,17 +108,19 @@ class ModalitySpec:
         return self.likelihood if isinstance(self.likelihood, str) else self.likelihood.family  # type: ignore[attr-defined]
 
     @property
-    def data_kind(self) -> str:
-        """``"count"``, ``"nonnegative"`` or ``"real"``."""
-        kind = (
-            DATA_KINDS[self.likelihood] if isinstance(self.likelihood, str) else self.likelihood.data_kind  # type: ignore[attr-defined]
-        )
-        return "nonnegative" if kind == "count" and self.allow_non_integer else kind
+    def traits(self) -> Traits:
+        """What kind of measurement the likelihood describes."""
+        return TRAITS[self.likelihood] if isinstance(self.likelihood, str) else self.likelihood.traits  # type: ignore[attr-defined]
+
+    @property
+    def data_kind(self) -> DataKind:
+        """What the data are checked to be: ``"count"``, ``"nonnegative"`` or ``"real"``."""
+        return "nonnegative" if self.traits.kind == "count" and self.allow_non_integer else self.traits.kind
 
     @property
     def needs_library(self) -> bool:
         """Whether the likelihood's mean is proportional to the cell's size."""
-        return self.family in ("nb", "zinb", "nb_mixture", "multinomial")
+        return self.traits.sized
 
     @property
     def categorical(self) -> tuple[str, ...]:

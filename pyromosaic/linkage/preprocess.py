@@ -10,19 +10,6 @@ from sklearn.neighbors import NearestNeighbors
 
 from pyromosaic.data.mosaic import Modality
 
-#: What is done to the measurements before they are standardised, by the likelihood that describes them.
-TRANSFORM_BY_LIKELIHOOD = {
-    "nb": "log",
-    "zinb": "log",
-    "nb_mixture": "centred_log_ratio",
-    "multinomial": "log",
-    "bernoulli": "open",
-    "normal": "as_is",
-    "log1p_normal": "log1p",
-    "ziln": "log1p",
-    "zig": "log1p",
-}
-
 
 def group_means(groups: np.ndarray, values: Any, n_groups: int) -> Any:
     """Mean of the rows of each group, shape (n_groups, columns); zero for an empty group, sparse if `values` is."""
@@ -79,7 +66,7 @@ class Standardiser:
     name, features
         Name of the modality and of its features.
     transform
-        One of the values of `TRANSFORM_BY_LIKELIHOOD`.
+        See `pyromosaic.data.Traits`.
     target
         Counts that each cell is normalised to, if the transform does that.
     batches
@@ -99,7 +86,7 @@ class Standardiser:
     @classmethod
     def fit(cls, modality: Modality, cells: np.ndarray) -> "tuple[Standardiser, Standardised]":
         """Learn means and scales from cells that have the modality, and standardise them."""
-        transform = TRANSFORM_BY_LIKELIHOOD.get(modality.spec.family, "as_is")
+        transform = modality.spec.traits.transform
         target = float(np.median(modality.library[cells])) if transform == "log" else 1.0
         values = _transformed(modality, cells, transform, target)
         batches, batch = _batches(modality, cells)

@@ -5,9 +5,7 @@ inference with graph-linked embedding, Nature Biotechnology 2022). Beyond both: 
 space in two parts, one shared by all modalities and one private to each.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -19,16 +17,18 @@ from pyro import distributions as dist
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyromosaic.data import Minibatch, Mosaic, Schema, View, measured, separate
-from pyromosaic.fusion import Fusion, Posterior, alone, fusion_of, presence
-from pyromosaic.guidance import GuidanceGraph, shared_scores
+from pyromosaic.data import Minibatch, Mosaic, Schema, measured, separate
+from pyromosaic.fusion import Fusion, fusion_of, presence
+from pyromosaic.guidance import GuidanceGraph, linked_scores
 from pyromosaic.labels import Labels, check_labels
 from pyromosaic.likelihoods import likelihoods_of
-from pyromosaic.models.mosaic_model import Cells, MosaicModel, Preset
+from pyromosaic.measurement import MeasurementGuide, cells, encoded
+from pyromosaic.models.embedded import Embedded, LinkedMeasurement, LinkedPlates, Weights, directed
+from pyromosaic.models.mosaic_model import Cells, Preset
 from pyromosaic.nn import Decoder, Encoder, GraphEncoder, InnerProductDecoder
-from pyromosaic.penalties import Anchors, Classifier, Penalty, Pull, Scores, Sinkhorn, apply
+from pyromosaic.penalties import Anchors, Classifier, Penalty, Pull, Scores, Sinkhorn, apply, attached, with_given
 from pyromosaic.priors import GaussianMixture, StandardNormal
-from pyromosaic.program import Program, weighted
+from pyromosaic.program import Program, Slots, own
 from pyromosaic.sizes import Size
 from pyromosaic.tasks import inference_mode
 
@@ -62,56 +62,6 @@ REFERENCE = Preset(
 )
 
 
-@dataclass(frozen=True)
-class Weights:
-    """What each part of the objective counts; every modality counts alike, however many cells have it.
-
-    Parameters
-    ----------
-    data, kl, private, graph
-        Weights of the likelihoods, of the shared and private latent variables' divergences, and of the graph.
-    per_feature
-        For each modality the number that its cells' divergences are divided by.
-    """
-
-    data: float
-    kl: float
-    private: float
-    graph: float
-    per_feature: Mapping[str, int]
-
-    def __post_init__(self) -> None:
-        for name in ("data", "kl", "private", "graph"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"lam_{name} is at least 0; found {getattr(self, name)}")
-
-    def modality(self, view: View, minibatch: Minibatch) -> float:
-        """Cells in the minibatch over those that have the modality."""
-        return len(minibatch) / len(view.rows)
-
-    @contextmanager
-    def features(self, minibatch: Minibatch, n_features: int) -> Iterator[None]:
-        """Plate of the features' embeddings, whose divergence enters as the mean over features over their number."""
-        scale = minibatch.n_cells * self.graph / n_features**2
-        with poutine.scale(scale=scale), pyro.plate("features", n_features, dim=-1):
-            yield
-
-    @contextmanager
-    def cells(self, minibatch: Minibatch, kl_weight: float) -> Iterator[None]:
-        """Plate of the cells' shared latent variables, each weighted as its modalities are."""
-        weight = torch.zeros(len(minibatch), device=minibatch.index.device)
-        for name, view in minibatch.observed.items():
-            share = self.kl * self.modality(view, minibatch) / self.per_feature[name]
-            weight = weight.index_add(0, view.rows, weight.new_full((len(view.rows),), share))
-        plate = pyro.plate("cells", minibatch.n_cells, subsample=minibatch.index, dim=-2)
-        with plate, weighted(kl_weight), poutine.scale(scale=weight.unsqueeze(-1)):
-            yield
-
-    def own(self, name: str) -> float:
-        """Weight of the divergence of a modality's private latent variable."""
-        return self.private / self.per_feature[name]
-
-
 class DiagVIModel(Program):
     """The generative story.
 
@@ -143,19 +93,14 @@ class DiagVIModel(Program):
         self,
         graph: GuidanceGraph,
         prior: nn.Module,
-        sizes: Mapping[str, nn.Module],
-        decoders: Mapping[str, nn.Module],
-        likelihoods: Mapping[str, nn.Module],
+        modalities: Mapping[str, LinkedMeasurement],
         weights: Weights,
         n_latent: int,
-        n_private: int,
     ) -> None:
         super().__init__()
-        self.prior = prior
-        self.sizes = self.container(sizes)
-        self.decoders = self.container(decoders)
-        self.likelihoods = self.container(likelihoods)
-        self.weights, self.n_latent, self.n_private = weights, n_latent, n_private
+        self.prior = own(prior)
+        self.modalities = Slots(modalities)
+        self.weights, self.n_latent = weights, n_latent
         self.nodes, self.n_features = graph.nodes, graph.n_features
         edges, weight, sign = directed(graph)
         for name, value in (("edges", edges), ("weight", weight), ("sign", sign)):
@@ -168,27 +113,14 @@ class DiagVIModel(Program):
         The story of GLUE (its Methods, graph-linked embeddings); beyond it is z_<modality>. Sites: ``v``, ``edges``,
         ``z``, ``z_<modality>``, and one of each modality's name.
         """
-        weights = self.weights
-        zero = self.sign.new_zeros(())
-        with weights.features(minibatch, self.n_features):
-            v = pyro.sample("v", dist.Normal(zero, 1.0).expand([self.n_latent]).to_event(1))
+        with self.weights.features(minibatch, self.n_features):
+            v = pyro.sample("v", dist.Normal(self.sign.new_zeros(()), 1.0).expand([self.n_latent]).to_event(1))
         self.graph(v, minibatch)
         v = v.reshape(*v.shape[:-3], *v.shape[-2:])  # if drawn several times, without the dimension of the cells' plate
-        with weights.cells(minibatch, kl_weight):
+        with cells(minibatch, kl_weight, self.weights.cells):
             z = pyro.sample("z", self.prior(minibatch))
         for name, view in minibatch.decoded.items():
-            shared, likelihood = z[..., view.rows, 0, :], self.likelihoods[name]
-            with poutine.scale(scale=weights.modality(view, minibatch)), self.cells(name, minibatch):
-                view = self.sizes[name](shared, view)
-                own = None
-                if self.n_private:
-                    with weighted(kl_weight), poutine.scale(scale=weights.own(name)):
-                        own = pyro.sample(f"z_{name}", dist.Normal(zero, 1.0).expand([self.n_private]).to_event(1))
-                        own = own[..., 0, :]
-                predictors = self.decoders[name](shared, v[..., self.nodes[name], :], own, view)
-                plate = pyro.plate(f"{name}_features", likelihood.schema.n_features, dim=-1)
-                with poutine.scale(scale=weights.data), plate:
-                    likelihood(name, predictors, view, kl_weight)
+            self.modalities[name](z, view, minibatch, kl_weight, v[..., self.nodes[name], :])
         return z
 
     def graph(self, v: Tensor, minibatch: Minibatch) -> None:
@@ -238,72 +170,36 @@ class DiagVIGuide(Program):
     def __init__(
         self,
         graph_encoder: nn.Module,
-        encoders: Mapping[str, nn.Module],
+        modalities: Mapping[str, MeasurementGuide],
         fusion: Fusion,
         penalties: Sequence[nn.Module],
-        decoders: Mapping[str, nn.Module],
-        likelihoods: Mapping[str, nn.Module],
         weights: Weights,
         n_features: int,
-        n_latent: int,
-        n_private: int,
     ) -> None:
         super().__init__("guide")
         self.graph_encoder = graph_encoder
-        self.encoders = self.container(encoders)
-        self.fusion = fusion
-        self.penalties = nn.ModuleList(penalties)
-        self.decoders = self.container(decoders)
-        self.likelihoods: dict[str, Any] = dict(likelihoods)  # the model owns their parameters
-        self.weights, self.n_features, self.n_latent, self.n_private = weights, n_features, n_latent, n_private
-
-    def posteriors(self, minibatch: Minibatch) -> tuple[dict[str, Posterior], dict[str, Posterior]]:
-        """Posteriors of z given each modality alone, and of each modality's private variable."""
-        shared, private = {}, {}
-        for name, view in minibatch.observed.items():
-            q = Posterior(view.rows, *self.encoders[name](view))
-            shared[name] = q.dimensions(slice(self.n_latent))
-            private[name] = q.dimensions(slice(self.n_latent, None))
-        return shared, private
+        self.modalities = Slots(modalities)
+        self.fusion = own(fusion)
+        self.penalties = attached(penalties, self.modalities)
+        self.weights, self.n_features = weights, n_features
 
     def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> None:
         """``q(v)`` by the graph encoder, ``q(z | x_m)`` by the encoder of the modality m that was measured.
 
         Sites: ``v``, ``z``, ``penalty/...``, ``z_<modality>``, and ``<protein>_background`` beside an NB mixture.
         """
-        weights = self.weights
-        with weights.features(minibatch, self.n_features):
+        with self.weights.features(minibatch, self.n_features):
             pyro.sample("v", dist.Normal(*self.graph_encoder()).to_event(1))
-        posteriors, private = self.posteriors(minibatch)
-        apply(self.penalties, posteriors, minibatch, kl_weight)
-        used = presence(posteriors, len(minibatch))
-        with weights.cells(minibatch, kl_weight):
-            z = pyro.sample("z", self.fusion.posterior(posteriors, used, minibatch.index))
+        shared, private = encoded(self.modalities, minibatch)
+        apply(self.penalties, shared, minibatch, kl_weight)
+        used = presence(shared, len(minibatch))
+        with cells(minibatch, kl_weight, self.weights.cells):
+            z = pyro.sample("z", self.fusion.posterior(shared, used, minibatch.index))
         for name, view in minibatch.decoded.items():
-            latent = z[..., view.rows, 0, :]
-            with poutine.scale(scale=weights.modality(view, minibatch)), self.cells(name, minibatch):
-                if self.n_private:
-                    q = alone(private.get(name), torch.ones_like(used[:, 0]), self.n_private, view.rows)
-                    with weighted(kl_weight), poutine.scale(scale=weights.own(name)):
-                        own = pyro.sample(f"z_{name}", q)
-                    latent = torch.cat([latent, own[..., 0, :]], dim=-1)
-                if name in self.decoders:
-                    predictors, likelihood = self.decoders[name](latent, view), self.likelihoods[name]
-                    plate = pyro.plate(f"{name}_features", likelihood.schema.n_features, dim=-1)
-                    with poutine.scale(scale=weights.data), plate:
-                        likelihood.posterior(name, predictors, kl_weight)
+            self.modalities[name](z, view, minibatch, kl_weight, private.get(name))
 
 
-def directed(graph: GuidanceGraph) -> tuple[Tensor, Tensor, Tensor]:
-    """Edges in both directions and a self loop at every node, shape (2, E); their weights and signs, shape (E,)."""
-    loops = np.arange(graph.n_features)
-    edges = np.concatenate([graph.edges, graph.edges[::-1], [loops, loops]], axis=1)
-    ones = np.ones(len(loops), dtype=np.float32)
-    weight, sign = (np.concatenate([values, values, ones]) for values in (graph.weight, graph.sign))
-    return torch.from_numpy(edges), torch.from_numpy(weight), torch.from_numpy(sign)
-
-
-class DiagVI(MosaicModel):
+class DiagVI(Embedded):
     """Integrate modalities that were measured in different cells, by a graph of features that go together.
 
     Parameters
@@ -318,7 +214,7 @@ class DiagVI(MosaicModel):
         Width of the shared latent space, in which modalities are aligned and cells are returned.
     n_private
         Width of each modality's private latent space; 0, as in the reference, makes all that a modality can see shared.
-    n_hidden, n_layers, dropout
+    n_hidden, n_encoder_layers, dropout
         Shape of the encoders.
     encode_covariates
         Whether encoders see batch and covariates.
@@ -335,8 +231,10 @@ class DiagVI(MosaicModel):
     encoder, decoder
         What makes the networks of each modality, with the arguments of `pyromosaic.nn.Encoder` and
         `InnerProductDecoder`, which they are by default.
-    lam_data, lam_kl, lam_private, lam_graph, lam_sinkhorn, lam_anchors, lam_pull, lam_class
-        Weights of the likelihoods, of the divergences of shared and private variables, of the graph (its likelihood
+    private_kl
+        Weight of the private variables' divergences.
+    lam_data, lam_kl, lam_graph, lam_sinkhorn, lam_anchors, lam_pull, lam_class
+        Weights of the likelihoods, of the divergence of the shared variable, of the graph (its likelihood
         and its divergence), of the Sinkhorn divergence, of anchors and pull to the linkage's scores, and of the
         classifier of labels. The pull is 20 by default, and 2 beside a mixture, whose components must be free to move.
         The preset ``"reference"`` holds the reference's.
@@ -389,7 +287,7 @@ class DiagVI(MosaicModel):
         n_latent: int = 12,
         n_private: int = 8,
         n_hidden: int = 128,
-        n_layers: int = 2,
+        n_encoder_layers: int = 2,
         dropout: float = 0.1,
         encode_covariates: bool = True,
         pairing: bool = False,
@@ -401,7 +299,7 @@ class DiagVI(MosaicModel):
         lam_data: float = 1.0,
         lam_kl: float = 1.0,
         kl_per_feature: bool = False,
-        lam_private: float = 2.0,
+        private_kl: float = 2.0,
         lam_graph: float = 15.0,
         lam_sinkhorn: float = 3.0,
         align_draws: bool = False,
@@ -415,15 +313,12 @@ class DiagVI(MosaicModel):
         penalties: Sequence[Penalty] = (),
         seed: int = 0,
     ) -> None:
-        options = locals()
         if n_latent < 1 or n_private < 0:
             raise ValueError(f"n_latent is at least 1 and n_private at least 0; found {n_latent} and {n_private}")
         self.pairing = pairing
-        if isinstance(data, Mosaic) and not pairing:
-            data = separate(data)
-        with self._construction(data, options, seed) as schema:
+        with self._construction(data, seed) as schema:
             self.graph = GuidanceGraph.of(graph, schema)
-            self.options |= {"graph": self.graph.to_json(), "linkage": linkage if isinstance(linkage, str) else None}
+            self._keep(graph=self.graph.to_json(), linkage=linkage if isinstance(linkage, str) else None)
             self.linkage = linkage
             self.scores = Scores()
             labels = Labels(schema)
@@ -433,7 +328,7 @@ class DiagVI(MosaicModel):
             likelihoods = likelihoods_of(schema)
             width = n_latent + n_private
             encoders = {
-                name: (encoder or Encoder)(m, width, n_hidden, n_layers, dropout, encode_covariates)
+                name: (encoder or Encoder)(m, width, n_hidden, n_encoder_layers, dropout, encode_covariates)
                 for name, m in modalities.items()
             }
             decoders = {
@@ -454,55 +349,70 @@ class DiagVI(MosaicModel):
                 prior = GaussianMixture(n_latent, n_components, labels)
             elif isinstance(prior, str):
                 raise ValueError(f'the prior is "normal", "mixture" or a module; found {prior!r}')
+            lams = {"lam_data": lam_data, "lam_kl": lam_kl, "private_kl": private_kl, "lam_graph": lam_graph}
+            for lam, weight in lams.items():
+                if weight < 0:
+                    raise ValueError(f"{lam} is at least 0; found {weight}")
             per_feature = {name: m.n_features if kl_per_feature else 1 for name, m in modalities.items()}
-            weights = Weights(lam_data, lam_kl, lam_private, lam_graph, per_feature)
-            edges, weight, sign = directed(self.graph)
+            weights = Weights(lam_graph, {name: lam_kl / n for name, n in per_feature.items()})
+            plates = {
+                name: LinkedPlates(name, m.n_features, lam_data, private_kl / per_feature[name], balanced=True)
+                for name, m in modalities.items()
+            }
+            edges, strength, sign = directed(self.graph)
             self.classifier = Classifier(lam_class, labels, n_latent) if len(labels) else None
             aligned = [
                 Sinkhorn(lam_sinkhorn, blur=blur, reach=reach, sampled=align_draws, reference=reference),
                 Anchors(lam_anchors, self.scores),
                 Pull(lam_pull, self.scores),
                 *([] if self.classifier is None else [self.classifier]),
-                *penalties,
             ]
-            self.model = self.Model(self.graph, prior, sizes, decoders, likelihoods, weights, n_latent, n_private)
+            self.model = self.Model(
+                self.graph,
+                prior,
+                {
+                    name: LinkedMeasurement(plates[name], sizes[name], decoders[name], likelihoods[name], n_private)
+                    for name in modalities
+                },
+                weights,
+                n_latent,
+            )
             self.guide = self.Guide(
-                GraphEncoder(self.graph.n_features, edges, weight * sign, n_latent),
-                encoders,
+                GraphEncoder(self.graph.n_features, edges, strength * sign, n_latent),
+                {
+                    name: MeasurementGuide(
+                        plates[name],
+                        encoders[name],
+                        n_latent,
+                        n_private,
+                        posterior_decoders.get(name),
+                        likelihoods[name],
+                    )
+                    for name in modalities
+                },
                 fusion_of(fusion, tuple(modalities)),
-                aligned,
-                posterior_decoders,
-                likelihoods,
+                with_given(aligned, penalties),
                 weights,
                 self.graph.n_features,
-                n_latent,
-                n_private,
             )
 
-    def _data(self, data: Mosaic | None) -> Mosaic:
-        mosaic = super()._data(data)
-        mosaic = mosaic if self.pairing else separate(mosaic)
-        self.guide.fusion.meet(mosaic)
-        return mosaic
+    def arranged(self, mosaic: Mosaic) -> Mosaic:
+        """Every measurement a cell of its own, unless the model takes pairs."""
+        return mosaic if self.pairing else separate(mosaic)
 
-    def start(self, mosaic: Mosaic) -> None:
-        """Set input scaling, feature-level parameters and the decoders' biases from the data."""
+    def check_data(self, mosaic: Mosaic) -> None:
+        """Refuse modalities without cells, counts that are taken for real values, and labels of two vocabularies."""
         check_labels(mosaic)
-        self.guide.fusion.start(mosaic)
         for name, modality in mosaic.modalities.items():
             if not modality.present.any():
                 raise ValueError(f"modality {name!r} has no cell to learn from; load a trained model for such data")
-            view = measured(mosaic, modality.sample()).observed[name]
-            if modality.spec.family == "normal" and (view.dense_counts() % 1 == 0).all():
+            named_real = modality.spec.traits.kind == "real" and isinstance(modality.spec.likelihood, str)
+            if named_real and (modality.tensor(modality.sample()).to_dense() % 1 == 0).all():
                 raise ValueError(
-                    f"modality {name!r}: all values are whole numbers, like counts, but likelihood 'normal' takes "
-                    "transformed values; transform them, or use a likelihood of counts such as 'nb'"
+                    f"modality {name!r}: all values are whole numbers, like counts, but likelihood "
+                    f"{modality.spec.likelihood!r} takes transformed values; transform them, or use a likelihood of "
+                    "counts such as 'nb'"
                 )
-            self.guide.encoders[name].scaling.start(view)
-            values = self.model.likelihoods[name].start(view)
-            for decoders in (self.model.decoders, self.guide.decoders):
-                if name in decoders:
-                    decoders[name].start(values)
 
     def train(
         self, n_epochs: int = 150, *, batch_size: int = 2048, learning_rate: float = 1e-2, **options: Any
@@ -522,19 +432,9 @@ class DiagVI(MosaicModel):
         """
         mosaic = self._data(None)
         if not self.scores and self.linkage is not None:
-            self.scores.set(torch.tensor(self.link(mosaic)).to(self._device))
+            scores = linked_scores(self.linkage, mosaic, self.graph, self.model.n_latent)
+            self.scores.set(torch.tensor(scores).to(self._device))
         super().train(n_epochs, batch_size=batch_size, learning_rate=learning_rate, **options)
-
-    def link(self, mosaic: Mosaic) -> np.ndarray:
-        """Scores of the cells that all modalities share, shape (N, c)."""
-        if isinstance(self.linkage, pd.DataFrame):
-            missing = mosaic.obs_names.difference(self.linkage.index)
-            if len(missing):
-                raise ValueError(f"the linkage has no scores of cell {missing[0]!r}; accepted: a row for every cell")
-            return self.linkage.loc[mosaic.obs_names].to_numpy(dtype=np.float32)
-        if self.linkage != "cca":
-            raise ValueError(f'linkage is "cca", a table of scores, or None; found {self.linkage!r}')
-        return shared_scores(mosaic, self.graph, self.model.n_latent)
 
     def finish(self, mosaic: Mosaic) -> None:
         """Learn the sizes of cells from their latent variables; calibrate the classifier."""
@@ -547,66 +447,6 @@ class DiagVI(MosaicModel):
                 self.classifier.calibrate(z[known >= 0], known[known >= 0])
 
     # Asking
-
-    def get_feature_embeddings(self, modality: str | None = None) -> pd.DataFrame:
-        """Posterior mean of the features' embeddings.
-
-        Parameters
-        ----------
-        modality
-            The modality; None for all.
-
-        Returns
-        -------
-        pandas.DataFrame
-            Features × latent dimensions, indexed by modality and feature.
-        """
-        with inference_mode(self.guide):
-            loc = self.guide.graph_encoder()[0].cpu().numpy()
-        pairs = [(name, feature) for name, features in self.graph.features.items() for feature in features]
-        index = pd.MultiIndex.from_tuples(pairs, names=["modality", "feature"])
-        frame = pd.DataFrame(loc, index, [f"v_{i}" for i in range(loc.shape[1])])
-        if modality is None:
-            return frame
-        self.schema[modality]
-        return frame.loc[[modality]]
-
-    def nearest_features(
-        self, modality: str, to: str, features: Sequence[str] | None = None, n_neighbors: int = 5
-    ) -> pd.DataFrame:
-        """Features of another modality whose embeddings point the same way: candidates of regulatory links.
-
-        Parameters
-        ----------
-        modality, to
-            Where to start, and where to look.
-        features
-            Names of the features to start from; None for all.
-        n_neighbors
-            Number of neighbours of each.
-
-        Returns
-        -------
-        pandas.DataFrame
-            A row a pair, nearest first: the two features (columns named after the modalities), ``score``, the cosine
-            of their embeddings, and ``linked``, whether the graph joins them.
-        """
-        chosen = np.asarray(self.schema[modality].features, dtype=object)[self._features(modality, features)]
-        others = np.asarray(self.schema[to].features, dtype=object)
-        embeddings = self.get_feature_embeddings()
-        embeddings = embeddings.div(np.linalg.norm(embeddings, axis=1), axis=0)
-        cosine = embeddings.loc[modality].loc[chosen].to_numpy() @ embeddings.loc[to].to_numpy().T
-        n = min(n_neighbors, len(others))
-        nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :n]
-        table = pd.DataFrame(
-            {
-                modality: np.repeat(chosen, n),
-                to: others[nearest.ravel()],
-                "score": np.take_along_axis(cosine, nearest, axis=1).ravel(),
-            }
-        )
-        links = pd.MultiIndex.from_frame(self.graph.links(modality, to)[[modality, to]])
-        return table.assign(linked=pd.MultiIndex.from_frame(table[[modality, to]]).isin(links))
 
     def predict_celltype(
         self, cells: Cells = None, *, modality: str | None = None, data: Mosaic | None = None

@@ -7,24 +7,24 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pandas as pd
 import pyro
 import torch
-from pyro import distributions as dist
 from pyro import poutine
 from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch, Mosaic, Schema, measured
-from pyromosaic.fusion import Fusion, Posterior, agreement_weights, alone, fusion_of, leave_out, presence
+from pyromosaic.fusion import Fusion, Posterior, agreement_weights, fusion_of, leave_out, presence
 from pyromosaic.likelihoods import likelihoods_of
+from pyromosaic.measurement import Measurement, MeasurementGuide, Plates, cells, encoded
 from pyromosaic.models.mosaic_model import Cells, MosaicModel, Preset
 from pyromosaic.nn import Decoder, Encoder
-from pyromosaic.penalties import MMD, Adversary, Jeffreys, Penalty, apply
+from pyromosaic.penalties import MMD, Adversary, Jeffreys, Penalty, apply, attached, with_given
 from pyromosaic.priors import StandardNormal
-from pyromosaic.program import AtMean, Program, weighted
-from pyromosaic.sizes import LatentSize, Size
+from pyromosaic.program import AtMean, Program, Slots, own
+from pyromosaic.sizes import LatentSize, Size, latent_sizes
 from pyromosaic.tasks import inference_mode
 
 COLLAPSED = 0.2  # share below which the shared latent space is said to have collapsed
@@ -81,22 +81,10 @@ class MultiVIModel(Program):
     (torch.Size([3]), ['rna', 'adt'])
     """
 
-    def __init__(
-        self,
-        prior: nn.Module,
-        private: Mapping[str, int],
-        private_kl: float,
-        sizes: Mapping[str, nn.Module],
-        decoders: Mapping[str, nn.Module],
-        likelihoods: Mapping[str, nn.Module],
-    ) -> None:
+    def __init__(self, prior: nn.Module, modalities: Mapping[str, Measurement]) -> None:
         super().__init__()
-        self.prior = prior
-        self.private = private
-        self.private_kl = private_kl
-        self.sizes = self.container(sizes)
-        self.decoders = self.container(decoders)
-        self.likelihoods = self.container(likelihoods)
+        self.prior = own(prior)
+        self.modalities = Slots(modalities)
 
     def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> Tensor:
         """``z ~ Normal(0, I)``, then ``x_m ~ likelihood_m(decoder_m(z, batch))`` for each modality m (Methods).
@@ -104,19 +92,10 @@ class MultiVIModel(Program):
         Sites: ``z``, and one of each modality's name; beside it ``z_<modality>`` if it has private dimensions,
         ``<modality>_library`` if its size is latent, ``<modality>_background`` if its likelihood is an NB mixture.
         """
-        with pyro.plate("cells", minibatch.n_cells, subsample=minibatch.index, dim=-2), weighted(kl_weight):
+        with cells(minibatch, kl_weight):
             z = pyro.sample("z", self.prior(minibatch))
         for name, view in minibatch.decoded.items():
-            own, likelihood = z[..., view.rows, 0, :], self.likelihoods[name]
-            with self.cells(name, minibatch):
-                view = self.sizes[name](own, view)
-                if name in self.private:
-                    prior = dist.Normal(own.new_zeros(len(view.rows), 1, self.private[name]), 1.0).to_event(1)
-                    with weighted(kl_weight * self.private_kl):
-                        own = torch.cat([own, pyro.sample(f"z_{name}", prior)[..., 0, :]], dim=-1)
-                predictors = self.decoders[name](own, view)
-                with pyro.plate(f"{name}_features", likelihood.schema.n_features, dim=-1):
-                    likelihood(name, predictors, view, kl_weight)
+            self.modalities[name](z, view, minibatch, kl_weight)
         return z
 
 
@@ -141,67 +120,37 @@ class MultiVIGuide(Program):
 
     def __init__(
         self,
-        encoders: Mapping[str, nn.Module],
-        private: Mapping[str, int],
-        private_kl: float,
+        modalities: Mapping[str, MeasurementGuide],
         fusion: Fusion,
         left_out: float,
         penalties: Sequence[nn.Module],
         adversaries: Sequence[nn.Module],
-        size_encoders: Mapping[str, nn.Module],
-        decoders: Mapping[str, nn.Module],
-        likelihoods: Mapping[str, nn.Module],
     ) -> None:
         super().__init__("guide")
-        self.encoders = self.container(encoders)
-        self.private = private
-        self.private_kl = private_kl
-        self.fusion = fusion
+        self.modalities = Slots(modalities)
+        self.fusion = own(fusion)
         self.left_out = left_out
-        self.penalties = nn.ModuleList(penalties)
+        self.penalties = attached(penalties, self.modalities)
         self.adversaries = nn.ModuleList(adversaries)
-        self.size_encoders = self.container(size_encoders)
-        self.decoders = self.container(decoders)
-        self.likelihoods: dict[str, Any] = dict(likelihoods)  # the model owns their parameters
-
-    def posteriors(self, minibatch: Minibatch) -> tuple[dict[str, Posterior], dict[str, Posterior]]:
-        """Posteriors given each modality alone: of z, and of the modality's private variable."""
-        shared, private = {}, {}
-        for name, view in minibatch.observed.items():
-            q, n = Posterior(view.rows, *self.encoders[name](view)), self.private.get(name, 0)
-            shared[name] = q.dimensions(slice(q.loc.shape[-1] - n))
-            private[name] = q.dimensions(slice(q.loc.shape[-1] - n, None))
-        return shared, private
 
     def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> None:
         """``q(z | x) = fusion of q_m(z | x_m)`` over the modalities m that a cell has (Methods).
 
         Sites: those of the model that are not observed, and ``penalty/...``.
         """
-        shared, private = self.posteriors(minibatch)
+        shared, private = encoded(self.modalities, minibatch)
         apply(self.penalties, shared, minibatch, kl_weight)
         used = presence(shared, len(minibatch))
         if self.training and self.left_out:
             used = leave_out(used, self.left_out)
-        joint, seen = self.fusion.posterior(shared, used, minibatch.index), dict(zip(shared, used.T, strict=True))
+            private = {name: q.of(seen[q.rows] > 0) for (name, q), seen in zip(private.items(), used.T, strict=True)}
+        joint = self.fusion.posterior(shared, used, minibatch.index)
         if self.adversaries:
-            whole = Posterior(torch.arange(len(minibatch), device=used.device), joint.mean[:, 0], joint.stddev[:, 0])
-            apply(self.adversaries, {"z": whole}, minibatch, kl_weight)
-        with pyro.plate("cells", minibatch.n_cells, subsample=minibatch.index, dim=-2), weighted(kl_weight):
+            apply(self.adversaries, {"z": Posterior.whole(joint)}, minibatch, kl_weight)
+        with cells(minibatch, kl_weight):
             z = pyro.sample("z", joint)
         for name, view in minibatch.decoded.items():
-            own = z[..., view.rows, 0, :]
-            with self.cells(name, minibatch):
-                if name in self.size_encoders and view.counts is not None:
-                    loc, scale = self.size_encoders[name](view)
-                    pyro.sample(f"{name}_library", dist.Normal(view.library.log() + loc, scale))
-                if name in self.private:
-                    posterior = alone(private.get(name), seen.get(name, used[:, 0]), self.private[name], view.rows)
-                    with weighted(kl_weight * self.private_kl):
-                        own = torch.cat([own, pyro.sample(f"z_{name}", posterior)[..., 0, :]], dim=-1)
-                if name in self.decoders:
-                    with pyro.plate(f"{name}_features", self.likelihoods[name].schema.n_features, dim=-1):
-                        self.likelihoods[name].posterior(name, self.decoders[name](own, view), kl_weight)
+            self.modalities[name](z, view, minibatch, kl_weight, private.get(name))
 
 
 class MultiVI(MosaicModel):
@@ -229,8 +178,8 @@ class MultiVI(MosaicModel):
         Width of a learnt embedding of batch and covariates, which networks see in their place; 0 for indicators. Of use
         with many batches.
     library
-        Cell factor of RNA: ``"observed"`` is its total count; ``"latent"`` infers it by a network, with a normal prior
-        on its logarithm from the cell's batch.
+        Size of a cell in RNA: ``"observed"`` is its total count; ``"latent"`` infers it by a network, with a normal
+        prior on its logarithm from the cell's batch. Of some modalities by name, e.g. ``{"adt": "latent"}``.
     fusion
         How the posteriors of a cell's modalities become one: ``"mean"`` (also ``"equal"``), with weights that are
         learnt per modality ``"global"`` (also ``"universal"``) or per cell ``"cell"``, as a ``"product"`` or a
@@ -306,7 +255,7 @@ class MultiVI(MosaicModel):
         input_dropout: float = 0.5,
         encode_covariates: bool = True,
         covariate_embedding: int = 0,
-        library: str = "observed",
+        library: str | Mapping[str, str] = "observed",
         fusion: str | Fusion = "mean",
         n_private: int | Mapping[str, int] = 0,
         private_kl: float = 2.0,
@@ -321,18 +270,16 @@ class MultiVI(MosaicModel):
         penalties: Sequence[Penalty] = (),
         seed: int = 0,
     ) -> None:
-        with self._construction(data, locals(), seed) as schema:
+        with self._construction(data, seed) as schema:
             modalities = schema.modalities
             jeffreys, left_out = agreement_weights(schema, jeffreys, left_out)
-            if library not in ("observed", "latent"):
-                raise ValueError(f'library is "observed" or "latent"; found {library!r}')
             if covariate_embedding < 0:
                 raise ValueError(f"covariate_embedding is at least 0; found {covariate_embedding}")
             if n_hidden is None:
-                regions = [m.n_features for m in modalities.values() if m.spec.family == "bernoulli"]
+                regions = [m.n_features for m in modalities.values() if m.spec.traits.binary]
                 n_hidden = min(128, int(max(regions or [m.n_features for m in modalities.values()]) ** 0.5))
             n_latent = int(n_hidden**0.5) if n_latent is None else n_latent
-            private = _private(n_private, schema)
+            self.private = private = _private(n_private, schema)
             width = {name: n_latent + private.get(name, 0) for name in modalities}
             likelihoods = likelihoods_of(schema)
             encode: Callable[..., nn.Module] = partial(Encoder, embedding=covariate_embedding)
@@ -352,50 +299,54 @@ class MultiVI(MosaicModel):
                     if predictors
                 }
 
-            inferred = [n for n, m in modalities.items() if library == "latent" and m.spec.family in ("nb", "zinb")]
+            explaining = decoders("predictors", decoder or decode)
+            latent = latent_sizes(library, schema)
+            adversaries = [Adversary(schema, n_latent, adversary_target, adversary)] if adversary else []
+            size_encoders = {name: encode(schema[name], 1, n_hidden, 1, dropout, encode_covariates) for name in latent}
+            inferring = decoders("posterior_predictors", decode)
+            plates = {name: Plates(name, m.n_features, private=private_kl) for name, m in modalities.items()}
             self.model = self.Model(
                 prior or StandardNormal(n_latent),
-                private,
-                private_kl,
-                {n: (LatentSize if n in inferred else Size)(n, m, n_latent) for n, m in modalities.items()},
-                decoders("predictors", decoder or decode),
-                likelihoods,
+                {
+                    name: Measurement(
+                        plates[name],
+                        (LatentSize if name in latent else Size)(name, m, n_latent),
+                        explaining[name],
+                        likelihoods[name],
+                        private.get(name, 0),
+                    )
+                    for name, m in modalities.items()
+                },
             )
             self.guide = self.Guide(
-                encoders,
-                private,
-                private_kl,
+                {
+                    name: MeasurementGuide(
+                        plates[name],
+                        encoders[name],
+                        n_latent,
+                        private.get(name, 0),
+                        inferring.get(name),
+                        likelihoods[name],
+                        size_encoders.get(name),
+                    )
+                    for name in modalities
+                },
                 fusion_of(fusion, tuple(modalities)),
                 left_out,
-                [Jeffreys(jeffreys), MMD(mmd), *penalties],
-                [Adversary(schema, n_latent, adversary_target, adversary)] if adversary else [],
-                {name: encode(schema[name], 1, n_hidden, 1, dropout, encode_covariates) for name in inferred},
-                decoders("posterior_predictors", decode),
-                likelihoods,
+                with_given([Jeffreys(jeffreys), MMD(mmd)], penalties),
+                adversaries,
             )
 
-    def start(self, mosaic: Mosaic) -> None:
-        """Set input scaling, feature-level parameters and the decoders' biases from the data."""
-        self.guide.fusion.start(mosaic)
+    def check_data(self, mosaic: Mosaic) -> None:
+        """Refuse a modality that no cell has."""
         for name, modality in mosaic.modalities.items():
             if not modality.present.any():
                 raise ValueError(f"modality {name!r} has no cell to learn from; load a trained model for such data")
-            view = measured(mosaic, modality.sample()).observed[name]
-            for encoders in (self.guide.encoders, self.guide.size_encoders):
-                if name in encoders:
-                    encoders[name].scaling.start(view)
-            if name in self.guide.size_encoders:
-                self.model.sizes[name].start(view)
-                nn.init.constant_(self.guide.size_encoders[name].log_variance.bias, -4.0)  # a count says much of a size
-            values = self.model.likelihoods[name].start(view)
-            for decoders in (self.model.decoders, self.guide.decoders):
-                if name in decoders:
-                    decoders[name].start(values)
 
     def finish(self, mosaic: Mosaic) -> None:
         """Learn sizes; warn if the shared latent space has collapsed."""
         super().finish(mosaic)
-        if self.model.private:
+        if self.private:
             assert self.split is not None
             held_out = self.split.validation if len(self.split.validation) else self.split.train
             shares = self.get_shared_share(held_out[:: 1 + len(held_out) // 2000])
@@ -434,24 +385,20 @@ class MultiVI(MosaicModel):
             with AtMean():
                 found = poutine.trace(self.guide).get_trace(minibatch)
             for name, view in minibatch.decoded.items():
-                if name in self.model.private:
+                if name in self.private:
+                    part = self.model.modalities[name]
                     z, own = found.nodes["z"]["value"][view.rows, 0], found.nodes[f"z_{name}"]["value"][:, 0]
-                    both = self.model.decoders[name](torch.cat([z, own], dim=-1), view)
-                    shared = self.model.decoders[name](torch.cat([z, torch.zeros_like(own)], dim=-1), view)
+                    both = part.predictors(z, own, view)
+                    shared = part.predictors(z, torch.zeros_like(own), view)
                     alike = (view.codes.unsqueeze(1) == view.codes).all(-1).to(z)  # cells of the same categories
                     mean = {k: alike @ v / alike.sum(-1, keepdim=True) for k, v in shared.items()}
-                    likelihood = poutine.replay(self.model.likelihoods[name], trace=found)
+                    likelihood = poutine.replay(part.likelihood, trace=found)
                     totals = []
                     for predictors in (mean, shared, both):
                         site = poutine.trace(likelihood).get_trace(name, predictors, view).nodes[name]
                         totals.append(float(site["fn"].log_prob(view.counts).sum()))
                     shares[name] = (totals[1] - totals[0]) / (totals[2] - totals[0])
         return pd.Series(shares, dtype=float).clip(0, 1)
-
-    def _data(self, data: Mosaic | None) -> Mosaic:
-        mosaic = super()._data(data)
-        self.guide.fusion.meet(mosaic)
-        return mosaic
 
 
 def _private(n_private: int | Mapping[str, int], schema: Schema) -> dict[str, int]:

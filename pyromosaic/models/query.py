@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pyromosaic.data import Schema
+from pyromosaic.program import Slots
 
 
 def carry_over(old: nn.Module, new: nn.Module, before: Schema, after: Schema) -> dict[str, Tensor]:
@@ -28,8 +29,9 @@ def carry_over(old: nn.Module, new: nn.Module, before: Schema, after: Schema) ->
         For each parameter and buffer that has entries for new batches a mask of these.
     """
     masks, state = {}, new.state_dict()
+    modalities = {key: name for name, key in Slots.names(before.modalities).items()}
     for name, value in old.state_dict().items():
-        modality = next((part for part in name.split(".") if part in before.modalities), None)
+        modality = next((modalities[part] for part in name.split(".") if part in modalities), None)
         if value.shape == state[name].shape:
             state[name].copy_(value)
         elif modality is not None:

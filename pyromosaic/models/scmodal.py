@@ -6,31 +6,31 @@ posteriors and likelihoods of the measurements themselves, private latent variab
 and a geometry term that does not saturate.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import combinations, pairwise
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as lightning
-import numpy as np
 import pandas as pd
 import pyro
 import torch
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 from pyro import distributions as dist
-from pyro import poutine
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from pyromosaic.data import Minibatch, ModalitySchema, Mosaic, Schema, View, measured, separate
-from pyromosaic.fusion import MeanFusion, Posterior, alone, presence
-from pyromosaic.guidance import GuidanceGraph, shared_scores
-from pyromosaic.likelihoods import Likelihood, Predictors, likelihoods_of
-from pyromosaic.models.mosaic_model import MosaicModel, Preset
-from pyromosaic.nn import Decoder, Encoder, InputScaling
+from pyromosaic.attention import AttentionEncoder
+from pyromosaic.data import Minibatch, Mosaic, Schema, separate
+from pyromosaic.fusion import MeanFusion, presence
+from pyromosaic.guidance import GuidanceGraph, linked_scores
+from pyromosaic.likelihoods import Likelihood, likelihoods_of
+from pyromosaic.measurement import Measurement, MeasurementGuide, Plates, cells, encoded
+from pyromosaic.models.linking import Linking
+from pyromosaic.models.mosaic_model import Preset
+from pyromosaic.models.plain import Flat, MeanSquare, PlainDecoder, PlainEncoder
+from pyromosaic.nn import Decoder, Encoder
 from pyromosaic.penalties import (
     Anchors,
     Cycle,
@@ -41,13 +41,14 @@ from pyromosaic.penalties import (
     Pull,
     Scores,
     apply,
+    attached,
     kernel_alignment,
     row_cosine,
+    with_given,
 )
 from pyromosaic.priors import StandardNormal
-from pyromosaic.program import Program, weighted
+from pyromosaic.program import Program, Slots, own
 from pyromosaic.sizes import Size
-from pyromosaic.tasks import inference_mode
 
 REFERENCE = Preset(
     options={
@@ -87,22 +88,7 @@ PAIRS: Mapping[str, Callable[[Iterable[str]], Iterable[tuple[str, str]]]] = {
 LIKENESS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"alignment": kernel_alignment, "cosine": row_cosine}
 
 
-@contextmanager
-def _cells(minibatch: Minibatch, kl_weight: float) -> Iterator[None]:
-    """Plate of the cells' shared latent variables: every modality counts alike, however many cells have it."""
-    weight = torch.zeros(len(minibatch), device=minibatch.index.device)
-    for view in minibatch.observed.values():
-        weight = weight.index_add(0, view.rows, weight.new_full((len(view.rows),), len(minibatch) / len(view.rows)))
-    plate = pyro.plate("cells", minibatch.n_cells, subsample=minibatch.index, dim=-2)
-    with plate, weighted(kl_weight), poutine.scale(scale=weight.unsqueeze(-1)):
-        yield
-
-
-@contextmanager
-def _modality(name: str, minibatch: Minibatch) -> Iterator[None]:
-    """Plate of the cells of a modality, weighted likewise."""
-    with poutine.scale(scale=len(minibatch) / len(minibatch.decoded[name].rows)), Program.cells(name, minibatch):
-        yield
+ENCODERS: Mapping[str, Callable[..., nn.Module]] = {"layers": Encoder, "attention": AttentionEncoder}
 
 
 class ScModalModel(Program):
@@ -125,41 +111,21 @@ class ScModalModel(Program):
     (torch.Size([3]), ['rna', 'adt'])
     """
 
-    def __init__(
-        self,
-        prior: nn.Module,
-        n_private: int,
-        private_kl: float,
-        sizes: Mapping[str, nn.Module],
-        decoders: Mapping[str, nn.Module],
-        likelihoods: Mapping[str, nn.Module],
-        lam_data: float,
-    ) -> None:
+    def __init__(self, prior: nn.Module, modalities: Mapping[str, Measurement]) -> None:
         super().__init__()
-        self.prior, self.n_private, self.private_kl, self.lam_data = prior, n_private, private_kl, lam_data
-        self.sizes = self.container(sizes)
-        self.decoders = self.container(decoders)
-        self.likelihoods = self.container(likelihoods)
+        self.prior = own(prior)
+        self.modalities = Slots(modalities)
+        self.balanced = dict.fromkeys(modalities, 1.0)  # every modality counts alike, however many cells have it
 
     def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> Tensor:
         """``z, z_m ~ Normal(0, I)``, ``x_m ~ likelihood_m(decoder_m(z, z_m, batch))`` for each modality m.
 
         The paper's decoders (Methods), with likelihoods. Sites: ``z``, ``z_<modality>``, one of each modality's name.
         """
-        with _cells(minibatch, kl_weight):
+        with cells(minibatch, kl_weight, self.balanced):
             z = pyro.sample("z", self.prior(minibatch))
         for name, view in minibatch.decoded.items():
-            own, likelihood = z[..., view.rows, 0, :], self.likelihoods[name]
-            with _modality(name, minibatch):
-                view = self.sizes[name](own, view)
-                if self.n_private:
-                    prior = dist.Normal(own.new_zeros(len(view.rows), 1, self.n_private), 1.0).to_event(1)
-                    with weighted(kl_weight * self.private_kl):
-                        own = torch.cat([own, pyro.sample(f"z_{name}", prior)[..., 0, :]], dim=-1)
-                predictors = self.decoders[name](own, view)
-                plate = pyro.plate(f"{name}_features", likelihood.schema.n_features, dim=-1)
-                with poutine.scale(scale=self.lam_data), plate:
-                    likelihood(name, predictors, view, kl_weight)
+            self.modalities[name](z, view, minibatch, kl_weight)
         return z
 
 
@@ -184,64 +150,34 @@ class ScModalGuide(Program):
     """
 
     def __init__(
-        self,
-        encoders: Mapping[str, nn.Module],
-        deterministic: bool,
-        n_private: int,
-        private_kl: float,
-        penalties: Sequence[nn.Module],
-        decoders: Mapping[str, nn.Module],
-        likelihoods: Mapping[str, nn.Module],
-        lam_data: float,
+        self, modalities: Mapping[str, MeasurementGuide], deterministic: bool, penalties: Sequence[nn.Module]
     ) -> None:
         super().__init__("guide")
-        self.encoders = self.container(encoders)
+        self.modalities = Slots(modalities)
+        self.balanced = dict.fromkeys(modalities, 1.0)
         self.fusion = MeanFusion()
-        self.deterministic, self.n_private, self.private_kl = deterministic, n_private, private_kl
-        self.penalties = nn.ModuleList(penalties)
-        self.decoders = self.container(decoders)
-        self.likelihoods: dict[str, Any] = dict(likelihoods)  # the model owns their parameters
-        self.lam_data = lam_data
-
-    def posteriors(self, minibatch: Minibatch) -> tuple[dict[str, Posterior], dict[str, Posterior]]:
-        """Posteriors given each modality alone: of z, and of the modality's private variable."""
-        shared, private = {}, {}
-        for name, view in minibatch.observed.items():
-            q = Posterior(view.rows, *self.encoders[name](view))
-            shared[name] = q.dimensions(slice(q.loc.shape[-1] - self.n_private))
-            private[name] = q.dimensions(slice(q.loc.shape[-1] - self.n_private, None))
-        return shared, private
+        self.deterministic = deterministic
+        self.penalties = attached(penalties, self.modalities)
 
     def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> None:
         """``q(z, z_m | x_m)``, and the paper's losses of alignment (Methods) as penalties.
 
         Sites: those of the model that are not observed, and ``penalty/...``.
         """
-        shared, private = self.posteriors(minibatch)
+        shared, private = encoded(self.modalities, minibatch)
         apply(self.penalties, shared, minibatch, kl_weight)
         used = presence(shared, len(minibatch))
-        seen = dict(zip(shared, used.T, strict=True))
         if self.deterministic:
             joint: Any = dist.Delta(self.fusion(shared, used)[0].unsqueeze(-2), event_dim=1)
         else:
             joint = self.fusion.posterior(shared, used)
-        with _cells(minibatch, kl_weight):
+        with cells(minibatch, kl_weight, self.balanced):
             z = pyro.sample("z", joint)
         for name, view in minibatch.decoded.items():
-            own = z[..., view.rows, 0, :]
-            with _modality(name, minibatch):
-                if self.n_private:
-                    q = alone(private.get(name), seen.get(name, used[:, 0]), self.n_private, view.rows)
-                    with weighted(kl_weight * self.private_kl):
-                        own = torch.cat([own, pyro.sample(f"z_{name}", q)[..., 0, :]], dim=-1)
-                if name in self.decoders:
-                    predictors, likelihood = self.decoders[name](own, view), self.likelihoods[name]
-                    plate = pyro.plate(f"{name}_features", likelihood.schema.n_features, dim=-1)
-                    with poutine.scale(scale=self.lam_data), plate:
-                        likelihood.posterior(name, predictors, kl_weight)
+            self.modalities[name](z, view, minibatch, kl_weight, private.get(name))
 
 
-class ScModal(MosaicModel):
+class ScModal(Linking):
     """Integrate modalities that were measured in different cells, by adversarial alignment.
 
     Parameters
@@ -258,7 +194,7 @@ class ScModal(MosaicModel):
         Width of each modality's private latent space; 0, as in the reference, makes all that a modality can see shared.
     private_kl
         Weight of the private variables' divergences.
-    n_hidden, n_layers, dropout, encode_covariates
+    n_hidden, n_encoder_layers, dropout, encode_covariates
         Shape of the encoders, and whether they see batch and covariates.
     encoder
         ``"layers"``, fully connected ones; ``"attention"``, an `AttentionEncoder`; or what makes the
@@ -343,7 +279,7 @@ class ScModal(MosaicModel):
         n_private: int = 8,
         private_kl: float = 2.0,
         n_hidden: int = 128,
-        n_layers: int = 2,
+        n_encoder_layers: int = 2,
         dropout: float = 0.1,
         encode_covariates: bool = True,
         encoder: Literal["layers", "attention"] | Callable[..., nn.Module] = "layers",
@@ -365,7 +301,6 @@ class ScModal(MosaicModel):
         penalties: Sequence[Penalty] = (),
         seed: int = 0,
     ) -> None:
-        options = locals()
         if n_latent < 1 or n_private < 0:
             raise ValueError(f"n_latent is at least 1 and n_private at least 0; found {n_latent} and {n_private}")
         if lam_data < 0 or private_kl < 0:
@@ -379,20 +314,20 @@ class ScModal(MosaicModel):
                 raise ValueError(f"there is no choice {value!r}; accepted: {', '.join(map(repr, known))}")
         if isinstance(linkage, str) and linkage not in ("cca", "features"):
             raise ValueError(f'linkage is "cca", "features", a table of scores, or None; found {linkage!r}')
-        if isinstance(data, Mosaic):
-            data = separate(data)
-        with self._construction(data, options, seed) as schema:
+        with self._construction(data, seed) as schema:
             modalities, width = schema.modalities, n_latent + n_private
             if len(modalities) < 2:
                 raise ValueError(f"alignment takes at least 2 modalities; found {', '.join(map(repr, modalities))}")
             self.linkage, self.n_private, self.n_latent = linkage, n_private, n_latent
             self.by_features = isinstance(linkage, str) and linkage == "features"
             self.graph = GuidanceGraph.of(graph, schema) if isinstance(linkage, str) else None
-            self.options["graph"] = None if self.graph is None else self.graph.to_json()
-            self.options["linkage"] = linkage if isinstance(linkage, str) else None
+            self._keep(
+                graph=None if self.graph is None else self.graph.to_json(),
+                linkage=linkage if isinstance(linkage, str) else None,
+            )
             self.scores = Scores()
-            chosen = list(PAIRS[pairs](modalities))
-            self.matches = {pair: Scores() for pair in chosen}
+            aligned = list(PAIRS[pairs](modalities))
+            self.matches = {pair: Scores() for pair in aligned}
             self.refresh_every = refresh_every
             encoders: dict[str, nn.Module]
             decoders: dict[str, nn.Module]
@@ -405,7 +340,7 @@ class ScModal(MosaicModel):
                 likelihoods = likelihoods_of(schema)
                 encode = ENCODERS[encoder] if isinstance(encoder, str) else encoder
                 encoders = {
-                    name: encode(m, width, n_hidden, n_layers, dropout, encode_covariates)
+                    name: encode(m, width, n_hidden, n_encoder_layers, dropout, encode_covariates)
                     for name, m in modalities.items()
                 }
                 decoders = {
@@ -417,7 +352,7 @@ class ScModal(MosaicModel):
                 for name, likelihood in likelihoods.items()
                 if likelihood.posterior_predictors
             }
-            discriminators = {pair: Discriminator(1.0, n_latent, n_hidden, n_adversary_steps) for pair in chosen}
+            discriminators = {pair: Discriminator(1.0, n_latent, n_hidden, n_adversary_steps) for pair in aligned}
             self.cycle = cycle = Cycle(1.0, modalities, encoders, decoders, likelihoods, n_private)
             if deterministic:
                 for network in (*encoders.values(), *decoders.values(), *discriminators.values()):
@@ -425,47 +360,55 @@ class ScModal(MosaicModel):
                         nn.init.normal_(parameter, std=0.1)
             terms = [
                 Pairs(lam_adversary, discriminators, warms_up=not deterministic),
-                Pairs(lam_cycle, dict.fromkeys(chosen, cycle)),
+                Pairs(lam_cycle, dict.fromkeys(aligned, cycle)),
                 Pairs(lam_anchors, {pair: Anchors(1.0, own, n_neighbors) for pair, own in self.matches.items()}),
                 Pull(lam_pull, self.scores),
                 Geometry(lam_geometry, encoders, LIKENESS[geometry]),
-                *penalties,
             ]
+            plates = {name: Plates(name, m.n_features, lam_data, private_kl, True) for name, m in modalities.items()}
             self.model = self.Model(
                 prior or (Flat(n_latent) if deterministic else StandardNormal(n_latent)),
-                n_private,
-                private_kl,
-                {name: Size(name, m, n_latent) for name, m in modalities.items()},
-                decoders,
-                likelihoods,
-                lam_data,
+                {
+                    name: Measurement(
+                        plates[name], Size(name, m, n_latent), decoders[name], likelihoods[name], n_private
+                    )
+                    for name, m in modalities.items()
+                },
             )
             self.guide = self.Guide(
-                encoders, deterministic, n_private, private_kl, terms, posterior_decoders, likelihoods, lam_data
+                {
+                    name: MeasurementGuide(
+                        plates[name],
+                        encoders[name],
+                        n_latent,
+                        n_private,
+                        posterior_decoders.get(name),
+                        likelihoods[name],
+                    )
+                    for name in modalities
+                },
+                deterministic,
+                with_given(terms, penalties),
             )
 
-    def _data(self, data: Mosaic | None) -> Mosaic:
-        return separate(super()._data(data))
+    def arranged(self, mosaic: Mosaic) -> Mosaic:
+        """Every measurement a cell of its own."""
+        return separate(mosaic)
 
-    def start(self, mosaic: Mosaic) -> None:
-        """Set input scaling, feature-level parameters and the decoders' biases from the data."""
+    def check_data(self, mosaic: Mosaic) -> None:
+        """Refuse a modality of fewer than two cells."""
         for name, modality in mosaic.modalities.items():
             n = int(modality.present.sum())
             if n < 2:
                 raise ValueError(f"modality {name!r} has {n} cell{'s' * (n != 1)}; accepted: at least 2 to align")
-            view = measured(mosaic, modality.sample()).observed[name]
-            self.guide.encoders[name].scaling.start(view)
-            values = self.model.likelihoods[name].start(view)
-            for decoders in (self.model.decoders, self.guide.decoders):
-                if name in decoders and not isinstance(decoders[name], PlainDecoder):
-                    decoders[name].start(values)
 
     def train(self, n_epochs: int = 150, *, callbacks: Iterable[Callback] = (), **options: Any) -> None:
         """Find what cells are matched by, then fit the parameters; see `MosaicModel.train`."""
         mosaic = self._data(None)
         if self.linkage is not None:
             if not self.by_features and not self.scores:
-                self.scores.set(torch.tensor(self.link(mosaic)).to(self._device))
+                scores = linked_scores(self.linkage, mosaic, self.graph, self.n_latent)
+                self.scores.set(torch.tensor(scores).to(self._device))
             for pair, own in self.matches.items():
                 features = torch.tensor(self.linked_features(mosaic, *pair)) if self.by_features else None
                 own.set(self.scores.values if features is None else features)
@@ -478,275 +421,3 @@ class ScModal(MosaicModel):
                     own.set(torch.cat([normalize(fixed[pair]), normalize(z)], dim=1))
 
         super().train(n_epochs, callbacks=[*callbacks, LambdaCallback(on_train_epoch_start=refresh)], **options)
-
-    def link(self, mosaic: Mosaic) -> np.ndarray:
-        """Scores of the cells that all modalities share, shape (N, c)."""
-        if isinstance(self.linkage, pd.DataFrame):
-            missing = mosaic.obs_names.difference(self.linkage.index)
-            if len(missing):
-                raise ValueError(f"the linkage has no scores of cell {missing[0]!r}; accepted: a row for every cell")
-            return self.linkage.loc[mosaic.obs_names].to_numpy(dtype=np.float32)
-        assert self.graph is not None
-        return shared_scores(mosaic, self.graph, self.n_latent)
-
-    def linked_features(self, mosaic: Mosaic, a: str, b: str, graph: GuidanceGraph | None = None) -> np.ndarray:
-        """Linked features of two modalities as the encoders see them, side by side, shape (N, links); 0 elsewhere.
-
-        A negative link's feature of the second modality has its sign turned. Links of a feature that does not vary are
-        left out. The graph is the model's if none is given.
-        """
-        graph = self.graph if graph is None else graph
-        assert graph is not None
-        links = graph.links(a, b)
-        values = np.zeros((mosaic.n_cells, len(links)), dtype=np.float32)
-        varies = np.ones(len(links), dtype=bool)
-        for name, sign in ((a, np.ones(len(links))), (b, links["sign"].to_numpy())):
-            columns = pd.Index(self.schema[name].features).get_indexer(pd.Index(links[name]))
-            cells = np.flatnonzero(mosaic.modalities[name].present)
-            for part in np.array_split(cells, -(-len(cells) // 1024)):
-                view = measured(mosaic, part).observed[name].to(self._device)
-                values[part] = self.guide.encoders[name].scaling(view).cpu().numpy()[:, columns] * sign
-            varies &= np.ptp(values[cells], axis=0) > 0
-        if not varies.any():
-            raise ValueError(
-                f"modalities {a!r} and {b!r} have no linked features that vary, out of {len(links)}; accepted: at "
-                'least one, or linkage="cca", which links modalities through others too'
-            )
-        return values[:, varies]
-
-    # Asking
-
-    def link_agreement(self, graph: Any, n_neighbors: int = 15) -> float:
-        """How well linked features agree between a cell and its nearest in the other modality.
-
-        With links that the model was not given it says, without pairs or labels, which of two models aligns better: so
-        the weights of the penalties can be chosen.
-
-        Parameters
-        ----------
-        graph
-            Links that were left out, as for the model: a table, say.
-        n_neighbors
-            Over how many nearest cells the other modality's feature is averaged.
-
-        Returns
-        -------
-        float
-            Mean correlation over links, both ways, and pairs of modalities that are aligned.
-        """
-        mosaic, graph = self._data(None), GuidanceGraph.of(graph, self.schema)
-        z, r = self.get_latent_representation().to_numpy(), []
-        for a, b in self.matches:
-            values = self.linked_features(mosaic, a, b, graph)
-            for near, far in ((a, b), (b, a)):
-                cells, others = (np.flatnonzero(mosaic.modalities[name].present) for name in (near, far))
-                search = NearestNeighbors(n_neighbors=min(n_neighbors, len(others))).fit(z[others])
-                means = values[others[search.kneighbors(z[cells], return_distance=False)]].mean(1)
-                r.append(_correlations(values[cells], means))
-        return float(np.concatenate(r).mean())
-
-    def feature_links(
-        self, first: str, second: str, *, level: float = 0.05, n_shuffles: int = 100, seed: int = 0
-    ) -> pd.DataFrame:
-        """Features of two modalities that respond alike to the shared latent variable: candidates of links.
-
-        All cells' posterior means are decoded in both modalities. The association of two features is the covariance of
-        their standardised expected measurements, so it is large where z explains much of both. Responses of a few
-        dimensions all resemble each other, so chance is what is found where the latent spaces have nothing to do with
-        each other: the second modality decodes posterior means that were turned at random. An association is beyond
-        chance if it is larger, in absolute value, than the largest of all pairs in all but a share `level` of the
-        turns.
-
-        Parameters
-        ----------
-        first, second
-            The modalities.
-        level
-            That share, from 0 to 1; 1 gives all pairs.
-        n_shuffles
-            Number of turns.
-        seed
-            Of the turns.
-
-        Returns
-        -------
-        pandas.DataFrame
-            One row a pair, the strongest first: columns named after the modalities, ``correlation`` (the association,
-            signed), and ``mutual``, whether each is the strongest partner of the other. `linkage.link_recovery` and
-            `GuidanceGraph.from_linkage` take such tables.
-        """
-        x, y = self.schema[first], self.schema[second]
-        z = torch.tensor(self.get_latent_representation().to_numpy()).to(self._device)
-        centre, spread = z.mean(0), torch.linalg.cholesky(torch.cov(z.T) + 1e-6 * torch.eye(z.shape[1]).to(z))
-        white = torch.linalg.solve_triangular(spread, (z - centre).T, upper=False)
-        noise = torch.Generator().manual_seed(seed)
-
-        def response(name: str, z: Tensor) -> Tensor:
-            expected = self.cycle.expected(name, z)
-            return expected - expected.mean(0)
-
-        with inference_mode(self.model, self.guide):
-            own = response(first, z).T / len(z)
-            association = (own @ response(second, z)).cpu().numpy()
-            largest = []
-            for _ in range(n_shuffles):
-                turn = torch.linalg.qr(torch.randn(z.shape[1], z.shape[1], generator=noise)).Q.to(z)
-                largest.append((own @ response(second, centre + (spread @ turn @ white).T)).abs().max().item())
-        size = np.abs(association)
-        rows, columns = np.nonzero(size > (np.quantile(largest, 1 - level) if level < 1 else -1))
-        best_column, best_row = size.argmax(axis=1), size.argmax(axis=0)
-        table = pd.DataFrame(
-            {
-                first: np.array(x.features, dtype=object)[rows],
-                second: np.array(y.features, dtype=object)[columns],
-                "correlation": association[rows, columns],
-                "mutual": (best_column[rows] == columns) & (best_row[columns] == rows),
-            }
-        )
-        return table.sort_values("correlation", key=np.abs, ascending=False, ignore_index=True)
-
-
-def _correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Correlation of each column of x with that of y; 0 for a constant one."""
-    x, y = x - x.mean(0), y - y.mean(0)
-    return (x * y).sum(0) / np.sqrt(np.maximum((x**2).sum(0) * (y**2).sum(0), 1e-12))
-
-
-class AttentionEncoder(Encoder):
-    """From measurements to a normal posterior, through modules of features that attend to each other.
-
-    Scaled measurements are projected to a few tokens, each a learnt combination of all features. Tokens attend to each
-    other, layer after layer; their mean goes through the two linear heads.
-
-    Parameters
-    ----------
-    schema
-        The modality.
-    n_latent
-        Width of the latent space.
-    n_hidden
-        Width of a token, a multiple of 4, the number of heads.
-    n_layers, dropout, covariates
-        As in `pyromosaic.nn.Encoder`.
-    n_tokens
-        Number of tokens.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], batch_key="batch")
-    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
-    >>> loc, scale = AttentionEncoder(mosaic.schema["rna"], n_latent=10, n_hidden=16)(view)
-    >>> loc.shape, scale.shape
-    (torch.Size([40, 10]), torch.Size([40, 10]))
-    """
-
-    def __init__(
-        self,
-        schema: ModalitySchema,
-        n_latent: int,
-        n_hidden: int = 128,
-        n_layers: int = 2,
-        dropout: float = 0.1,
-        covariates: bool = True,
-        n_tokens: int = 8,
-    ) -> None:
-        super().__init__(schema, n_latent, n_hidden, 0, dropout, covariates)
-        n_inputs = schema.n_features + covariates * schema.n_covariates
-        self.hidden = nn.Sequential(
-            nn.Linear(n_inputs, n_tokens * n_hidden),
-            nn.Unflatten(-1, (n_tokens, n_hidden)),
-            *(nn.TransformerEncoderLayer(n_hidden, 4, n_hidden, dropout, batch_first=True) for _ in range(n_layers)),
-            MeanToken(),
-        )
-
-
-class MeanToken(nn.Module):
-    """Mean over tokens."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Shape (b, width) from (b, tokens, width)."""
-        return tokens.mean(-2)
-
-
-ENCODERS: Mapping[str, Callable[..., nn.Module]] = {"layers": Encoder, "attention": AttentionEncoder}
-
-
-# What the reference is made of
-
-
-class Flat(StandardNormal):
-    """A prior that is the same everywhere; prior predictive draws are from a standard normal."""
-
-    def forward(self, minibatch: Minibatch) -> dist.TorchDistribution:
-        """The prior of every cell of the minibatch."""
-        return super().forward(minibatch).mask(False)
-
-
-class PlainEncoder(nn.Module):
-    """One hidden layer of rectified units, from scaled measurements to a point."""
-
-    def __init__(self, schema: ModalitySchema, n_latent: int, n_hidden: int) -> None:
-        super().__init__()
-        self.scaling = InputScaling(schema)
-        self.network = nn.Sequential(nn.Linear(schema.n_features, n_hidden), nn.ReLU(), nn.Linear(n_hidden, n_latent))
-
-    def posterior(self, x: Tensor, view: View) -> tuple[Tensor, Tensor]:
-        """The point, and standard deviations of 0, given scaled measurements, shape (b, features)."""
-        loc = self.network(x)
-        return loc, torch.zeros_like(loc)
-
-    def forward(self, view: View) -> tuple[Tensor, Tensor]:
-        """The point, and standard deviations of 0, each of shape (b, latent)."""
-        return self.posterior(self.scaling(view), view)
-
-
-class PlainDecoder(nn.Module):
-    """One hidden layer of rectified units, from z to scaled measurements."""
-
-    def __init__(self, schema: ModalitySchema, n_latent: int, n_hidden: int) -> None:
-        super().__init__()
-        self.network = nn.Sequential(nn.Linear(n_latent, n_hidden), nn.ReLU(), nn.Linear(n_hidden, schema.n_features))
-
-    def forward(self, z: Tensor, view: View) -> dict[str, Tensor]:
-        """The predictor ``loc``, shape (..., b, features)."""
-        return {"loc": self.network(z)}
-
-
-class MeanSquare(Likelihood):
-    """Mean square over features of scaled measurements minus ``loc``, as a normal likelihood.
-
-    A variance of half the number of features makes it that, up to constants. It is a weight rather than the spread of
-    measurements: predicted is the point on the scale of the measurements to which ``loc`` belongs.
-    """
-
-    predictors = ("loc",)
-
-    def __init__(self, schema: ModalitySchema) -> None:
-        super().__init__(schema)
-        self.scaling = InputScaling(schema)
-
-    def start(self, view: View) -> dict[str, Tensor]:
-        """Learn the scaling."""
-        self.scaling.start(view)
-        return {}
-
-    def forward(self, name: str, predictors: Predictors, view: View, kl_weight: float = 1.0) -> None:
-        """The observed site, or a point to be predicted."""
-        if view.counts is None:
-            pyro.sample(name, self.distribution(predictors, view))
-        else:
-            scale = (self.schema.n_features / 2) ** 0.5
-            pyro.sample(name, dist.Normal(predictors["loc"], scale), obs=self.scaling(view))
-
-    def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
-        """The point, batch shape (..., b, features)."""
-        x = predictors["loc"] * self.scaling.sd + self.scaling.mean
-        if self.schema.spec.data_kind != "real":
-            x = x.expm1().clamp_min(0.0) * (view.library / self.schema.library)
-        return dist.Delta(x)
-
-    def seen(self, predictors: Predictors) -> Tensor:
-        """What an encoder sees of what is expected: ``loc`` itself."""
-        return predictors["loc"]

@@ -8,7 +8,7 @@ from pyromosaic.penalties.cycle import Cycle
 from pyromosaic.penalties.divergence import MMD, Jeffreys, MeanDistance, discrepancy
 from pyromosaic.penalties.geometry import Geometry, kernel_alignment, row_cosine
 from pyromosaic.penalties.pairs import Discriminator, Pairs
-from pyromosaic.penalties.penalty import Penalty, apply
+from pyromosaic.penalties.penalty import Penalty, apply, attached, with_given
 from pyromosaic.penalties.transport import Sinkhorn, sinkhorn_divergence
 
 __all__ = [
@@ -30,9 +30,11 @@ __all__ = [
     "Sinkhorn",
     "Wasserstein",
     "apply",
+    "attached",
     "discrepancy",
     "kernel_alignment",
     "mutual_neighbors",
     "row_cosine",
     "sinkhorn_divergence",
+    "with_given",
 ]

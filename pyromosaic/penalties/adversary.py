@@ -9,9 +9,9 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from pyromosaic.data import Minibatch, Schema
-from pyromosaic.fusion import Posterior
 from pyromosaic.nn import layers
 from pyromosaic.penalties.penalty import Penalty
+from pyromosaic.posterior import Posterior
 
 
 class Adversary(Penalty):

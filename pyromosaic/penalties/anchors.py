@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch
-from pyromosaic.fusion import Posterior
 from pyromosaic.penalties.penalty import Penalty
+from pyromosaic.posterior import Posterior
 
 
 class Scores(nn.Module):

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from pyromosaic.data import Minibatch
-from pyromosaic.fusion import Posterior
 from pyromosaic.penalties.divergence import MMD
 from pyromosaic.penalties.penalty import Penalty
+from pyromosaic.posterior import Posterior
 
 
 class CohortMMD(MMD):
@@ -110,7 +110,7 @@ class Dependence(Penalty):
 
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
         """The penalty, a scalar; 0 with fewer than three cells."""
-        first, second = (q.loc[: self.n_cells] for q in posteriors.values())
+        first, second = (q.loc for q in posteriors.values())
         if len(first) < 3:
             return first.new_zeros(())
         a, b = _centred_kernel(first), _centred_kernel(second)

@@ -8,8 +8,8 @@ from pyro import poutine
 from torch import Tensor
 
 from pyromosaic.data import Minibatch, ModalitySchema, View
-from pyromosaic.fusion import Posterior
 from pyromosaic.penalties.penalty import Penalty
+from pyromosaic.posterior import Posterior
 from pyromosaic.program import AtMean
 
 
@@ -37,8 +37,11 @@ class Cycle(Penalty):
     >>> from pyromosaic.data import measured
     >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50, "adt": 5})[0])
     >>> model = MultiVI(mosaic, n_latent=5)
-    >>> parts = model.guide.encoders, model.model.decoders, model.model.likelihoods
-    >>> cycle = Cycle(1.0, mosaic.schema.modalities, *({name: of[name] for name in ("rna", "adt")} for of in parts))
+    >>> story, guide = model.model.modalities, model.guide.modalities
+    >>> encoders = {name: part.encoder for name, part in guide.items()}
+    >>> decoders = {name: part.decoder for name, part in story.items()}
+    >>> likelihoods = {name: part.likelihood for name, part in story.items()}
+    >>> cycle = Cycle(1.0, mosaic.schema.modalities, encoders, decoders, likelihoods)
     >>> cycle.there("adt", torch.zeros(3, 5)).shape  # decoded as antibodies, and encoded again
     torch.Size([3, 5])
     """

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyromosaic.data import Minibatch
-from pyromosaic.fusion import Posterior
 from pyromosaic.penalties.penalty import Penalty
+from pyromosaic.posterior import Posterior
 
 
 class Jeffreys(Penalty):
@@ -131,7 +131,7 @@ class MMD(Penalty):
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
         """The penalty, a scalar; 0 with a single modality."""
         total = next(iter(posteriors.values())).loc.new_zeros(())
-        for a, b in combinations([q.loc[: self.n_cells] for q in posteriors.values()], 2):
+        for a, b in combinations([q.loc for q in posteriors.values()], 2):
             if len(a) > 1 and len(b) > 1:
                 total = total + discrepancy(a, b)
         return total

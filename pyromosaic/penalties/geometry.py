@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from pyromosaic.data import Minibatch
-from pyromosaic.fusion import Posterior
 from pyromosaic.penalties.penalty import Penalty
+from pyromosaic.posterior import Posterior
 
 
 class Geometry(Penalty):
@@ -22,7 +22,7 @@ class Geometry(Penalty):
     weight
         What it is multiplied by.
     encoders
-        The guide's encoders, whose ``scaling`` prepares the measurements.
+        The guide's encoders, whose ``scaling`` prepares the measurements; None for those of the guide that gets it.
     likeness
         Function of (cells, features) and (cells, latent): `kernel_alignment`, or `row_cosine` as in scMODAL.
 
@@ -32,23 +32,37 @@ class Geometry(Penalty):
     >>> from pyromosaic.data import measured
     >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50})[0])
     >>> model, minibatch = MultiVI(mosaic), measured(mosaic, mosaic.find(None))
-    >>> scaled = model.guide.encoders["rna"].scaling(minibatch.observed["rna"])
+    >>> scaled = model.guide.modalities["rna"].encoder.scaling(minibatch.observed["rna"])
     >>> q = Posterior(torch.arange(60), scaled, torch.ones_like(scaled))  # the very geometry of the measurements
-    >>> round(Geometry(1.0, {"rna": model.guide.encoders["rna"]})({"rna": q}, minibatch).item(), 3)
+    >>> round(Geometry(1.0, {"rna": model.guide.modalities["rna"].encoder})({"rna": q}, minibatch).item(), 3)
     -1.0
     """
 
     name = "geometry"
 
     def __init__(
-        self, weight: float, encoders: Mapping[str, Any], likeness: Callable[[Tensor, Tensor], Tensor] | None = None
+        self,
+        weight: float,
+        encoders: Mapping[str, Any] | None = None,
+        likeness: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(weight)
-        self.encoders = dict(encoders)  # the guide owns their parameters
+        self.encoders, self.given = dict(encoders or {}), encoders is not None  # the guide owns their parameters
         self.likeness = kernel_alignment if likeness is None else likeness
+
+    def attach(self, modalities: Mapping[str, Any]) -> None:
+        """Take the guide's encoders, unless others were given."""
+        if not self.given:
+            self.encoders = {name: part.encoder for name, part in modalities.items()}
 
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
         """The penalty, a scalar."""
+        unknown = [name for name in posteriors if name not in self.encoders]
+        if unknown:
+            raise ValueError(
+                f"a penalty of geometry compares modalities ({', '.join(map(repr, self.encoders))}); found posteriors "
+                f"of {unknown[0]!r}. In ContrastiveVI give it as penalties={{'modalities': [...]}}"
+            )
         likenesses = [
             self.likeness(self.encoders[name].scaling(minibatch.observed[name]), q.loc)
             for name, q in posteriors.items()

@@ -8,8 +8,8 @@ from torch.func import functional_call
 from torch.nn.functional import softplus
 
 from pyromosaic.data import Minibatch
-from pyromosaic.fusion import Posterior
 from pyromosaic.penalties.penalty import Penalty
+from pyromosaic.posterior import Posterior
 
 
 class Pairs(Penalty):

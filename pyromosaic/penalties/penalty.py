@@ -4,14 +4,15 @@ A penalty is a function of what the guide infers, not of how data come about. It
 model stays a proper joint density, and prior or posterior predictive samples and held-out likelihoods never contain it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyro
 from torch import nn
 
 from pyromosaic.data import Minibatch
-from pyromosaic.fusion import Posterior
+from pyromosaic.posterior import Posterior
+from pyromosaic.program import own
 
 
 class Penalty(nn.Module):
@@ -50,6 +51,45 @@ class Penalty(nn.Module):
         if n_cells is not None and n_cells < 1:
             raise ValueError(f"n_cells is at least 1; found {n_cells}")
         self.weight, self.n_cells = weight, n_cells
+
+    def attach(self, modalities: Mapping[str, Any]) -> None:
+        """Learn the modalities' parts of the guide, if the penalty looks at them."""
+
+    def __call__(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Any:
+        """The penalty of the cells that are looked at."""
+        if self.n_cells is not None:
+            posteriors = {name: q.of(slice(self.n_cells)) for name, q in posteriors.items()}
+        return super().__call__(posteriors, minibatch)
+
+
+def with_given(defaults: Sequence[Any], given: Sequence[Any]) -> list[Any]:
+    """A model's own penalties and those that the user gave, which replace the model's of the same name.
+
+    Examples
+    --------
+    >>> from pyromosaic.penalties import MMD, Jeffreys
+    >>> [(p.name, p.weight) for p in with_given([Jeffreys(0.2), MMD(50.0)], [MMD(1.0)])]
+    [('jeffreys', 0.2), ('mmd', 1.0)]
+    """
+    names = {penalty.name for penalty in given}
+    return [*(penalty for penalty in defaults if penalty.name not in names), *given]
+
+
+def attached(penalties: Iterable[Any], modalities: Mapping[str, Any]) -> nn.ModuleList:
+    """Penalties as part of a guide with these modalities.
+
+    Examples
+    --------
+    >>> from pyromosaic.penalties import MMD
+    >>> attached([MMD(1.0)], {})
+    ModuleList(
+      (0): MMD()
+    )
+    """
+    owned = [own(penalty) for penalty in penalties]
+    for penalty in owned:
+        penalty.attach(modalities)
+    return nn.ModuleList(owned)
 
 
 def apply(

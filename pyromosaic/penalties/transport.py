@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pyromosaic.data import Minibatch
-from pyromosaic.fusion import Posterior
 from pyromosaic.penalties.penalty import Penalty
+from pyromosaic.posterior import Posterior
 
 
 class Sinkhorn(Penalty):
@@ -82,7 +82,6 @@ class Sinkhorn(Penalty):
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
         """The penalty, a scalar; 0 with a single modality, or without the reference."""
         points = {k: torch.normal(q.loc, q.scale) if self.sampled else q.loc for k, q in posteriors.items()}
-        points = {k: x[: self.n_cells] for k, x in points.items()}
         total = next(iter(points.values())).new_zeros(())
         for a, b in combinations(points, 2):
             if self.reference in (None, a, b):

@@ -4,10 +4,12 @@ from pyromosaic.program import AtMean
 from pyromosaic.tasks.differential import compare, compare_groups, contrasts, estimate_delta
 from pyromosaic.tasks.inference import inference_mode
 from pyromosaic.tasks.prediction import Estimate, draws, estimate
+from pyromosaic.tasks.question import Question
 
 __all__ = [
     "AtMean",
     "Estimate",
+    "Question",
     "compare",
     "compare_groups",
     "contrasts",

@@ -14,8 +14,9 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from pyromosaic.data import Modality, ModalitySchema, Mosaic
+from pyromosaic.data.traits import EffectScale
 
-Scale = Literal["log2", "difference"]
+Scale = EffectScale
 Mode = Literal["change", "vanilla"]
 Delta = float | Literal["default"] | None
 #: Posterior draws, one for each of some cells (repeats are draws of their own), from cell numbers, the batch to decode
@@ -230,14 +231,13 @@ def effect_scale(schema: ModalitySchema) -> tuple[Scale, float]:
     """Scale on which a modality is compared, and the pseudocount there.
 
     RNA by the fold change of shares, with a pseudocount of one count in a hundred cells of median size; accessibility
-    and unbounded values by their difference; other values (a protein's expected count in a cell of median size) by
-    their fold change with a pseudocount of 1.
+    and real values by their difference; other values (a protein's expected count in a cell of median size) by their
+    fold change with a pseudocount of 1. A likelihood of one's own says otherwise in its `pyromosaic.data.Traits`.
     """
-    if schema.spec.family in ("nb", "zinb", "multinomial"):
-        return "log2", 0.01 / schema.library
-    if schema.spec.family in ("bernoulli", "normal"):
+    traits = schema.spec.traits
+    if traits.scale == "difference":
         return "difference", 0.0
-    return "log2", 1.0
+    return "log2", traits.pseudocount / (schema.library if traits.shares else 1.0)
 
 
 def contrasts(

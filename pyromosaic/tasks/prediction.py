@@ -1,19 +1,20 @@
 """What a trained program says of a modality in any cell, measured or not."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 import torch
 from pyro import poutine
-from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch
-from pyromosaic.laplace import decoder_of, weights_drawn
+from pyromosaic.laplace import weights_drawn
+from pyromosaic.measurement import encoded_once, part_of
 from pyromosaic.program import AtMean
+from pyromosaic.tasks.question import Question
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,7 @@ def run(
         return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(minibatch)
 
 
-def draws(
-    model: nn.Module,
-    guide: nn.Module,
-    minibatch: Minibatch,
-    name: str,
-    value: Callable[[TorchDistribution], Tensor] | None,
-    n_samples: int | None,
-    columns: Tensor,
-    weights_seed: int | None = None,
-) -> Tensor:
+def draws(model: nn.Module, guide: nn.Module, minibatch: Minibatch, question: Question, columns: Tensor) -> Tensor:
     """Independent posterior draws of a quantity for the cells of one minibatch.
 
     Parameters
@@ -72,17 +64,10 @@ def draws(
         The Pyro program.
     minibatch
         With the modality among those to be decoded.
-    name
-        The modality.
-    value
-        The quantity, from the modality's distribution; None for measurements.
-    n_samples
-        Number of draws; None for one evaluation at the mean of the posterior.
+    question
+        What is asked of it. Draws of the decoder's weights are the same for any cells.
     columns
         Numbers of the features that are wanted.
-    weights_seed
-        Seed of draws of the decoder's weights, one for each draw and the same for any cells; None leaves the weights
-        where training left them.
 
     Returns
     -------
@@ -92,21 +77,25 @@ def draws(
     Examples
     --------
     >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> from pyromosaic.data import to_predict
     >>> from pyromosaic.tasks import inference_mode
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0])
-    >>> model, minibatch = MultiVI(mosaic), to_predict(mosaic, np.arange(10), ("adt",))
+    >>> mosaic, question = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0]), Question("adt", n_samples=2)
+    >>> model, minibatch = MultiVI(mosaic), question.minibatch(mosaic, np.arange(10))
     >>> with inference_mode(model.model, model.guide):
-    ...     counts = draws(model.model, model.guide, minibatch, "adt", None, 2, torch.arange(3))
+    ...     counts = draws(model.model, model.guide, minibatch, question, torch.arange(3))
     >>> counts.shape
     torch.Size([2, 10, 3])
     """
-    values, decoder = [], decoder_of(model, name)
-    for i in range(n_samples or 1):
-        at_mean = n_samples is None
-        with nullcontext() if at_mean or weights_seed is None else weights_drawn(decoder, (weights_seed << 20) + i):
-            site = run(model, guide, minibatch, latent_at_mean=at_mean, drawn=value is None).nodes[name]
-        values.append((site["value"] if value is None else value(site["fn"])).index_select(-1, columns))
+    values, value, part = [], question.value, part_of(model, question.modality)
+    at_mean = question.n_samples is None
+    with encoded_once(guide):
+        for i in range(question.n_samples or 1):
+            weights: AbstractContextManager[None] = nullcontext()
+            if question.weights and not at_mean and part is not None:
+                weights = weights_drawn(part.decoder, (question.seed << 20) + i)
+            with weights:
+                trace = run(model, guide, minibatch, latent_at_mean=at_mean, drawn=value is None)
+            site = trace.nodes[question.modality]
+            values.append((site["value"] if value is None else value(site["fn"])).index_select(-1, columns))
     return torch.stack(values)
 
 

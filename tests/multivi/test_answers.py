@@ -16,6 +16,7 @@ from pyromosaic import Mosaic, MultiVI, metrics
 from pyromosaic.data import measured
 from pyromosaic.program import AtMean
 from pyromosaic.sizes import Size
+from pyromosaic.tasks import Question
 
 # Asking
 
@@ -93,9 +94,7 @@ def test_draws_are_independent_and_summarised(trained):
     assert (estimate.sd.to_numpy() > 0).all() and (low < high).to_numpy().all()
     again = trained.get_imputed_values("adt", n_samples=40, quantiles=(0.1, 0.5, 0.9))
     pd.testing.assert_frame_equal(estimate.mean, again.mean)
-    chunks = list(
-        trained._draws("adt", None, None, None, None, 300, None, None, 0, lambda distribution: distribution.mean)
-    )
+    chunks = list(trained._answers(Question("adt", lambda distribution: distribution.mean, n_samples=300)))
     draws = torch.cat(chunks, dim=1).log().flatten(1)
     centred = draws - draws.mean(0)
     neighbours = (centred[1:] * centred[:-1]).mean() / centred.square().mean()
@@ -115,7 +114,7 @@ def test_posterior_predictive_has_the_models_moments(trained):
 
 def test_chunks_of_cells_do_not_matter(trained, monkeypatch):
     whole = trained.get_normalized_expression("rna")
-    monkeypatch.setattr("pyromosaic.models.mosaic_model.CHUNK_ENTRIES", 30 * 7)
+    monkeypatch.setattr("pyromosaic.models.asking.CHUNK_ENTRIES", 30 * 7)
     pd.testing.assert_frame_equal(trained.get_normalized_expression("rna"), whole, rtol=1e-4)
 
 

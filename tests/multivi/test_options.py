@@ -107,7 +107,7 @@ def test_private_variables_follow_their_modality_or_the_prior(mosaic):
         assert (q.mean[~present] == 0).all() and (q.stddev[~present] == 1).all()
         assert (q.stddev[present] != 1).all()
     # of two decoders, each sees its own private variable alone
-    inputs = [model.model.decoders[name].hidden[0].in_features - 2 for name in ("rna", "adt", "atac")]
+    inputs = [model.model.modalities[name].decoder.hidden[0].in_features - 2 for name in ("rna", "adt", "atac")]
     assert inputs == [6, 5, 4]
     encoded = to_predict(mosaic, np.flatnonzero(mosaic.patterns == "rna+adt"), ("adt",), encode=("rna",))
     q = poutine.trace(model.guide).get_trace(encoded).nodes["z_adt"]["fn"]
@@ -143,7 +143,7 @@ def test_share_of_the_shared_latent_variable(mosaic):
         other = copy.deepcopy(model)
         for name in ("rna", "atac"):
             with torch.no_grad():
-                other.model.decoders[name].hidden[0].weight[:, ignored] = 0.0
+                other.model.modalities[name].decoder.hidden[0].weight[:, ignored] = 0.0
         np.testing.assert_allclose(other.get_shared_share(), share, atol=1e-3)
     everyone = model.get_shared_share(model.split.validation)
     assert everyone.between(-1, 2).all()
@@ -166,12 +166,12 @@ def test_dispersion_by_batch_and_label(data, likelihood, dispersion, shape, tmp_
     shape = (3, 8) if dispersion == "gene-label" else shape
     mosaic = Mosaic.from_mudata(data, {"adt": spec})
     model = small(mosaic)
-    log_theta = model.model.likelihoods["adt"].log_theta
+    log_theta = model.model.modalities["adt"].likelihood.log_theta
     assert log_theta.shape == shape
     with torch.no_grad():
         log_theta.normal_()
     view = measured(mosaic, np.arange(20)).observed["adt"]
-    theta = model.model.likelihoods["adt"].theta(view).log().expand(20, 8)
+    theta = model.model.modalities["adt"].likelihood.theta(view).log().expand(20, 8)
     obs = data["adt"].obs.loc[mosaic.obs_names[:20]]
     for i, (batch, label) in enumerate(zip(obs["batch"], obs["type"], strict=True)):
         row = {"gene": None, "gene-batch": "ab".index(batch), "gene-label": int(label)}[dispersion]

@@ -15,6 +15,7 @@ from pyromosaic import ContrastiveVI, ModalitySpec, Mosaic, MultiVI
 from pyromosaic.data import measured
 from pyromosaic.data import simulate as simulate_mosaic
 from pyromosaic.fusion import Posterior
+from pyromosaic.measurement import encoded
 from pyromosaic.nn import Dropout
 from pyromosaic.penalties import Jeffreys, MeanDistance, discrepancy
 from pyromosaic.train import MosaicELBO
@@ -64,7 +65,7 @@ def test_loss_equals_the_formulas(mosaic):
     z, background = guide.nodes["z"]["value"][:, 0], guide.nodes["adt_background"]["value"]
 
     expected = {}
-    posteriors = {name: model.guide.encoders[name](view) for name, view in minibatch.observed.items()}
+    posteriors = {name: model.guide.modalities[name].encoder(view) for name, view in minibatch.observed.items()}
     means, variances = torch.zeros(48, 4), torch.zeros(48, 4)
     jeffreys = 0.0
     for cell in range(48):
@@ -97,22 +98,22 @@ def test_loss_equals_the_formulas(mosaic):
 
     def decode(side, name):
         view = minibatch.decoded[name]
-        return view, side.decoders[name](z[view.rows], view)
+        return view, side.modalities[name].decoder(z[view.rows], view)
 
     view, predictors = decode(model.model, "rna")
-    theta = model.model.likelihoods["rna"].log_theta.exp()
+    theta = model.model.modalities["rna"].likelihood.log_theta.exp()
     mu = view.counts.to_dense().sum(1, keepdim=True) * predictors["rate"].softmax(-1)
     expected["rna"] = -scale * nb(mu, theta, view.counts.to_dense()).sum()
 
     view, predictors = decode(model.model, "atac")
-    likelihood = model.model.likelihoods["atac"]
+    likelihood = model.model.modalities["atac"].likelihood
     p = predictors["accessibility"].sigmoid() * likelihood.region_logits.sigmoid()
     p = p * likelihood.cell_logits(view).sigmoid()
     opened = (view.counts.to_dense() > 0).float()
     expected["atac"] = -scale * (opened * p.log() + (1 - opened) * torch.log1p(-p)).sum()
 
     view, predictors = decode(model.model, "adt")
-    likelihood = model.model.likelihoods["adt"]
+    likelihood = model.model.modalities["adt"].likelihood
     loc, log_scale = likelihood.background_loc, likelihood.background_log_scale
     batch = view.codes[:, 0]
     size = view.library / mosaic.modalities["adt"].schema.library
@@ -145,7 +146,7 @@ def test_terms_of_the_options_equal_the_formulas(data):
         penalties=[MeanDistance(1.5)],
     )
     with torch.no_grad():
-        model.model.likelihoods["rna"].log_theta.normal_()
+        model.model.modalities["rna"].likelihood.log_theta.normal_()
     minibatch = measured(mosaic, np.arange(0, mosaic.n_cells, 5))
     beta, scale = 0.3, mosaic.n_cells / len(minibatch)
     elbo = MosaicELBO()
@@ -153,11 +154,11 @@ def test_terms_of_the_options_equal_the_formulas(data):
     elbo.loss(model.model, model.guide, minibatch, beta)
     torch.manual_seed(1)
     sites = poutine.trace(model.guide).get_trace(minibatch, beta).nodes
-    shared, private = model.guide.posteriors(minibatch)
+    shared, private = encoded(model.guide.modalities, minibatch)
     standard = torch.distributions.Normal(0.0, 1.0)
     for name, width in (("rna", 2), ("atac", 3)):
         view = minibatch.observed[name]
-        loc, sd = model.guide.encoders[name](view)
+        loc, sd = model.guide.modalities[name].encoder(view)
         torch.testing.assert_close(shared[name].loc, loc[:, :4])
         q = torch.distributions.Normal(loc[:, 4:], sd[:, 4:])
         assert sites[f"z_{name}"]["value"].shape == (len(view.rows), 1, width)
@@ -169,17 +170,17 @@ def test_terms_of_the_options_equal_the_formulas(data):
     logs = np.log(totals.library[totals.present])
     prior = [logs[totals.codes[totals.present, 0] == b] for b in (0, 1)]
     moments = torch.tensor([[x.mean(), x.std()] for x in prior])[batch]
-    loc, sd = model.guide.size_encoders["rna"](view)
+    loc, sd = model.guide.modalities["rna"].size_encoder(view)
     q = torch.distributions.Normal(view.library.log() + loc, sd)
     p = torch.distributions.Normal(moments[:, :1], moments[:, 1:])
     expected = scale * torch.distributions.kl_divergence(q, p).sum()
     torch.testing.assert_close(elbo.terms["rna_library"], expected.detach(), rtol=1e-3, atol=1e-3)
 
     own = torch.cat([sites["z"]["value"][view.rows, 0], sites["z_rna"]["value"][:, 0]], dim=-1)
-    predictors = model.model.decoders["rna"](own, view)
+    predictors = model.model.modalities["rna"].decoder(own, view)
     mu = sites["rna_library"]["value"].exp() * predictors["rate"].softmax(-1)
     theta, gate, counts = (
-        model.model.likelihoods["rna"].log_theta[batch].exp(),
+        model.model.modalities["rna"].likelihood.log_theta[batch].exp(),
         predictors["gate"].sigmoid(),
         view.dense_counts(),
     )
@@ -252,7 +253,7 @@ def test_leaving_modalities_out_changes_only_what_the_posterior_sees(mosaic):
         if isinstance(module, torch.nn.Dropout):
             module.eval()
     z = poutine.trace(model.guide).get_trace(minibatch).nodes["z"]["fn"].mean[:, 0]
-    posteriors = torch.stack([p.loc for p in model.guide.posteriors(minibatch)[0].values()])
+    posteriors = torch.stack([p.loc for p in encoded(model.guide.modalities, minibatch)[0].values()])
     matches = torch.isclose(posteriors, z, atol=1e-6).all(-1)
     assert (matches.sum(0) == 1).all(), "each cell is represented by exactly one of its modalities"
     assert matches.any(1).all(), "and each modality by some cell"
@@ -290,7 +291,7 @@ def test_discrepancy_is_zero_on_average_for_one_distribution_and_finite_when_col
 def test_jeffreys_needs_two_modalities_and_is_symmetric(mosaic):
     model = small(mosaic)
     minibatch = measured(mosaic, np.arange(70))
-    posteriors, _ = model.guide.posteriors(minibatch)
+    posteriors, _ = encoded(model.guide.modalities, minibatch)
     forward = Jeffreys()(posteriors, minibatch)
     backward = Jeffreys()(dict(reversed(posteriors.items())), minibatch)
     torch.testing.assert_close(forward, backward)
@@ -336,7 +337,8 @@ def test_encoders_miss_some_features_beyond_250_in_training():
     guide = MultiVI(mosaic, input_dropout=0.4).guide
     views = measured(mosaic, np.arange(60)).observed
     seen: dict[str, list[torch.Tensor]] = {"rna": [], "adt": []}
-    for name, encoder in guide.encoders.items():
+    for name, part in guide.modalities.items():
+        encoder = part.encoder
         encoder.hidden.register_forward_pre_hook(lambda _, x, name=name: seen[name].append(x[0]))
         scaled = encoder.scaling(views[name])
         for training in (True, False):

@@ -57,7 +57,7 @@ def test_parameters_of_the_story_are_recovered():
     def agreement(found, truth) -> float:
         return np.corrcoef(np.ravel(found), np.ravel(truth))[0, 1]
 
-    likelihoods = model.model.likelihoods
+    likelihoods = {name: part.likelihood for name, part in model.model.modalities.items()}
     assert agreement(likelihoods["rna"].log_theta.detach(), np.log(theta)) > 0.9
     assert agreement(likelihoods["adt"].log_theta.detach(), np.log(theta_proteins)) > 0.9
     assert agreement(model.get_region_factors(), region) > 0.9

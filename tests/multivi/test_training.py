@@ -164,7 +164,7 @@ def test_presets_are_options_of_model_and_training(mosaic):
     options, training = MultiVI.presets["paper"]
     model = MultiVI(mosaic, **options)
     assert model.options["n_hidden"] is None
-    encoder = model.guide.encoders["rna"]
+    encoder = model.guide.modalities["rna"].encoder
     assert encoder.hidden[0].out_features == 7 and encoder.loc.out_features == 2  # of 50 regions
     assert encoder.hidden[0].in_features == 30  # no covariates
     model.train(**training | {"n_epochs": 3}, **QUIET)
@@ -184,7 +184,7 @@ def test_resume_from_a_checkpoint(mosaic, tmp_path):
 def test_a_loss_that_is_not_finite_names_the_site_and_keeps_good_parameters(mosaic):
     model = small(mosaic)
     model.train(1, **QUIET)
-    model.model.likelihoods["rna"].register_forward_pre_hook(
+    model.model.modalities["rna"].likelihood.register_forward_pre_hook(
         lambda module, inputs: inputs[1].update(rate=inputs[1]["rate"] * float("nan"))
     )
     good = {k: v.clone() for k, v in model.model.state_dict().items()}

@@ -17,7 +17,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from pyromosaic.data import Mosaic, Schema
-from pyromosaic.linkage import Linkage, cca, links_by_overlap
+from pyromosaic.linkage import Linkage, links_by_overlap
 
 FEW = 20  # linked features of a modality below which its graph is thin
 
@@ -449,64 +449,6 @@ class GuidanceGraph:
         if graph.features != _features(data):
             raise ValueError("the guidance graph was made for other features; build it from the data of the model")
         return graph
-
-
-def shared_scores(mosaic: Mosaic, graph: GuidanceGraph, n_components: int, seed: int = 0) -> np.ndarray:
-    """Scores of cells that all modalities share, from canonical correlation started at the graph's links.
-
-    The two modalities with the most links are linked by `pyromosaic.linkage.cca`. Each further one is linked to one of
-    those before, and its cells get the scores that they are expected to have there.
-
-    Parameters
-    ----------
-    mosaic
-        The data; that cells have several modalities is not used.
-    graph
-        The guidance graph.
-    n_components
-        Number of scores.
-    seed
-        Of the linkage.
-
-    Returns
-    -------
-    numpy.ndarray
-        Cells × scores. The mean square of a cell's scores summed is the sum of squared canonical correlations: so they
-        are on the scale of posterior means under a standard normal prior.
-
-    Examples
-    --------
-    >>> from pyromosaic import pbmc_mosaic, protein_gene_links
-    >>> mosaic = Mosaic.from_mudata(pbmc_mosaic())
-    >>> links = protein_gene_links().rename(columns={"protein": "adt", "gene": "rna"})
-    >>> graph = GuidanceGraph.from_table(mosaic, links, drop_absent=True)
-    >>> shared_scores(mosaic, graph, n_components=5).shape
-    (1600, 5)
-    """
-    scores: dict[str, np.ndarray] = {}
-    radius = 1.0
-    while len(scores) < len(graph.features):
-        pairs = [(a, b) for a in graph.features for b in graph.features if a not in scores and a != b]
-        links = {(a, b): graph.links(a, b) for a, b in pairs if not scores or b in scores}
-        a, b = max(links, key=lambda pair: len(links[pair]))
-        width = min(
-            n_components, *(min(len(graph.features[k]), int(mosaic.modalities[k].present.sum())) - 1 for k in (a, b))
-        )
-        linkage = cca(mosaic, (a, b), links[a, b], n_components=width, seed=seed)
-        if not scores:
-            scores = {name: linkage.scores[name].to_numpy() for name in (a, b)}
-            radius = float(np.sqrt((linkage.correlations**2).sum()))
-        else:
-            correspondence = linkage.correspondence
-            other = correspondence.means(linkage.scores[a].to_numpy(), scores[b])[1]
-            expected = (correspondence.plan @ other)[correspondence.groups[0]]
-            scores[a] = expected / np.maximum(np.linalg.norm(expected, axis=1, keepdims=True), 1e-12)
-    total, count = np.zeros((mosaic.n_cells, scores[a].shape[1])), np.zeros((mosaic.n_cells, 1))
-    for name, own in scores.items():
-        present = mosaic.modalities[name].present
-        total[present] += own
-        count[present] += 1
-    return (radius * total / count).astype(np.float32)
 
 
 def _features(data: Mosaic | Schema) -> dict[str, tuple[str, ...]]:

@@ -1,0 +1,64 @@
+"""An encoder whose modules of features attend to each other."""
+
+from torch import Tensor, nn
+
+from pyromosaic.data import ModalitySchema
+from pyromosaic.nn import Encoder
+
+
+class AttentionEncoder(Encoder):
+    """From measurements to a normal posterior, through modules of features that attend to each other.
+
+    Scaled measurements are projected to a few tokens, each a learnt combination of all features. Tokens attend to each
+    other, layer after layer; their mean goes through the two linear heads.
+
+    Parameters
+    ----------
+    schema
+        The modality.
+    n_latent
+        Width of the latent space.
+    n_hidden
+        Width of a token, a multiple of 4, the number of heads.
+    n_layers, dropout, covariates
+        As in `pyromosaic.nn.Encoder`.
+    n_tokens
+        Number of tokens.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], batch_key="batch")
+    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
+    >>> loc, scale = AttentionEncoder(mosaic.schema["rna"], n_latent=10, n_hidden=16)(view)
+    >>> loc.shape, scale.shape
+    (torch.Size([40, 10]), torch.Size([40, 10]))
+    """
+
+    def __init__(
+        self,
+        schema: ModalitySchema,
+        n_latent: int,
+        n_hidden: int = 128,
+        n_layers: int = 2,
+        dropout: float = 0.1,
+        covariates: bool = True,
+        n_tokens: int = 8,
+    ) -> None:
+        super().__init__(schema, n_latent, n_hidden, 0, dropout, covariates)
+        n_inputs = schema.n_features + covariates * schema.n_covariates
+        self.hidden = nn.Sequential(
+            nn.Linear(n_inputs, n_tokens * n_hidden),
+            nn.Unflatten(-1, (n_tokens, n_hidden)),
+            *(nn.TransformerEncoderLayer(n_hidden, 4, n_hidden, dropout, batch_first=True) for _ in range(n_layers)),
+            MeanToken(),
+        )
+
+
+class MeanToken(nn.Module):
+    """Mean over tokens."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Shape (b, width) from (b, tokens, width)."""
+        return tokens.mean(-2)

@@ -1,0 +1,260 @@
+"""In which order cells are gone through, and which are kept out of training."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from pyromosaic.data.minibatch import Minibatch, measured
+from pyromosaic.data.mosaic import Mosaic
+
+
+class _Minibatches(Dataset[Minibatch]):
+    """Turns an array of cell numbers into a minibatch."""
+
+    def __init__(self, mosaic: Mosaic, n_cells: int) -> None:
+        self.mosaic, self.n_cells = mosaic, n_cells
+
+    def __getitem__(self, index: np.ndarray) -> Minibatch:
+        return measured(self.mosaic, index, self.n_cells)
+
+
+class _Portions(Sampler[np.ndarray]):
+    """Portions of nearly equal size, so that no minibatch is a remainder of one or two cells."""
+
+    def __init__(self, cells: np.ndarray, size: int, generator: np.random.Generator | None) -> None:
+        self.cells, self.generator = cells, generator
+        self.n_portions = -(-len(cells) // size)
+
+    def __len__(self) -> int:
+        return self.n_portions
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        cells = self.cells if self.generator is None else self.generator.permutation(self.cells)
+        yield from np.array_split(cells, self.n_portions)  # lazily: a loader with workers makes one iterator in vain
+
+
+def loader(
+    mosaic: Mosaic, cells: np.ndarray, batch_size: int, seed: int | None = None, n_workers: int = 0
+) -> DataLoader[Minibatch]:
+    """Minibatches over `cells`; shuffled anew each epoch when a seed is given.
+
+    Parameters
+    ----------
+    mosaic
+        The data.
+    cells
+        Numbers of the cells to go through.
+    batch_size
+        Largest number of cells in a minibatch; all minibatches are within one cell of the same size.
+    seed
+        Seed of the shuffling; None leaves the order as it is.
+    n_workers
+        Processes that read ahead; 0 reads in the process itself.
+
+    Returns
+    -------
+    torch.utils.data.DataLoader
+        Of `Minibatch`, each to be trained on or validated with.
+
+    Raises
+    ------
+    ValueError
+        If there is no cell, or `batch_size` is below 1.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> mosaic = Mosaic.from_mudata(simulate(90, {"rna": 50, "adt": 5})[0], batch_key="batch")
+    >>> [len(minibatch) for minibatch in loader(mosaic, mosaic.find(None), batch_size=40, seed=0)]
+    [30, 30, 30]
+    """
+    if len(cells) == 0 or batch_size < 1:
+        raise ValueError(f"minibatches need at least one cell and a size of 1; found {len(cells)} and {batch_size}")
+    generator = None if seed is None else np.random.default_rng(seed)
+    return DataLoader(
+        _Minibatches(mosaic, len(cells)),
+        sampler=_Portions(cells, batch_size, generator),
+        batch_size=None,
+        num_workers=n_workers,
+    )
+
+
+class _Pairs(Sampler[np.ndarray]):
+    """Minibatches of as many background as target cells; an epoch goes through the larger cohort once."""
+
+    def __init__(
+        self, cohorts: tuple[np.ndarray, np.ndarray], size: int, generator: np.random.Generator | None, replay: bool
+    ) -> None:
+        self.cohorts, self.size, self.generator, self.replay = cohorts, size, generator, replay
+        self.n_pairs = -(-max(len(cells) for cells in cohorts) // size)
+
+    def __len__(self) -> int:
+        return self.n_pairs
+
+    def _order(self, cells: np.ndarray) -> np.ndarray:
+        return cells if self.generator is None else self.generator.permutation(cells)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        yield from self._replayed() if self.replay else self._resampled()
+
+    def _resampled(self) -> Iterator[np.ndarray]:
+        """The smaller cohort begins anew, in a new order, whenever it is used up."""
+        n = max(len(cells) for cells in self.cohorts)
+        longs = []
+        for cells in self.cohorts:
+            passes = [self._order(cells) for _ in range(-(-n // len(cells)))]
+            longs.append(np.concatenate(passes)[:n])
+        for background, target in zip(*(np.array_split(long, self.n_pairs) for long in longs), strict=True):
+            yield np.concatenate([background, target])
+
+    def _replayed(self) -> Iterator[np.ndarray]:
+        """The smaller cohort's minibatches come again in the same order; the longer of two is cut to the shorter."""
+        parts = []
+        for cells in self.cohorts:
+            order = self._order(cells)
+            parts.append([order[i : i + self.size] for i in range(0, len(order), self.size)])
+        for step in range(self.n_pairs):
+            background, target = (part[step % len(part)] for part in parts)
+            m = min(len(background), len(target))
+            yield np.concatenate([background[:m], target[:m]])
+
+
+def contrastive_loader(
+    mosaic: Mosaic,
+    cells: np.ndarray,
+    batch_size: int,
+    seed: int | None = None,
+    n_workers: int = 0,
+    *,
+    replay: bool = False,
+) -> DataLoader[Minibatch]:
+    """Minibatches of as many background cells as target cells, background first.
+
+    Both cohorts so have the same weight in the objective, whatever their sizes. An epoch goes through the larger cohort
+    once.
+
+    Parameters
+    ----------
+    mosaic
+        The data, with cohorts.
+    cells
+        Numbers of the cells to go through; those of neither cohort are passed over.
+    batch_size
+        Largest number of cells of each cohort in a minibatch.
+    seed
+        Seed of the shuffling; None leaves the order as it is.
+    n_workers
+        Processes that read ahead; 0 reads in the process itself.
+    replay
+        Within an epoch repeat the smaller cohort's minibatches in the same order and cut the longer of two minibatches
+        to the shorter, as the reference implementation does, instead of drawing the smaller cohort anew.
+
+    Returns
+    -------
+    torch.utils.data.DataLoader
+        Of `Minibatch`.
+
+    Raises
+    ------
+    ValueError
+        If a cohort has no cell, or `batch_size` is below 1.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> mosaic = Mosaic.from_mudata(simulate(90, {"rna": 50}, treated=1 / 3)[0])
+    >>> mosaic = mosaic.with_cohorts("condition", background="control")
+    >>> [minibatch.groups.bincount().tolist() for minibatch in contrastive_loader(mosaic, mosaic.find(None), 20)]
+    [[20, 20], [20, 20], [20, 20]]
+    """
+    if mosaic.groups is None:
+        raise ValueError("the mosaic has no cohorts; mosaic.with_cohorts says which cells are background and target")
+    if batch_size < 1:
+        raise ValueError(f"a minibatch has at least one cell of each cohort; found size {batch_size}")
+    cohorts = cells[mosaic.groups[cells] == 0], cells[mosaic.groups[cells] > 0]
+    if min(map(len, cohorts)) == 0:
+        raise ValueError(
+            "both cohorts need cells, to train on and (unless validation=0) to validate with; found "
+            f"{len(cohorts[0])} background and {len(cohorts[1])} target cells"
+        )
+    generator = None if seed is None else np.random.default_rng(seed)
+    return DataLoader(
+        _Minibatches(mosaic, 2 * max(map(len, cohorts))),
+        sampler=_Pairs(cohorts, batch_size, generator, replay),
+        batch_size=None,
+        num_workers=n_workers,
+    )
+
+
+@dataclass(frozen=True)
+class Split:
+    """Numbers of the cells for training, validation and test.
+
+    Parameters
+    ----------
+    train, validation, test
+        Numbers of the cells in the mosaic, each sorted, without overlap.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> parts = split(Mosaic.from_mudata(simulate(100, {"rna": 50})[0]), validation=0.1, test=0.2)
+    >>> len(parts.train), len(parts.validation), len(parts.test)
+    (70, 10, 20)
+    """
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+
+def split(mosaic: Mosaic, validation: float = 0.1, test: float = 0.0, seed: int = 0) -> Split:
+    """Random split within each presence pattern and cohort; too few cells of a kind stay in the training part.
+
+    Cells of neither cohort, where there are cohorts, are in no part.
+
+    Parameters
+    ----------
+    mosaic
+        The data.
+    validation, test
+        Shares of the cells, from 0 up to less than 1 together.
+    seed
+        Seed of the split.
+
+    Returns
+    -------
+    Split
+        Numbers of the cells of each part.
+
+    Raises
+    ------
+    ValueError
+        If the shares are negative or leave nothing to train on.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> mosaic = Mosaic.from_mudata(simulate(90, {"rna": 50, "adt": 5})[0], batch_key="batch")
+    >>> parts = split(mosaic, validation=0.1, test=0.1)
+    >>> len(parts.train), len(parts.validation), len(parts.test)
+    (72, 9, 9)
+    """
+    if validation < 0 or test < 0 or validation + test >= 1:
+        raise ValueError(
+            f"the shares of validation ({validation}) and test ({test}) must be at least 0 and below 1 together"
+        )
+    generator = np.random.default_rng(seed)
+    parts: tuple[list[np.ndarray], ...] = ([], [], [])
+    groups = np.zeros(mosaic.n_cells, dtype=np.int64) if mosaic.groups is None else mosaic.groups
+    kinds = (mosaic.presence.to_numpy() @ (1 << np.arange(len(mosaic.modalities)))) + (groups << len(mosaic.modalities))
+    for kind in np.unique(kinds[groups >= 0]):
+        cells = generator.permutation(np.flatnonzero(kinds == kind))
+        n_validation, n_test = int(validation * len(cells)), int(test * len(cells))
+        for part, chosen in zip(
+            parts, np.split(cells, [len(cells) - n_validation - n_test, len(cells) - n_test]), strict=True
+        ):
+            part.append(chosen)
+    return Split(*(np.sort(np.concatenate(part)) for part in parts))

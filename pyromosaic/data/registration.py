@@ -1,0 +1,286 @@
+"""From the user's tables and matrices to registered modalities, checked on the way."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from pyromosaic.data.matrix import DENSE_ABOVE, Matrix, check_values
+from pyromosaic.data.spec import DATA_KINDS, LIKELIHOOD_BY_NAME, ModalitySchema, ModalitySpec, Schema
+from pyromosaic.data.tables import WHOLE, Table, codes, look_up, words
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from mudata import MuData
+from pyromosaic.data.modality import Modality
+
+
+@dataclass
+class _Source:
+    """One modality as it came: measurements, names, and the cells' columns."""
+
+    matrix: Any
+    cells: pd.Index
+    features: pd.Index
+    obs: pd.DataFrame
+    measured: np.ndarray | None = None  # rows that are not holes; None for all
+    exposures: Any = None
+
+
+def _words(names: Any) -> str:
+    return ", ".join(repr(str(n)) for n in names) or "none"
+
+
+def _first_duplicate(names: pd.Index) -> str:
+    return str(names[names.duplicated()][0])
+
+
+def _obs(name: str, data: "AnnData | MuData") -> pd.DataFrame:
+    """The table of the cells, which must be in memory."""
+    if not isinstance(data.obs, pd.DataFrame):
+        raise ValueError(
+            f"modality {name!r} was opened by read_lazy; accepted: anndata.read_h5ad(path), "
+            'or anndata.read_h5ad(path, backed="r"), which leaves the measurements in the file'
+        )
+    return data.obs
+
+
+def _source(name: str, adata: "AnnData", spec: ModalitySpec, prefix: str = "") -> _Source:
+    obs = _obs(name, adata)
+    for layer in (spec.layer, spec.exposure_layer):
+        if layer is not None and layer not in adata.layers:
+            raise ValueError(f"modality {name!r}: there is no layer {layer!r}; it has {_words(adata.layers.keys())}")
+    matrix = adata.X if spec.layer is None else adata.layers[spec.layer]
+    if matrix is None:
+        raise ValueError(f"modality {name!r}: X is empty; name the layer that holds the values")
+    cells = adata.obs_names if not prefix else pd.Index(prefix + adata.obs_names.astype(str))
+    exposures = None if spec.exposure_layer is None else adata.layers[spec.exposure_layer]
+    return _Source(matrix, cells, adata.var_names, obs, exposures=exposures)
+
+
+def _absent(known: ModalitySchema) -> _Source:
+    """A modality of the model that no cell of the data has."""
+    names = pd.Index([], dtype=object)
+    matrix = np.zeros((0, known.n_features), dtype=np.float32)
+    return _Source(matrix, names, pd.Index(known.features), pd.DataFrame(index=names))
+
+
+def _specifications(
+    found: list[str],
+    modalities: Mapping[str, ModalitySpec | str] | None,
+    schema: Schema | None,
+    shared: Mapping[str, Any],
+) -> dict[str, ModalitySpec]:
+    """The specification of each modality to be used."""
+    if not found or modalities == {}:
+        raise ValueError("there is no modality to register")
+    if schema is not None:
+        if modalities is not None or shared:
+            raise ValueError("the schema already says how modalities are modelled; give it alone")
+        absent = [name for name in schema.modalities if name not in found]
+        strange = [name for name in found if name not in schema.modalities]
+        if absent and strange:
+            raise ValueError(
+                f"the data lack the model's modality {absent[0]!r} and have {strange[0]!r}, "
+                "which the model does not know; rename that one, or leave it out"
+            )
+        return {name: m.spec for name, m in schema.modalities.items()}
+    if modalities is None:
+        for name in found:
+            if name.lower() not in LIKELIHOOD_BY_NAME:
+                raise ValueError(
+                    f"modality {name!r}: its name does not say which likelihood it needs; "
+                    f'give one, modalities={{"{name}": "nb"}} say'
+                )
+        modalities = {name: LIKELIHOOD_BY_NAME[name.lower()] for name in found}
+    specs = {}
+    for name, given in modalities.items():
+        if name not in found:
+            raise ValueError(f"there is no modality {name!r}; found {_words(found)}")
+        try:
+            specs[name] = given if isinstance(given, ModalitySpec) else ModalitySpec(given, **shared)
+        except ValueError as error:
+            raise ValueError(f"modality {name!r}: {error}") from error
+    if shared and all(isinstance(given, ModalitySpec) for given in modalities.values()):
+        raise ValueError(f"{_words(shared)} would apply to no modality: each has a ModalitySpec; put it there")
+    return specs
+
+
+def _columns(
+    specs: Mapping[str, ModalitySpec], tables: Sequence[Table], cells: pd.Index, absent: Collection[str]
+) -> dict[str, pd.DataFrame]:
+    """For each modality its columns over all cells of the mosaic.
+
+    A cell's value is looked up in the modality's own columns, then in those of the whole, then in another modality's
+    of the same name: so a cell that lacks the modality still knows its batch. Only sizes are each modality's own. An
+    absent modality needs no columns.
+    """
+    found: dict[str, pd.DataFrame] = {}
+    for name, spec in specs.items():
+        wanted = [*spec.categorical, *spec.continuous_covariates]
+        wanted += [k for k in (spec.label_key, spec.size_factor_key) if k is not None]
+        columns = {}
+        for key in wanted:
+            places = [t for t in tables if key != spec.size_factor_key or t.modality in (name, WHOLE)]
+            column = look_up(places, key, cells, name)
+            if column is None and name not in absent:
+                raise ValueError(
+                    f"modality {name!r}: no obs has a column {key!r}; there are {_columns_of(places, tables)}"
+                )
+            columns[key] = pd.Series(None, cells, dtype=object) if column is None else column
+        found[name] = pd.DataFrame(columns, index=cells)
+    return found
+
+
+def _columns_of(places: Sequence[Table], tables: Sequence[Table]) -> str:
+    """Names of the columns in some places, without the copies that MuData makes of a modality's column."""
+    copies = {f"{t.modality}:{column}" for t in tables for column in t.obs}
+    return _words(dict.fromkeys(str(column) for t in places for column in t.obs if column not in copies))
+
+
+def _with_batches(known: ModalitySchema, cells: pd.Index, table: pd.DataFrame) -> ModalitySchema:
+    """The schema with the batches of these cells behind those that it knows."""
+    key = known.spec.batch_key
+    if key is None:
+        return known
+    batches = known.categories[key]
+    new = sorted(set(words(table.loc[cells, key].dropna())) - set(batches))
+    return replace(known, categories={**known.categories, key: (*batches, *new)})
+
+
+def _modality(
+    name: str,
+    spec: ModalitySpec,
+    source: _Source,
+    cells: pd.Index,
+    table: pd.DataFrame,
+    known: ModalitySchema | None,
+    average_new_batches: bool = False,
+) -> Modality:
+    """Check one modality and bring it into the mosaic's order of cells (and the schema's order of features)."""
+    features, columns = source.features.astype(str), None
+    if known is not None and tuple(features) != known.features:
+        columns = features.get_indexer(pd.Index(known.features))
+        if (columns < 0).any() or len(features) != len(known.features):
+            strange = features[~features.isin(known.features)]
+            raise ValueError(
+                f"modality {name!r}: the model knows {len(known.features)} features and the data have {len(features)}; "
+                f"missing: {_words(np.array(known.features)[columns < 0][:3])}; unknown: {_words(strange[:3])}; "
+                "accepted: the same features in any order"
+            )
+        features = pd.Index(known.features)
+    rows = source.cells.get_indexer(cells)
+    if source.measured is not None:
+        rows = np.where((rows >= 0) & source.measured[rows], rows, -1)
+    present = rows >= 0
+    matrix = Matrix(source.matrix, columns)
+    totals, density = check_values(matrix, rows[present], spec.data_kind, name, cells[present], features)
+    library = _library(name, spec, totals, cells, present, table)
+
+    categorical = np.full((len(cells), len(spec.categorical)), -1, dtype=np.int64)
+    categories: dict[str, tuple[str, ...]] = {}
+    for i, key in enumerate(spec.categorical):
+        values = table[key]
+        lacking = values[present].isna()
+        if lacking.any():
+            raise ValueError(
+                f"modality {name!r}: column {key!r} is missing for cell {lacking.index[lacking][0]!r}; "
+                "every cell needs a value"
+            )
+        found = words(values)
+        if known is None:
+            categories[key] = tuple(sorted(found[present].unique()))
+        else:
+            categories[key] = known.categories[key]
+            unseen = present & ~found.isin(categories[key]).to_numpy()
+            if unseen.any() and not (average_new_batches and key == spec.batch_key):
+                raise ValueError(
+                    f"modality {name!r}: cell {cells[unseen][0]!r} has {key} {found[unseen].iloc[0]!r}, "
+                    f"which the model has not seen; seen: {_words(categories[key])}"
+                )
+        categorical[:, i] = codes(found, categories[key])
+
+    continuous = np.zeros((len(cells), len(spec.continuous_covariates)), dtype=np.float32)
+    moments: dict[str, tuple[float, float]] = {}
+    for i, key in enumerate(spec.continuous_covariates):
+        numbers = pd.to_numeric(table[key], errors="coerce").to_numpy(dtype=float)
+        bad = present & ~np.isfinite(numbers)
+        if bad.any():
+            raise ValueError(
+                f"modality {name!r}: column {key!r} of cell {cells[bad][0]!r} is {table[key][bad].iloc[0]!r}; "
+                "a continuous covariate takes finite numbers"
+            )
+        own = numbers[present]
+        moments[key] = known.continuous[key] if known else (float(own.mean()), float(own.std()) or 1.0)
+        continuous[:, i] = np.where(np.isfinite(numbers), (numbers - moments[key][0]) / moments[key][1], 0)
+
+    labels, label_names = _labels(name, spec, table, cells, present, known)
+    exposures, exposure = None, 1.0
+    if source.exposures is not None:
+        exposures = Matrix(source.exposures, columns)
+        exposure = _exposure(name, spec, exposures, rows[present], cells[present], features)
+    schema = known or ModalitySchema(
+        spec=spec,
+        features=tuple(features),
+        categories=categories,
+        continuous=moments,
+        labels=label_names,
+        library=float(np.nanmedian(library)),
+        exposure=exposure,
+    )
+    # A likelihood of the user's own need not know of sparse tensors.
+    dense = not isinstance(spec.likelihood, str) or DATA_KINDS[spec.likelihood] != "count" or density > DENSE_ABOVE
+    return Modality(name, schema, matrix, rows, categorical, continuous, library, labels, dense, exposures)
+
+
+def _exposure(
+    name: str, spec: ModalitySpec, exposures: Matrix, rows: np.ndarray, cells: pd.Index, features: pd.Index
+) -> float:
+    """Median exposure above 0 in a sample of the cells, once all are seen to be finite and not negative."""
+    check_values(exposures, rows, "nonnegative", f"{name}, layer {spec.exposure_layer}", cells, features)
+    some = exposures.tensor(rows[:: 1 + len(rows) // 1000], dense=True)
+    return float(some[some > 0].median()) if (some > 0).any() else 1.0
+
+
+def _library(
+    name: str, spec: ModalitySpec, totals: np.ndarray, cells: pd.Index, present: np.ndarray, table: pd.DataFrame
+) -> np.ndarray:
+    """Size of each cell in counts; NaN where the modality was not measured."""
+    library = np.full(len(cells), np.nan)
+    if spec.size_factor_key is not None:
+        library[present] = pd.to_numeric(table[spec.size_factor_key][present], errors="coerce")
+        source = f"column {spec.size_factor_key!r}"
+    else:
+        library[present], source = 1.0 if spec.data_kind == "real" else totals, "the sum of its counts"
+    bad = present & ~((library > 0) & np.isfinite(library))
+    if bad.any() and (spec.needs_library or spec.size_factor_key is not None):
+        raise ValueError(
+            f"modality {name!r}: cell {cells[bad][0]!r} has size {library[bad][0]} ({source}), but likelihood "
+            f"{spec.likelihood_name!r} takes a finite size above 0; remove the cell from this modality"
+        )
+    return library.astype(np.float32)
+
+
+def _labels(
+    name: str,
+    spec: ModalitySpec,
+    table: pd.DataFrame,
+    cells: pd.Index,
+    present: np.ndarray,
+    known: ModalitySchema | None,
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Label numbers of all cells (-1 unknown) and the label categories."""
+    if spec.label_key is None:
+        return np.full(len(cells), -1, dtype=np.int64), ()
+    found = words(table[spec.label_key])
+    found = found.where(found != spec.unlabelled)
+    names = known.labels if known else tuple(sorted(found.dropna().unique()))
+    unseen = present & (found.notna() & ~found.isin(names)).to_numpy()
+    if unseen.any():
+        raise ValueError(
+            f"modality {name!r}: cell {cells[unseen][0]!r} has label {found[unseen].iloc[0]!r}, "
+            f"which the model has not seen; seen: {_words(names)}, or {spec.unlabelled!r} for unknown"
+        )
+    return codes(found, names), names

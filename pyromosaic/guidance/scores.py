@@ -1,0 +1,101 @@
+"""Scores of cells that all modalities share, from the links of their features."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pyromosaic.data import Mosaic
+from pyromosaic.guidance.graph import GuidanceGraph
+from pyromosaic.linkage import cca
+
+
+def linked_scores(linkage: Any, mosaic: Mosaic, graph: GuidanceGraph | None, n_components: int) -> np.ndarray:
+    """Scores of cells that all modalities share, from what a model was given as `linkage`.
+
+    Parameters
+    ----------
+    linkage
+        ``"cca"`` for `shared_scores` of the graph, or a table with a row a cell.
+    mosaic, graph, n_components
+        As in `shared_scores`.
+
+    Raises
+    ------
+    ValueError
+        If a cell has no row in the table, or `linkage` is something else.
+
+    Examples
+    --------
+    >>> from pyromosaic import simulate
+    >>> mosaic = Mosaic.from_mudata(simulate(20, {"rna": 50})[0])
+    >>> table = pd.DataFrame(0.0, mosaic.obs_names, ["a", "b"])
+    >>> linked_scores(table, mosaic, None, 2).shape
+    (20, 2)
+    """
+    if isinstance(linkage, pd.DataFrame):
+        missing = mosaic.obs_names.difference(linkage.index)
+        if len(missing):
+            raise ValueError(f"the linkage has no scores of cell {missing[0]!r}; accepted: a row for every cell")
+        return linkage.loc[mosaic.obs_names].to_numpy(dtype=np.float32)
+    if linkage != "cca" or graph is None:
+        raise ValueError(f'linkage is "cca", a table of scores, or None; found {linkage!r}')
+    return shared_scores(mosaic, graph, n_components)
+
+
+def shared_scores(mosaic: Mosaic, graph: GuidanceGraph, n_components: int, seed: int = 0) -> np.ndarray:
+    """Scores of cells that all modalities share, from canonical correlation started at the graph's links.
+
+    The two modalities with the most links are linked by `pyromosaic.linkage.cca`. Each further one is linked to one of
+    those before, and its cells get the scores that they are expected to have there.
+
+    Parameters
+    ----------
+    mosaic
+        The data; that cells have several modalities is not used.
+    graph
+        The guidance graph.
+    n_components
+        Number of scores.
+    seed
+        Of the linkage.
+
+    Returns
+    -------
+    numpy.ndarray
+        Cells × scores. The mean square of a cell's scores summed is the sum of squared canonical correlations: so they
+        are on the scale of posterior means under a standard normal prior.
+
+    Examples
+    --------
+    >>> from pyromosaic import pbmc_mosaic, protein_gene_links
+    >>> mosaic = Mosaic.from_mudata(pbmc_mosaic())
+    >>> links = protein_gene_links().rename(columns={"protein": "adt", "gene": "rna"})
+    >>> graph = GuidanceGraph.from_table(mosaic, links, drop_absent=True)
+    >>> shared_scores(mosaic, graph, n_components=5).shape
+    (1600, 5)
+    """
+    scores: dict[str, np.ndarray] = {}
+    radius = 1.0
+    while len(scores) < len(graph.features):
+        pairs = [(a, b) for a in graph.features for b in graph.features if a not in scores and a != b]
+        links = {(a, b): graph.links(a, b) for a, b in pairs if not scores or b in scores}
+        a, b = max(links, key=lambda pair: len(links[pair]))
+        width = min(
+            n_components, *(min(len(graph.features[k]), int(mosaic.modalities[k].present.sum())) - 1 for k in (a, b))
+        )
+        linkage = cca(mosaic, (a, b), links[a, b], n_components=width, seed=seed)
+        if not scores:
+            scores = {name: linkage.scores[name].to_numpy() for name in (a, b)}
+            radius = float(np.sqrt((linkage.correlations**2).sum()))
+        else:
+            correspondence = linkage.correspondence
+            other = correspondence.means(linkage.scores[a].to_numpy(), scores[b])[1]
+            expected = (correspondence.plan @ other)[correspondence.groups[0]]
+            scores[a] = expected / np.maximum(np.linalg.norm(expected, axis=1, keepdims=True), 1e-12)
+    total, count = np.zeros((mosaic.n_cells, scores[a].shape[1])), np.zeros((mosaic.n_cells, 1))
+    for name, own in scores.items():
+        present = mosaic.modalities[name].present
+        total[present] += own
+        count[present] += 1
+    return (radius * total / count).astype(np.float32)

@@ -1,0 +1,72 @@
+"""Likelihoods: from a decoder's predictors to the observed site of a modality.
+
+A likelihood names the predictors it needs (the decoder has one head each), owns the feature-level parameters, and says
+where training should start given the data. `Likelihood.forward` stands in the model, inside the plates of the
+modality's cells (dim -2) and features (dim -1); a likelihood with latent variables of its own also has
+`Likelihood.posterior`, which stands in the guide.
+
+A likelihood of your own is a subclass of `Likelihood`, or of one of those below; `pyromosaic.ModalitySpec` takes the
+class in place of a name.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pyromosaic.data import Schema
+from pyromosaic.likelihoods.accessibility import Bernoulli
+from pyromosaic.likelihoods.continuous import ZIG, ZILN, Log1pNormalLikelihood, Normal
+from pyromosaic.likelihoods.likelihood import CountLikelihood, Likelihood, Predictors, logit
+from pyromosaic.likelihoods.protein import NBMixture, two_normals
+from pyromosaic.likelihoods.rna import NB, ZINB, MultinomialLikelihood
+
+__all__ = [
+    "Bernoulli",
+    "CountLikelihood",
+    "LIKELIHOODS",
+    "Likelihood",
+    "Log1pNormalLikelihood",
+    "MultinomialLikelihood",
+    "NB",
+    "NBMixture",
+    "Normal",
+    "Predictors",
+    "ZIG",
+    "ZILN",
+    "ZINB",
+    "likelihoods_of",
+    "logit",
+    "two_normals",
+]
+
+#: The likelihood behind each name that a `ModalitySpec` accepts.
+LIKELIHOODS: Mapping[str, type[Likelihood]] = {
+    likelihood.family: likelihood
+    for likelihood in (NB, ZINB, MultinomialLikelihood, NBMixture, Bernoulli, Normal, Log1pNormalLikelihood, ZILN, ZIG)
+}
+
+
+def likelihoods_of(schema: Schema) -> dict[str, Any]:
+    """The likelihood of each modality, by its name or of the user's class.
+
+    Parameters
+    ----------
+    schema
+        The modalities.
+
+    Returns
+    -------
+    dict
+        By modality.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50, "adt": 5})[0])
+    >>> {name: type(likelihood).__name__ for name, likelihood in likelihoods_of(mosaic.schema).items()}
+    {'rna': 'NB', 'adt': 'NBMixture'}
+    """
+    made: dict[str, Any] = {}
+    for name, modality in schema.modalities.items():
+        likelihood: Any = modality.spec.likelihood
+        made[name] = LIKELIHOODS[likelihood](modality) if isinstance(likelihood, str) else likelihood(modality)
+    return made

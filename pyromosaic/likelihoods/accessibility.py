@@ -1,0 +1,73 @@
+"""Accessibility of chromatin: open or not."""
+
+import numpy as np
+import torch
+from pyro import distributions as dist
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from pyromosaic.data import TRAITS, ModalitySchema, View
+from pyromosaic.distributions import (
+    AccessibilityBernoulli,
+)
+from pyromosaic.likelihoods.likelihood import Likelihood, Predictors, logit
+
+
+class Bernoulli(Likelihood):
+    """Accessibility: ``P(x > 0) = d * r * sigmoid(accessibility)``, cell factor d, region factor r (PeakVI; MultiVI).
+
+    The region factor is ``sigmoid`` of a free parameter; the cell factor is ``sigmoid`` of a small network of the
+    cell's depth, the log of its fragment count relative to the median cell's.
+
+    Parameters
+    ----------
+    schema
+        The modality.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"atac": 50})[0], {"atac": "bernoulli"})
+    >>> view = measured(mosaic, mosaic.find(None)).observed["atac"]
+    >>> likelihood = Bernoulli(mosaic.schema["atac"])
+    >>> distribution = likelihood.distribution(likelihood.start(view), view)
+    >>> bool((distribution.mean < likelihood.normalized(distribution)).all())  # as the factors are below 1
+    True
+    """
+
+    family = "bernoulli"
+    traits = TRAITS["bernoulli"]
+    predictors = ("accessibility",)
+
+    def __init__(self, schema: ModalitySchema) -> None:
+        super().__init__(schema)
+        self.region_logits = nn.Parameter(torch.zeros(schema.n_features))
+        self.depth = nn.Sequential(nn.Linear(1, 16), nn.LeakyReLU(), nn.Linear(16, 1))
+
+    def start(self, view: View) -> dict[str, Tensor]:
+        """Share of cells in which each region is open, given cell and region factors of one half."""
+        share = (view.dense_counts() > 0).to(torch.float32).mean(0)
+        return {"accessibility": logit((4 * share).clamp(1e-4, 0.9))}
+
+    def cell_logits(self, view: View) -> Tensor:
+        """Log odds of the cell factor, shape (b, 1)."""
+        return self.depth(torch.log1p(view.library) - np.log1p(self.schema.library))
+
+    def cell_factor(self, view: View) -> Tensor:
+        """The cell factor, between 0 and 1, shape (b, 1)."""
+        return self.cell_logits(view).sigmoid()
+
+    def region_factor(self) -> Tensor:
+        """The region factors, between 0 and 1, shape (regions,)."""
+        return self.region_logits.sigmoid()
+
+    def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
+        """Bernoulli of every cell and region."""
+        return AccessibilityBernoulli(
+            predictors["accessibility"], region_logits=self.region_logits, cell_logits=self.cell_logits(view)
+        )
+
+    def normalized(self, distribution: dist.TorchDistribution) -> Tensor:
+        """Accessibility without cell and region factors."""
+        return logsigmoid(distribution.logits).exp()

@@ -1,0 +1,183 @@
+"""Real and non-negative values."""
+
+import torch
+from pyro import distributions as dist
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from pyromosaic.data import TRAITS, ModalitySchema, View
+from pyromosaic.distributions import (
+    Log1pNormal,
+    ZeroInflatedGamma,
+    ZeroInflatedLogNormal,
+)
+from pyromosaic.likelihoods.likelihood import Likelihood, Predictors, logit
+
+
+class Normal(Likelihood):
+    """Real values: ``x ~ Normal(loc, sigma)``, sigma per feature.
+
+    Parameters
+    ----------
+    schema
+        The modality.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"x": 50}, likelihoods={"x": "normal"})[0], {"x": "normal"})
+    >>> view = measured(mosaic, mosaic.find(None)).observed["x"]
+    >>> likelihood = Normal(mosaic.schema["x"])
+    >>> distribution = likelihood.distribution(likelihood.start(view), view)
+    >>> torch.allclose(distribution.mean, view.counts.mean(0), atol=1e-5)
+    True
+    """
+
+    family = "normal"
+    traits = TRAITS["normal"]
+    predictors = ("loc",)
+
+    def __init__(self, schema: ModalitySchema) -> None:
+        super().__init__(schema)
+        self.log_sigma = nn.Parameter(torch.zeros(schema.n_features))
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The scale on which the values are normal."""
+        return x
+
+    def start(self, view: View) -> dict[str, Tensor]:
+        """Mean and standard deviation of each feature."""
+        x = self.transform(view.dense_counts())
+        with torch.no_grad():
+            self.log_sigma.copy_(x.std(0).clamp_min(1e-3).log())
+        return {"loc": x.mean(0)}
+
+    def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
+        """Normal of every cell and feature."""
+        return dist.Normal(predictors["loc"], self.log_sigma.exp())
+
+
+class Log1pNormalLikelihood(Normal):
+    """Non-negative values: ``log(1 + x) ~ Normal(loc, sigma)``.
+
+    Parameters
+    ----------
+    schema
+        The modality.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], {"rna": "log1p_normal"})
+    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
+    >>> likelihood = Log1pNormalLikelihood(mosaic.schema["rna"])
+    >>> distribution = likelihood.distribution(likelihood.start(view), view)
+    >>> distribution.log_prob(view.dense_counts()).shape
+    torch.Size([40, 50])
+    """
+
+    family = "log1p_normal"
+    traits = TRAITS["log1p_normal"]
+
+    def transform(self, x: Tensor) -> Tensor:
+        """``log(1 + x)``."""
+        return torch.log1p(x)
+
+    def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
+        """Log1p-normal of every cell and feature."""
+        return Log1pNormal(predictors["loc"], self.log_sigma.exp())
+
+
+class ZILN(Likelihood):
+    """Non-negative values with exact zeros: 0 with probability ``sigmoid(gate)``, else ``LogNormal(loc, sigma)``.
+
+    Parameters
+    ----------
+    schema
+        The modality.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], {"rna": "ziln"})
+    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
+    >>> likelihood = ZILN(mosaic.schema["rna"])
+    >>> distribution = likelihood.distribution(likelihood.start(view), view)
+    >>> zeros = distribution.log_prob(torch.zeros(())).exp()  # as many as in the data
+    >>> torch.allclose(zeros, (view.dense_counts() == 0).float().mean(0), atol=0.02)
+    True
+    """
+
+    family = "ziln"
+    traits = TRAITS["ziln"]
+    predictors = ("loc", "gate")
+
+    def __init__(self, schema: ModalitySchema) -> None:
+        super().__init__(schema)
+        self.log_sigma = nn.Parameter(torch.zeros(schema.n_features))
+
+    def start(self, view: View) -> dict[str, Tensor]:
+        """Share of zeros, and mean and standard deviation of the logarithm of the rest, per feature."""
+        x = view.dense_counts()
+        positive = (x > 0).to(x.dtype)
+        n = positive.sum(0).clamp_min(1.0)
+        log_x = torch.where(x > 0, x.clamp_min(1e-30).log(), torch.zeros_like(x))
+        loc = log_x.sum(0) / n
+        sd = ((positive * (log_x - loc)).square().sum(0) / n).sqrt()
+        with torch.no_grad():
+            self.log_sigma.copy_(sd.clamp_min(1e-2).log())
+        return {"loc": loc, "gate": logit(1 - positive.mean(0)).clamp(-5.0, 5.0)}
+
+    def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
+        """Zero-inflated log-normal of every cell and feature."""
+        return ZeroInflatedLogNormal(predictors["loc"], self.log_sigma.exp(), gate_logits=predictors["gate"])
+
+
+class ZIG(Likelihood):
+    """Non-negative values with exact zeros: of probability ``sigmoid(gate)``, else ``Gamma(softplus(shape), rate)``.
+
+    Parameters
+    ----------
+    schema
+        The modality.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], {"rna": "zig"})
+    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
+    >>> likelihood = ZIG(mosaic.schema["rna"])
+    >>> distribution = likelihood.distribution(likelihood.start(view), view)
+    >>> zeros = distribution.log_prob(torch.zeros(())).exp()  # as many as in the data
+    >>> torch.allclose(zeros, (view.dense_counts() == 0).float().mean(0), atol=0.02)
+    True
+    """
+
+    family = "zig"
+    traits = TRAITS["zig"]
+    predictors = ("shape", "gate")
+
+    def __init__(self, schema: ModalitySchema) -> None:
+        super().__init__(schema)
+        self.log_rate = nn.Parameter(torch.zeros(schema.n_features))
+
+    def start(self, view: View) -> dict[str, Tensor]:
+        """Share of zeros, and shape and rate of the rest by moments, per feature."""
+        x = view.dense_counts()
+        positive = (x > 0).to(x.dtype)
+        n = positive.sum(0).clamp_min(1.0)
+        mean = (x.sum(0) / n).clamp_min(1e-6)
+        variance = ((positive * (x - mean)).square().sum(0) / n).clamp_min(1e-6)
+        shape = (mean.square() / variance).clamp(0.1, 100.0)
+        with torch.no_grad():
+            self.log_rate.copy_((shape / mean).log())
+        return {"shape": shape + torch.log(-torch.expm1(-shape)), "gate": logit(1 - positive.mean(0)).clamp(-5.0, 5.0)}
+
+    def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
+        """Zero-inflated gamma of every cell and feature."""
+        concentration = softplus(predictors["shape"]) + 1e-8
+        return ZeroInflatedGamma(concentration, self.log_rate.exp(), gate_logits=predictors["gate"])

@@ -1,0 +1,135 @@
+"""What all likelihoods share."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import ClassVar
+
+import pyro
+import torch
+from pyro import distributions as dist
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyromosaic.data import DataKind, ModalitySchema, Traits, View
+
+Predictors = Mapping[str, Tensor]
+
+
+def logit(p: Tensor) -> Tensor:
+    """Log odds of a probability, kept away from 0 and 1.
+
+    Parameters
+    ----------
+    p
+        Probabilities, of any shape.
+
+    Returns
+    -------
+    Tensor
+        Log odds in nats, of the same shape.
+
+    Examples
+    --------
+    >>> logit(torch.tensor([0.5, 0.9]))
+    tensor([0.0000, 2.1972])
+    """
+    return torch.logit(p, eps=1e-6)
+
+
+class Likelihood(PyroModule):
+    """What all likelihoods share; a subclass defines `distribution` and names its `predictors`.
+
+    Parameters
+    ----------
+    schema
+        The modality.
+
+    Examples
+    --------
+    Methylation: methylated counts out of a coverage, which is another layer of the data.
+
+    >>> from pyro import distributions as dist
+    >>> from pyromosaic import ModalitySpec
+    >>> class Binomial(Likelihood):
+    ...     data_kind = "count"
+    ...     predictors = ("level",)
+    ...
+    ...     def distribution(self, predictors, view):
+    ...         return dist.Binomial(view.exposure, logits=predictors["level"])
+    >>> spec = ModalitySpec(Binomial, exposure_layer="coverage")
+    """
+
+    family: ClassVar[str] = ""  # the name that `pyromosaic.ModalitySpec` takes; empty for a likelihood of one's own
+    traits: ClassVar[Traits] = Traits()  # what kind of measurement it describes
+    data_kind: ClassVar[DataKind]  # all that most likelihoods of one's own need to say of their traits
+    predictors: tuple[str, ...] = ()  # heads of the model's decoder
+    posterior_predictors: tuple[str, ...] = ()  # heads of the guide's decoder, for latent variables of its own
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "data_kind" in vars(cls) and "traits" not in vars(cls):
+            cls.traits = replace(cls.traits, kind=cls.data_kind)
+
+    def __init__(self, schema: ModalitySchema) -> None:
+        super().__init__()
+        self.schema = schema
+
+    def start(self, view: View) -> dict[str, Tensor]:
+        """Set feature-level parameters from data and return start values of the decoders' biases by predictor."""
+        return {}
+
+    def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
+        """Distribution of the measurements, batch shape (..., b, features)."""
+        raise TypeError(f"{type(self).__name__} does not define distribution()")
+
+    def forward(self, name: str, predictors: Predictors, view: View, kl_weight: float = 1.0) -> None:
+        """The generative story of the modality: its observed site, named after the modality."""
+        pyro.sample(name, self.distribution(predictors, view), obs=view.counts)
+
+    def normalized(self, distribution: dist.TorchDistribution) -> Tensor:
+        """The biological signal in a distribution that was made for a cell of size 1."""
+        return distribution.mean
+
+    def cell_factor(self, view: View) -> Tensor:
+        """What the signal of each cell is multiplied by, shape (b, 1)."""
+        return torch.ones_like(view.library)
+
+
+class CountLikelihood(Likelihood):
+    """What negative binomial likelihoods share: sizes of cells, and the inverse dispersion theta.
+
+    theta is one number a feature, or one a feature and batch or label; where a cell's batch or label is not known, the
+    geometric mean over them.
+
+    Parameters
+    ----------
+    schema
+        The modality.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, ModalitySpec, simulate
+    >>> from pyromosaic.data import measured
+    >>> spec = ModalitySpec("nb", batch_key="batch", dispersion="gene-batch")
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], {"rna": spec})
+    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
+    >>> likelihood = CountLikelihood(mosaic.schema["rna"])
+    >>> likelihood.log_theta.shape, likelihood.theta(view).shape
+    (torch.Size([2, 50]), torch.Size([40, 50]))
+    """
+
+    def __init__(self, schema: ModalitySchema) -> None:
+        super().__init__(schema)
+        self.log_theta = nn.Parameter(torch.zeros(*schema.dispersion_shape))
+
+    def theta(self, view: View) -> Tensor:
+        """Inverse dispersion, of a shape that broadcasts with (b, features)."""
+        if self.schema.spec.dispersion == "gene":
+            return self.log_theta.exp()
+        if self.schema.spec.dispersion == "gene-batch":
+            return (view.one_hot() @ self.log_theta).exp()
+        return (view.one_hot_label(len(self.schema.labels)) @ self.log_theta).exp()
+
+    def cell_factor(self, view: View) -> Tensor:
+        """Size of each cell, shape (b, 1)."""
+        return view.library

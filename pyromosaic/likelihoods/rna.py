@@ -1,0 +1,120 @@
+"""Counts of RNA, and other counts whose shares of a cell's total are modelled."""
+
+import torch
+from pyro import distributions as dist
+from torch import Tensor
+
+from pyromosaic.data import TRAITS, ModalitySchema, View
+from pyromosaic.distributions import (
+    Multinomial,
+    NegativeBinomial,
+    ZeroInflatedNegativeBinomial,
+)
+from pyromosaic.likelihoods.likelihood import CountLikelihood, Predictors
+
+
+class NB(CountLikelihood):
+    """RNA counts: ``x ~ NB(mean = l * softmax(rate), theta)``, l the cell's size, theta per gene (MultiVI, Methods).
+
+    Parameters
+    ----------
+    schema
+        The modality.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], {"rna": "nb"})
+    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
+    >>> likelihood = NB(mosaic.schema["rna"])
+    >>> distribution = likelihood.distribution(likelihood.start(view), view)
+    >>> torch.allclose(distribution.mean.sum(-1, keepdim=True), view.library)  # the cell's size
+    True
+    """
+
+    family = "nb"
+    traits = TRAITS["nb"]
+    predictors: tuple[str, ...] = ("rate",)
+
+    def start(self, view: View) -> dict[str, Tensor]:
+        """Mean profile of the cells; theta stays at 1."""
+        total = view.dense_counts().sum(0)
+        return {"rate": torch.log((total + 0.5) / (total + 0.5).sum())}
+
+    def mean(self, predictors: Predictors, view: View) -> Tensor:
+        """Expected counts."""
+        return view.library * torch.softmax(predictors["rate"], dim=-1)
+
+    def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
+        """Negative binomial of every cell and gene."""
+        return NegativeBinomial(self.mean(predictors, view), self.theta(view))
+
+
+class ZINB(NB):
+    """RNA counts with structural zeros, of probability ``sigmoid(gate)``; else as `NB`.
+
+    Parameters
+    ----------
+    schema
+        The modality.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50}, likelihoods={"rna": "zinb"})[0], {"rna": "zinb"})
+    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
+    >>> likelihood = ZINB(mosaic.schema["rna"])
+    >>> start = likelihood.start(view)
+    >>> sorted(start), likelihood.distribution(start, view).batch_shape
+    (['gate', 'rate'], torch.Size([40, 50]))
+    """
+
+    family = "zinb"
+    traits = TRAITS["zinb"]
+    predictors = ("rate", "gate")
+
+    def start(self, view: View) -> dict[str, Tensor]:
+        """Mean profile of the cells, and few structural zeros."""
+        return {**super().start(view), "gate": torch.full((self.schema.n_features,), -3.0)}
+
+    def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
+        """Zero-inflated negative binomial of every cell and gene."""
+        return ZeroInflatedNegativeBinomial(
+            self.mean(predictors, view), self.theta(view), gate_logits=predictors["gate"]
+        )
+
+
+class MultinomialLikelihood(NB):
+    """Counts given a cell's total: ``x ~ Multinomial(l, softmax(rate))`` (Cobolt; Gong et al. 2021).
+
+    Nothing but the shares is modelled: no dispersion, and no chance in the total.
+
+    Parameters
+    ----------
+    schema
+        The modality.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], {"rna": "multinomial"})
+    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
+    >>> likelihood = MultinomialLikelihood(mosaic.schema["rna"])
+    >>> distribution = likelihood.distribution(likelihood.start(view), view)
+    >>> distribution.batch_shape, distribution.log_prob(view.dense_counts()).shape
+    (torch.Size([40, 50]), torch.Size([40, 50]))
+    """
+
+    family = "multinomial"
+    traits = TRAITS["multinomial"]
+
+    def __init__(self, schema: ModalitySchema) -> None:
+        super().__init__(schema)
+        del self.log_theta
+
+    def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
+        """Multinomial of every cell."""
+        return Multinomial(view.library, predictors["rate"])

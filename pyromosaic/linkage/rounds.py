@@ -1,0 +1,166 @@
+"""Rounds of a linkage: match cells, correlate modalities, smooth, match again."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from pyromosaic.data import Mosaic
+from pyromosaic.linkage.canonical import (
+    Canonical,
+    canonical_correlation,
+)
+from pyromosaic.linkage.matching import (
+    Correspondence,
+    cosine,
+    diagonal,
+    gromov_wasserstein,
+)
+from pyromosaic.linkage.preprocess import (
+    Smoother,
+    Standardised,
+    Standardiser,
+    group_means,
+    metacells,
+    principal_components,
+)
+
+Match = Callable[[np.ndarray, tuple[np.ndarray, np.ndarray]], Any]
+N_COARSE = 256  # metacells whose geometries are compared
+
+
+@dataclass
+class Side:
+    """One modality on its way through the linkage."""
+
+    name: str
+    cells: np.ndarray
+    standardiser: Standardiser
+    data: Standardised
+    loadings: np.ndarray
+    components: np.ndarray
+    groups: np.ndarray
+    means: np.ndarray
+    smooth: Smoother
+
+    @classmethod
+    def fit(cls, mosaic: Mosaic, name: str, n_pcs: int, n_neighbors: int, n_metacells: int, seed: int) -> "Side":
+        """Standardise, reduce and smooth a modality, and divide its cells into metacells."""
+        modality = mosaic.modalities[name]
+        cells = np.flatnonzero(modality.present)
+        if len(cells) <= n_pcs:
+            raise ValueError(
+                f"modality {name!r} has {len(cells)} cell{'s' * (len(cells) != 1)}; {n_pcs} principal components need "
+                f"at least {n_pcs + 1} (lower n_pcs, or give more cells)"
+            )
+        standardiser, data = Standardiser.fit(modality, cells)
+        n_varying = int(np.isfinite(data.scale).sum())
+        if n_varying < 2:
+            raise ValueError(
+                f"modality {name!r}: {n_varying} of its {len(data.scale)} features vary within a batch; linkage needs 2"
+            )
+        loadings = principal_components(data, min(n_pcs, n_varying), seed)
+        components = data @ loadings
+        groups = metacells(components, n_metacells)
+        means = group_means(groups, components, groups.max() + 1)
+        return cls(
+            name, cells, standardiser, data, loadings, components, groups, means, Smoother.fit(means, n_neighbors)
+        )
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Share of the cells in each metacell."""
+        return np.bincount(self.groups) / len(self.groups)
+
+
+@dataclass
+class Pair:
+    """Two modalities between which cells are matched.
+
+    Parameters
+    ----------
+    sides
+        The modalities.
+    linked
+        Standardised linked features of the metacells, metacells × links each.
+    match
+        How cells of given similarity are matched.
+    link_share
+        Share of the linked features in similarities after the first.
+    ridge, n_components
+        Of the canonical correlation analysis.
+    """
+
+    sides: tuple[Side, Side]
+    linked: tuple[np.ndarray, np.ndarray]
+    match: Match
+    link_share: float
+    ridge: float
+    n_components: int
+
+    def matched(self, similarity: np.ndarray) -> Correspondence:
+        """Match metacells by their similarity."""
+        return self.correspondence(self.match(similarity, (self.sides[0].weights, self.sides[1].weights)))
+
+    def correspondence(self, plan: Any) -> Correspondence:
+        """The correspondence of cells that a plan between metacells means."""
+        return Correspondence(plan, (self.sides[0].groups, self.sides[1].groups))
+
+    def by_links(self, chosen: np.ndarray, start: str) -> np.ndarray | None:
+        """Similarity of metacells by the chosen linked features; None where there is no link."""
+        if not chosen.any():
+            return None
+        x, y = (s.smooth(linked[:, chosen]) for s, linked in zip(self.sides, self.linked, strict=True))
+        return cosine(*diagonal(x, y, self.n_components)) if start == "diagonal" else cosine(x, y)
+
+    def by_geometry(self, similarity: np.ndarray | None) -> Correspondence:
+        """Match coarse metacells by geometry, and by the similarity of metacells if there is one."""
+        coarse = [metacells(s.means, N_COARSE) for s in self.sides]
+        share = []  # of each metacell in its coarse one
+        for groups, side in zip(coarse, self.sides, strict=True):
+            total = np.bincount(groups, side.weights)
+            share.append(sparse.csr_array((side.weights / total[groups], (groups, np.arange(len(groups))))))
+        if similarity is not None:
+            similarity = share[0] @ similarity @ share[1].T
+        means = [a @ s.means for a, s in zip(share, self.sides, strict=True)]
+        weights = [np.bincount(g, s.weights) for g, s in zip(coarse, self.sides, strict=True)]
+        plan = gromov_wasserstein(means[0], means[1], (weights[0], weights[1]), similarity)
+        return self.correspondence(share[0].T @ plan @ share[1])
+
+    def rounds(self, chosen: np.ndarray, start: str) -> Iterator[tuple[Correspondence, Canonical]]:
+        """Match and correlate, round after round, with the chosen links."""
+        by_links = self.by_links(chosen, start)
+        if by_links is None or start == "geometry":
+            pi = self.by_geometry(by_links)
+        else:
+            pi = self.matched(by_links)
+        while True:
+            canonical = self.correlated(pi)
+            yield pi, canonical
+            kept = canonical.keep(self.n_components)
+            similarity = cosine(*(s.smooth(kept.scores(s.means, k)) for k, s in enumerate(self.sides)))
+            if by_links is not None:
+                similarity = (1 - self.link_share) * similarity + self.link_share * by_links
+            pi = self.matched(similarity)
+
+    def correlated(self, pi: Correspondence) -> Canonical:
+        """Canonical variables of a correspondence."""
+        first, second = (s.components for s in self.sides)
+        return canonical_correlation(first, second, pi, self.ridge)
+
+    def agreement(self, pi: Correspondence, chosen: np.ndarray) -> float:
+        """Mean correlation of the two features of the chosen links over matched cells."""
+        first, second = pi.marginals
+        x, y = (linked[:, chosen] for linked in self.linked)
+        x, y = x - first @ x, y - second @ y
+        covariance = np.einsum("gl,gl->l", x, pi.plan @ y)
+        return float(np.mean(covariance / np.sqrt(np.maximum((first @ x**2) * (second @ y**2), 1e-12))))
+
+    def trial(self, start: str, rounds: int, held_out: float, seed: int) -> list[float]:
+        """Agreement of links that were left out, after each round of a trial without them."""
+        n = self.linked[0].shape[1]
+        left_out = np.random.default_rng(seed).permutation(n) < round(held_out * n)
+        return [self.agreement(pi, left_out) for pi, _ in islice(self.rounds(~left_out, start), rounds)]

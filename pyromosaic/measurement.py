@@ -1,0 +1,362 @@
+"""One modality in a program: how its measurements come about from a cell's latent variable, and how that is inferred.
+
+A `Measurement` stands in the model and a `MeasurementGuide` in the guide, one of each for every modality. Both make
+their sites inside the same `Plates`.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyromosaic.data import Minibatch, View
+from pyromosaic.posterior import Posterior, alone
+from pyromosaic.program import Part, weighted
+
+
+@contextmanager
+def cells(minibatch: Minibatch, kl_weight: float = 1.0, balanced: Mapping[str, float] | None = None) -> Iterator[None]:
+    """Plate of all cells (dim -2), for the latent variables that modalities share.
+
+    Parameters
+    ----------
+    minibatch
+        The cells.
+    kl_weight
+        Weight of the divergences.
+    balanced
+        By modality what its cells count together, however many have it; None to count every cell once.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0])
+    >>> with cells(measured(mosaic, mosaic.find(None))):
+    ...     z = pyro.sample("z", dist.Normal(torch.zeros(40, 1, 3), 1.0).to_event(1))
+    """
+    plate = pyro.plate("cells", minibatch.n_cells, subsample=minibatch.index, dim=-2)
+    with plate, weighted(kl_weight), nullcontext() if balanced is None else _balance(minibatch, balanced):
+        yield
+
+
+def _balance(minibatch: Minibatch, weights: Mapping[str, float]) -> AbstractContextManager[Any]:
+    scale = torch.zeros(len(minibatch), device=minibatch.index.device)
+    for name, view in minibatch.observed.items():
+        share = weights[name] * len(minibatch) / len(view.rows)
+        scale = scale.index_add(0, view.rows, scale.new_full((len(view.rows),), share))
+    balanced: AbstractContextManager[Any] = poutine.scale(scale=scale.unsqueeze(-1))
+    return balanced
+
+
+@dataclass(frozen=True)
+class Plates:
+    """Plates and weights of a modality's sites, the same in model and guide.
+
+    Parameters
+    ----------
+    name, n_features
+        The modality, and how many features it has.
+    data
+        Weight of its likelihood.
+    private
+        Weight of the divergence of its private latent variable.
+    balanced
+        Whether every modality counts alike, however many cells have it.
+
+    Examples
+    --------
+    >>> Plates("rna", 50).name
+    'rna'
+    """
+
+    name: str
+    n_features: int
+    data: float = 1.0
+    private: float = 1.0
+    balanced: bool = False
+
+    def __post_init__(self) -> None:
+        if self.data < 0 or self.private < 0:
+            raise ValueError(
+                f"weights are at least 0; found {self.data} for the likelihood of modality {self.name!r} and "
+                f"{self.private} for its private variable"
+            )
+
+    @contextmanager
+    def cells(self, minibatch: Minibatch) -> Iterator[None]:
+        """Plate of the cells that have the modality (dim -2), scaled to all cells."""
+        n = len(minibatch.decoded[self.name].rows)
+        scale = minibatch.scale * (len(minibatch) / n) if self.balanced else minibatch.scale
+        with poutine.scale(scale=scale), pyro.plate(f"{self.name}_cells", n, dim=-2):
+            yield
+
+    def own(self, kl_weight: float) -> AbstractContextManager[Any]:
+        """Weight of the private latent variable."""
+        return weighted(kl_weight * self.private)
+
+    @contextmanager
+    def features(self) -> Iterator[None]:
+        """Plate of the features (dim -1), inside that of the cells."""
+        scale = nullcontext() if self.data == 1 else poutine.scale(scale=self.data)
+        with scale, pyro.plate(f"{self.name}_features", self.n_features, dim=-1):
+            yield
+
+
+class Measurement(Part):
+    """A modality in the generative story: decoded from the cell's latent variable, and measured.
+
+    Parameters
+    ----------
+    plates
+        Of the modality.
+    size
+        Fills in or draws the cell's size, see `pyromosaic.sizes.Size`.
+    decoder
+        From latent variable and covariates to the likelihood's predictors, see `pyromosaic.nn.Decoder`.
+    likelihood
+        From predictors to the observed site, see `pyromosaic.likelihoods.Likelihood`.
+    n_private
+        Width of a latent variable of the modality's own, ``z_<name>``, which the decoder sees behind the shared one.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, MultiVI, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0])
+    >>> rna, minibatch = MultiVI(mosaic).model.modalities["rna"], measured(mosaic, mosaic.find(None))
+    >>> with poutine.trace() as tracer:
+    ...     rna(torch.zeros(40, 1, 15), minibatch.decoded["rna"], minibatch)
+    >>> tracer.trace.observation_nodes
+    ['rna']
+    """
+
+    size: Any
+    decoder: Any
+    likelihood: Any
+
+    def __init__(
+        self, plates: Plates, size: nn.Module, decoder: nn.Module, likelihood: nn.Module, n_private: int = 0
+    ) -> None:
+        super().__init__()
+        self.plates, self.n_private = plates, n_private
+        self.size, self.decoder, self.likelihood = size, decoder, likelihood
+
+    def forward(self, z: Tensor, view: View, minibatch: Minibatch, kl_weight: float = 1.0, *context: Any) -> None:
+        """Sites: ``<name>``; before it ``<name>_library`` or ``<name>_size``, ``z_<name>`` and the likelihood's own.
+
+        Parameters
+        ----------
+        z
+            Shared latent variable of all cells of the minibatch, shape (..., B, 1, latent).
+        view
+            The cells that have the modality.
+        minibatch
+            All cells.
+        kl_weight
+            Weight of the divergences.
+        *context
+            What else the decoder takes, see `predictors`.
+        """
+        shared, own = z[..., view.rows, 0, :], None
+        with self.plates.cells(minibatch):
+            view = self.size(shared, view)
+            if self.n_private:
+                prior = dist.Normal(shared.new_zeros(len(view.rows), 1, self.n_private), 1.0).to_event(1)
+                with self.plates.own(kl_weight):
+                    own = pyro.sample(f"z_{self.plates.name}", prior)[..., 0, :]
+            predictors = self.predictors(shared, own, view, *context)
+            with self.plates.features():
+                self.likelihood(self.plates.name, predictors, view, kl_weight)
+
+    def predictors(self, z: Tensor, own: Tensor | None, view: View, *context: Any) -> dict[str, Tensor]:
+        """What the decoder makes of the shared and the private latent variable, by predictor."""
+        decoded: dict[str, Tensor] = self.decoder(z if own is None else torch.cat([z, own], dim=-1), view)
+        return decoded
+
+    def start(self, view: View) -> dict[str, Tensor]:
+        """Set start values from some cells; returns those that the likelihood has for decoders."""
+        if hasattr(self.size, "start"):
+            self.size.start(view)
+        biases: dict[str, Tensor] = self.likelihood.start(view)
+        if hasattr(self.decoder, "start"):
+            self.decoder.start(biases)
+        return biases
+
+
+class MeasurementGuide(Part):
+    """A modality in the inference story: what its measurements say of the cell's latent variables.
+
+    Parameters
+    ----------
+    plates
+        Those of the `Measurement`.
+    encoder
+        From measurements to mean and standard deviation of the shared latent variable, then of the private one; see
+        `pyromosaic.nn.Encoder`.
+    n_latent, n_private
+        Widths of these two.
+    decoder
+        From latent variables to the predictors of the likelihood's own posterior; None if it has none.
+    likelihood
+        The likelihood, which the model owns.
+    size_encoder
+        From measurements to the posterior of the log size relative to the count; None if the size is observed.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, MultiVI, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0])
+    >>> guide, minibatch = MultiVI(mosaic, n_latent=5).guide, measured(mosaic, mosaic.find(None))
+    >>> shared, private = guide.modalities["rna"].encode(minibatch.observed["rna"])
+    >>> shared.loc.shape, private.loc.shape
+    (torch.Size([40, 5]), torch.Size([40, 0]))
+    """
+
+    encoder: Any
+    decoder: Any
+    size_encoder: Any
+
+    def __init__(
+        self,
+        plates: Plates,
+        encoder: nn.Module,
+        n_latent: int,
+        n_private: int = 0,
+        decoder: nn.Module | None = None,
+        likelihood: nn.Module | None = None,
+        size_encoder: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.plates, self.n_latent, self.n_private = plates, n_latent, n_private
+        self.encoder, self.decoder, self.size_encoder = encoder, decoder, size_encoder
+        self.owned_by_model: tuple[Any] = (likelihood,)
+        self.known: dict[tuple[int, int], Any] | None = None  # what was encoded already, inside `encoded_once`
+
+    def encode(self, view: View) -> tuple[Posterior, Posterior]:
+        """Posteriors of the shared and of the private latent variable given the modality alone."""
+        loc, scale = self._once(self.encoder, view)
+        q = Posterior(view.rows, loc, scale)
+        return q.dimensions(slice(self.n_latent)), q.dimensions(slice(self.n_latent, None))
+
+    def forward(
+        self, z: Tensor, view: View, minibatch: Minibatch, kl_weight: float = 1.0, private: Posterior | None = None
+    ) -> None:
+        """Sites: ``<name>_library`` if the size is latent, ``z_<name>``, and the likelihood's own latent variables.
+
+        Parameters
+        ----------
+        z, view, minibatch, kl_weight
+            As in `Measurement.forward`.
+        private
+            Posterior of the private variable; in other cells it has its prior.
+        """
+        name = self.plates.name
+        latent = z[..., view.rows, 0, :] if self.n_private or self.decoder is not None else z
+        with self.plates.cells(minibatch):
+            if self.size_encoder is not None and view.counts is not None:
+                loc, scale = self._once(self.size_encoder, view)
+                pyro.sample(f"{name}_library", dist.Normal(view.library.log() + loc, scale))
+            if self.n_private:
+                q = alone(private, z.new_ones(len(minibatch)), self.n_private, view.rows)
+                with self.plates.own(kl_weight):
+                    latent = torch.cat([latent, pyro.sample(f"z_{name}", q)[..., 0, :]], dim=-1)
+            if self.decoder is not None:
+                predictors, (likelihood,) = self.decoder(latent, view), self.owned_by_model
+                with self.plates.features():
+                    likelihood.posterior(name, predictors, kl_weight)
+
+    def _once(self, network: nn.Module, view: View) -> tuple[Tensor, Tensor]:
+        """What a network says of a view, remembered inside `encoded_once`."""
+        if self.known is None:
+            said: tuple[Tensor, Tensor] = network(view)
+            return said
+        key = id(network), id(view)
+        if key not in self.known:
+            self.known[key] = network(view), view  # held, so that no other view gets its id
+        found: tuple[Tensor, Tensor] = self.known[key][0]
+        return found
+
+    def start(self, view: View, biases: Mapping[str, Tensor]) -> None:
+        """Set input scaling and start values from some cells."""
+        for network in (self.encoder, self.size_encoder):
+            if hasattr(network, "start"):
+                network.start(view)
+        if self.size_encoder is not None:
+            nn.init.constant_(self.size_encoder.log_variance.bias, -4.0)  # a count says much of a size
+        if self.decoder is not None and hasattr(self.decoder, "start"):
+            self.decoder.start(biases)
+
+
+@contextmanager
+def encoded_once(guide: nn.Module) -> Iterator[None]:
+    """Inside, a guide in evaluation mode encodes each view once, however often it is run.
+
+    Parameters
+    ----------
+    guide
+        The guide; its `MeasurementGuide` parts take part.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, MultiVI, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0])
+    >>> guide, view = MultiVI(mosaic).guide, measured(mosaic, mosaic.find(None)).observed["rna"]
+    >>> with encoded_once(guide):
+    ...     first, again = (guide.modalities["rna"].encode(view)[0] for _ in range(2))
+    >>> torch.equal(first.loc, again.loc)
+    True
+    """
+    parts = [part for part in guide.modules() if isinstance(part, MeasurementGuide)]
+    for part in parts:
+        part.known = {}
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.known = None
+
+
+def encoded(
+    modalities: Mapping[str, MeasurementGuide], minibatch: Minibatch
+) -> tuple[dict[str, Posterior], dict[str, Posterior]]:
+    """Posteriors given each modality alone: of the shared latent variable, and of the private ones.
+
+    Parameters
+    ----------
+    modalities
+        Those of a guide.
+    minibatch
+        The cells.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, MultiVI, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0])
+    >>> shared, private = encoded(MultiVI(mosaic).guide.modalities, measured(mosaic, mosaic.find(None)))
+    >>> shared["adt"].loc.shape, private["adt"].loc.shape
+    (torch.Size([40, 15]), torch.Size([40, 0]))
+    """
+    found = {name: modalities[name].encode(view) for name, view in minibatch.observed.items()}
+    return {name: q for name, (q, _) in found.items()}, {name: q for name, (_, q) in found.items()}
+
+
+def part_of(program: nn.Module, name: str) -> Any:
+    """The part of a modality in a model or a guide; None if a program of one's own has none by that name.
+
+    Examples
+    --------
+    >>> part_of(nn.Module(), "rna") is None
+    True
+    """
+    modalities = getattr(program, "modalities", {})
+    return modalities[name] if name in modalities else None

@@ -1,0 +1,496 @@
+"""What a trained model says of measurements: denoised, imputed, drawn, and compared between groups of cells."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import torch
+from pyro import poutine
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+from pyromosaic.data import Mosaic, Traits, measured
+from pyromosaic.models.base import TrainedModel
+from pyromosaic.tasks import AtMean, Estimate, compare_groups, contrasts, draws, estimate, inference_mode
+from pyromosaic.tasks.differential import Delta, Mode
+from pyromosaic.tasks.question import Cells, Question, portions
+
+CHUNK_ENTRIES = 20_000_000  # draws × cells × features in memory at once
+
+
+class Asking(TrainedModel):
+    """Questions about measurements; see `pyromosaic.models.MosaicModel`."""
+
+    def get_normalized_expression(
+        self,
+        modality: str | None = None,
+        cells: Cells = None,
+        *,
+        features: Sequence[str] | None = None,
+        batch: str | Sequence[str] | None = None,
+        library: float = 1.0,
+        n_samples: int | None = None,
+        data: Mosaic | None = None,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Denoised expression, measured or not: the share of each gene, or a protein's expected foreground.
+
+        Parameters
+        ----------
+        modality
+            The modality; by default the first of the model that is not accessibility.
+        cells, features
+            Names (cells also by number or mask); None for all.
+        batch
+            Predict as if cells had been measured in this batch, or on average over these; by default in each cell's
+            own.
+        library
+            Size of the cells to predict at; 1 gives shares of RNA.
+        n_samples
+            Average over this many posterior draws; None decodes the posterior mean.
+        data
+            Other cells than the training data.
+        seed
+            Seed of the draws.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Cells × features.
+
+        Examples
+        --------
+        >>> from pyromosaic import Mosaic, MultiVI, simulate
+        >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0], batch_key="batch")
+        >>> model = MultiVI(mosaic, n_latent=3)
+        >>> shares = model.get_normalized_expression("rna", batch=["batch0", "batch1"])
+        >>> shares.shape, np.allclose(shares.sum(axis=1), 1)
+        ((60, 50), True)
+        """
+        if modality is None:
+            modality = self._first("of expression", lambda traits: not traits.binary)
+        size = library if self._unit_size(modality) == 1 else self.schema[modality].library
+        value = self._likelihood(modality).normalized
+        question = Question(modality, value, cells, features, None, None, size, n_samples, False, data, seed)
+        return self._expected(question, batch)
+
+    def get_protein_foreground_probability(
+        self,
+        modality: str | None = None,
+        cells: Cells = None,
+        *,
+        features: Sequence[str] | None = None,
+        batch: str | Sequence[str] | None = None,
+        n_samples: int | None = None,
+        data: Mosaic | None = None,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Probability that a cell has a protein, rather than only its background, measured or not.
+
+        Parameters
+        ----------
+        modality
+            The modality; by default the first one with a likelihood ``"nb_mixture"``.
+        cells, features, batch, n_samples, data, seed
+            As in `get_normalized_expression`.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Cells × proteins, between 0 and 1.
+
+        Examples
+        --------
+        >>> from pyromosaic import Mosaic, MultiVI, simulate
+        >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0], batch_key="batch")
+        >>> model = MultiVI(mosaic, n_latent=3)
+        >>> model.get_protein_foreground_probability(cells=["cell0", "cell1"]).shape
+        (2, 5)
+        """
+        modality = self._first("'nb_mixture'", lambda traits: traits.background) if modality is None else modality
+        if not self.schema[modality].spec.traits.background:
+            raise ValueError(f"modality {modality!r} has no foreground; that is of the likelihood 'nb_mixture'")
+        if "mixing" not in self._likelihood(modality).predictors:
+            raise ValueError(f"modality {modality!r} has no foreground here: the program does not use its likelihood")
+        size = self.schema[modality].library
+
+        def foreground(distribution: TorchDistribution) -> Tensor:
+            probability: Tensor = 1 - distribution.mixing_probability
+            return probability
+
+        question = Question(modality, foreground, cells, features, None, None, size, n_samples, False, data, seed)
+        return self._expected(question, batch)
+
+    def get_accessibility_estimates(
+        self,
+        modality: str | None = None,
+        cells: Cells = None,
+        *,
+        features: Sequence[str] | None = None,
+        batch: str | Sequence[str] | None = None,
+        factors: bool = False,
+        n_samples: int | None = None,
+        data: Mosaic | None = None,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Denoised accessibility, measured or not.
+
+        Parameters
+        ----------
+        modality
+            The modality; by default the first one with a Bernoulli likelihood.
+        cells, features, batch, n_samples, data, seed
+            As in `get_normalized_expression`.
+        factors
+            Multiply by cell and region factor, which gives the probability of observing a fragment.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Cells × regions, between 0 and 1.
+
+        Examples
+        --------
+        >>> from pyromosaic import Mosaic, MultiVI, simulate
+        >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "atac": 40, "adt": 5})[0], batch_key="batch")
+        >>> model = MultiVI(mosaic, n_latent=3)
+        >>> open_ = model.get_accessibility_estimates()
+        >>> seen = model.get_accessibility_estimates(factors=True)
+        >>> bool((seen <= open_).all(axis=None))
+        True
+        """
+        modality = self._first("'bernoulli'", lambda traits: traits.binary) if modality is None else modality
+        value = (lambda d: d.mean) if factors else self._likelihood(modality).normalized
+        question = Question(modality, value, cells, features, None, None, None, n_samples, False, data, seed)
+        return self._expected(question, batch)
+
+    def get_cell_factors(self, cells: Cells = None, *, data: Mosaic | None = None) -> pd.DataFrame:
+        """What the signal of each cell is multiplied by.
+
+        For RNA its size in counts, for protein its size over the median cell's, for accessibility the probability that
+        an open region is seen.
+
+        Parameters
+        ----------
+        cells
+            Names, numbers or a mask; None for all.
+        data
+            Other cells than the training data.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Cells × modalities, NaN where a modality was not measured.
+
+        Examples
+        --------
+        >>> from pyromosaic import Mosaic, MultiVI, simulate
+        >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "atac": 40, "adt": 5})[0], batch_key="batch")
+        >>> model = MultiVI(mosaic, n_latent=3)
+        >>> factors = model.get_cell_factors()
+        >>> factors.columns.tolist(), np.array_equal(factors["rna"].isna(), ~mosaic.modalities["rna"].present)
+        (['rna', 'atac', 'adt'], True)
+        """
+        mosaic = self._data(data)
+        index = mosaic.find(cells)
+        factors = {name: np.full(len(index), np.nan) for name in self.schema.modalities}
+        with inference_mode(self.model, self.guide):
+            for i, part in enumerate(portions(index)):
+                minibatch = measured(mosaic, part).to(self._device)
+                with AtMean():
+                    latent = poutine.trace(self.guide).get_trace(minibatch).nodes
+                for name, view in minibatch.observed.items():
+                    if f"{name}_library" in latent:
+                        view = replace(view, library=latent[f"{name}_library"]["value"].exp())
+                    factor = self._likelihood(name).cell_factor(view)[:, 0]
+                    factors[name][1024 * i + view.rows.cpu().numpy()] = factor.cpu().numpy()
+        return pd.DataFrame(factors, mosaic.obs_names[index])
+
+    def get_region_factors(self, modality: str | None = None) -> pd.Series:
+        """Factor of each region, between 0 and 1: its width and its bias, whatever the cell.
+
+        Parameters
+        ----------
+        modality
+            The modality; by default the first one with a Bernoulli likelihood.
+
+        Examples
+        --------
+        >>> from pyromosaic import Mosaic, MultiVI, simulate
+        >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "atac": 40, "adt": 5})[0], batch_key="batch")
+        >>> model = MultiVI(mosaic, n_latent=3)
+        >>> model.get_region_factors().shape
+        (40,)
+        """
+        modality = self._first("'bernoulli'", lambda traits: traits.binary) if modality is None else modality
+        if not self.schema[modality].spec.traits.binary:
+            raise ValueError(f"modality {modality!r} has no region factors; they are of the likelihood 'bernoulli'")
+        if not hasattr(self._likelihood(modality), "region_factor"):
+            raise ValueError(
+                f"modality {modality!r} has no region factors here: the program does not use its likelihood"
+            )
+        factors = self._likelihood(modality).region_factor().detach().cpu().numpy()
+        return pd.Series(factors, pd.Index(self.schema[modality].features))
+
+    def get_imputed_values(
+        self,
+        modality: str,
+        cells: Cells = None,
+        *,
+        features: Sequence[str] | None = None,
+        encode: Sequence[str] | None = None,
+        batch: str | None = None,
+        library: float | None = None,
+        n_samples: int | None = 25,
+        quantiles: Sequence[float] = (0.05, 0.95),
+        data: Mosaic | None = None,
+        seed: int = 0,
+    ) -> Estimate:
+        """Expected measurements of a modality with their uncertainty, from whatever the cells were measured by.
+
+        Parameters
+        ----------
+        modality
+            The modality to impute.
+        cells, features, data, seed
+            As in `get_normalized_expression`.
+        encode
+            Modalities to infer from; by default all that a cell has.
+        batch
+            Predict as if measured in this batch; by default the cell's own, or an average over batches where the
+            modality was never measured in the cell's batch.
+        library
+            Size of the cells in counts; by default the cell's own, or where the modality is missing what the model
+            expects of a cell with such a latent variable.
+        n_samples
+            Number of independent posterior draws; None evaluates at the mean of the posterior, without uncertainty.
+        quantiles
+            Levels at which to report quantiles over the draws.
+
+        Returns
+        -------
+        Estimate
+            Mean, standard deviation and quantiles, each cells × features.
+
+        Examples
+        --------
+        >>> from pyromosaic import Mosaic, MultiVI, simulate
+        >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0], batch_key="batch")
+        >>> model = MultiVI(mosaic, n_latent=3)
+        >>> found = model.get_imputed_values("adt", encode=["rna"], cells=mosaic.modalities["rna"].present, n_samples=5)
+        >>> found.mean.shape, sorted(found.quantiles)
+        ((40, 5), [0.05, 0.95])
+        """
+        question = Question(
+            modality, lambda d: d.mean, cells, features, encode, batch, library, n_samples, True, data, seed
+        )
+        return self._estimate(question, quantiles)
+
+    def posterior_predictive_sample(
+        self,
+        modality: str,
+        cells: Cells = None,
+        *,
+        features: Sequence[str] | None = None,
+        encode: Sequence[str] | None = None,
+        batch: str | None = None,
+        library: float | None = None,
+        n_samples: int = 1,
+        data: Mosaic | None = None,
+        seed: int = 0,
+    ) -> np.ndarray:
+        """Measurements drawn from the posterior predictive distribution, measured or not.
+
+        Parameters
+        ----------
+        modality, cells, features, encode, batch, library, data, seed
+            As in `get_imputed_values`.
+        n_samples
+            Number of independent draws.
+
+        Returns
+        -------
+        numpy.ndarray
+            Draws × cells × features, in the order of `cells` and `features`.
+
+        Notes
+        -----
+        A cell in which the modality was measured keeps its size. Elsewhere the size is drawn as well, see
+        `pyromosaic.sizes.Size`, so the draws have the noise of depth.
+
+        Examples
+        --------
+        >>> from pyromosaic import Mosaic, MultiVI, simulate
+        >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0], batch_key="batch")
+        >>> model = MultiVI(mosaic, n_latent=3)
+        >>> model.posterior_predictive_sample("adt", cells=["cell0"], n_samples=4).shape
+        (4, 1, 5)
+        """
+        question = Question(modality, None, cells, features, encode, batch, library, n_samples, True, data, seed)
+        chunks = self._answers(question)
+        return np.concatenate([chunk.cpu().numpy() for chunk in chunks], axis=1)
+
+    def differential(
+        self,
+        groupby: str | None = None,
+        group1: object = None,
+        group2: object = None,
+        *,
+        cells1: Cells = None,
+        cells2: Cells = None,
+        modality: str | None = None,
+        mode: Mode = "change",
+        delta: Delta = "default",
+        fdr: float = 0.05,
+        batch_correction: bool = False,
+        protein_foreground: bool = False,
+        n_samples: int = 5000,
+        features: Sequence[str] | None = None,
+        data: Mosaic | None = None,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Differential expression, accessibility or protein between groups of cells, measured or not.
+
+        Pairs of cells, one of each group, are compared by posterior draws of their denoised values; see
+        `pyromosaic.tasks.compare`. The effect is the log2 fold change of shares (RNA) or of expected counts
+        (protein), or the difference of probabilities (accessibility).
+
+        Parameters
+        ----------
+        groupby
+            Column of `obs` with the groups; cells without a value take no part.
+        group1, group2
+            Values in that column. Without `group1` every group is compared with the rest in turn; without `group2` the
+            second group is the rest.
+        cells1, cells2
+            Groups given by names, numbers or masks instead; without `cells2` the second group is the rest.
+        modality
+            The modality; by default the model's first.
+        mode
+            ``"change"``: is the effect at least `delta` in size? ``"vanilla"``: which of the two is larger?
+        delta
+            Smallest effect that counts: by default a log2 fold change of 0.25 or a difference of 0.05; None estimates
+            it for each pair of groups.
+        fdr
+            Share of false discoveries accepted among the features called.
+        batch_correction
+            Compare within batches, and average over them: both cells of a pair are decoded for the same batch. By
+            default each is decoded for its own.
+        protein_foreground
+            Compare a protein's expected foreground instead of its whole expected count. Less steady: where background
+            and foreground are hard to tell apart, the model may call the same count either, and the foreground changes
+            alone.
+        n_samples
+            Number of pairs.
+        features
+            Names of the features to compare; None for all.
+        data
+            Other cells than the training data.
+        seed
+            Seed of pairs and draws; the same for every pair of groups.
+
+        Returns
+        -------
+        pandas.DataFrame
+            A block for each pair of groups (``comparison``, ``group1``, ``group2``) with a row a feature, the surest
+            first: the columns of `pyromosaic.tasks.compare`, then ``raw_mean``, ``nonzero_share`` and
+            ``normalized_mean`` (cells scaled to the size of the median cell) of either group's cells in which the
+            modality was measured, NaN if there are none.
+
+        Raises
+        ------
+        ValueError
+            If groups are empty, overlap or do not exist, or another argument is out of range.
+        KeyError
+            If the model has no such modality.
+
+        Notes
+        -----
+        The probabilities are about cells like these, and take the trained networks for known: small effects between
+        groups of few cells may be chance, against which a larger `delta` (or None) helps. Cells of one donor are no
+        replicates: what holds for donors needs several of them in either group.
+
+        Examples
+        --------
+        >>> from pyromosaic import Mosaic, MultiVI, pbmc_mosaic
+        >>> mosaic = Mosaic.from_mudata(pbmc_mosaic(), batch_key="batch")
+        >>> model = MultiVI(mosaic, n_latent=10)
+        >>> model.train(n_epochs=1, progress_bar=False)
+        >>> table = model.differential("celltype", "B", modality="adt", features=["cd19", "cd3.1"], n_samples=100)
+        >>> sorted(table.index)
+        ['cd19', 'cd3.1']
+        """
+        mosaic = self._data(data)
+        name = next(iter(self.schema.modalities)) if modality is None else modality
+        value = self._compared(name, protein_foreground)
+        wanted = None if features is None else list(dict.fromkeys(features))
+        question = Question(name, value, None, wanted, library=self._unit_size(name), n_samples=1, data=mosaic)
+
+        def draw(cells: np.ndarray, batch: str | None, seed: int) -> np.ndarray:
+            chunks = self._answers(replace(question, cells=cells, batch=batch, seed=seed))
+            return np.concatenate([chunk[0].cpu().numpy() for chunk in chunks])
+
+        tables = [
+            compare_groups(
+                contrast,
+                draw,
+                draw,
+                mosaic.modalities[name],
+                self._features(name, wanted),
+                mode=mode,
+                delta=delta,
+                fdr=fdr,
+                batch_correction=batch_correction,
+                n_samples=n_samples,
+                seed=seed,
+            )
+            for contrast in contrasts(mosaic, groupby, group1, group2, cells1, cells2)
+        ]
+        return pd.concat(tables)
+
+    def _compared(self, modality: str, protein_foreground: bool = False) -> Callable[[TorchDistribution], Tensor]:
+        """The quantity in which cells are compared."""
+        if self.schema[modality].spec.traits.background and not protein_foreground:
+            return lambda distribution: distribution.mean
+        return self._likelihood(modality).normalized
+
+    def _unit_size(self, modality: str) -> float:
+        """Size of a cell whose expected measurements are the denoised values: shares of RNA, else a median cell's."""
+        schema = self.schema[modality]
+        return 1.0 if schema.spec.traits.shares else schema.library
+
+    def _first(self, what: str, fits: Callable[[Traits], bool]) -> str:
+        """The first modality whose likelihood describes such measurements."""
+        for name, modality in self.schema.modalities.items():
+            if fits(modality.spec.traits):
+                return name
+        raise ValueError(f"the model has no modality to answer that from: none has a likelihood {what}")
+
+    def _expected(self, question: Question, batch: str | Sequence[str] | None) -> pd.DataFrame:
+        """Mean of a quantity over posterior draws and over batches, each batch with the same draws."""
+        batches = [batch] if batch is None or isinstance(batch, str) else list(batch)
+        if not batches:
+            raise ValueError(
+                "the list of batches to average over is empty; give at least one, or None for a cell's own"
+            )
+        means = [self._estimate(replace(question, batch=b)).mean for b in batches]
+        return sum(means[1:], means[0]) / len(means)
+
+    def _estimate(self, question: Question, quantiles: Sequence[float] = ()) -> Estimate:
+        mosaic, modality = self._data(question.data), question.modality
+        names = mosaic.obs_names[mosaic.find(question.cells)]
+        columns = pd.Index(self.schema[modality].features)[self._features(modality, question.features)]
+        return estimate(self._answers(question), names, columns, quantiles)
+
+    def _answers(self, question: Question) -> Iterator[Tensor]:
+        """Draws of what is asked, chunk by chunk of cells, each of shape (draws, cells, features)."""
+        mosaic, modality = self._data(question.data), question.modality
+        index, columns = mosaic.find(question.cells), self._features(modality, question.features)
+        question.check(mosaic, index)
+        wanted = torch.from_numpy(columns).to(self._device)
+        size = max(1, CHUNK_ENTRIES // (self.schema[modality].n_features * (question.n_samples or 1)))
+        with inference_mode(self.model, self.guide, seed=question.seed):
+            for part in portions(index, min(size, 1024)):
+                minibatch = question.minibatch(mosaic, part).to(self._device)
+                yield draws(self.model, self.guide, minibatch, question, wanted)

@@ -1,0 +1,140 @@
+"""Features with embeddings: their part in a program, and what a model says of them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyromosaic.data import Minibatch, View
+from pyromosaic.guidance import GuidanceGraph
+from pyromosaic.measurement import Measurement, Plates
+from pyromosaic.models.mosaic_model import MosaicModel
+from pyromosaic.program import weighted
+from pyromosaic.tasks import inference_mode
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the shared parts of the objective count; every modality counts alike, however many cells have it.
+
+    Parameters
+    ----------
+    graph
+        Weight of the graph: of its likelihood, and of the features' divergence.
+    cells
+        By modality the weight of its cells' divergences.
+    """
+
+    graph: float
+    cells: Mapping[str, float]
+
+    @contextmanager
+    def features(self, minibatch: Minibatch, n_features: int) -> Iterator[None]:
+        """Plate of the features' embeddings, whose divergence enters as the mean over features over their number."""
+        scale = minibatch.n_cells * self.graph / n_features**2
+        with poutine.scale(scale=scale), pyro.plate("features", n_features, dim=-1):
+            yield
+
+
+@dataclass(frozen=True)
+class LinkedPlates(Plates):
+    """Plates in which the divergence of the private variable counts in the history as in the objective."""
+
+    @contextmanager
+    def own(self, kl_weight: float) -> Iterator[None]:
+        """Weight of the private latent variable."""
+        with weighted(kl_weight), poutine.scale(scale=self.private):
+            yield
+
+
+class LinkedMeasurement(Measurement):
+    """A modality whose decoder takes the embeddings of its features, shape (..., features, latent)."""
+
+    def predictors(self, z: Tensor, own: Tensor | None, view: View, *context: Any) -> dict[str, Tensor]:
+        """What the decoder makes of cells and features, by predictor."""
+        (embeddings,) = context
+        decoded: dict[str, Tensor] = self.decoder(z, embeddings, own, view)
+        return decoded
+
+
+def directed(graph: GuidanceGraph) -> tuple[Tensor, Tensor, Tensor]:
+    """Edges in both directions and a self loop at every node, shape (2, E); their weights and signs, shape (E,)."""
+    loops = np.arange(graph.n_features)
+    edges = np.concatenate([graph.edges, graph.edges[::-1], [loops, loops]], axis=1)
+    ones = np.ones(len(loops), dtype=np.float32)
+    weight, sign = (np.concatenate([values, values, ones]) for values in (graph.weight, graph.sign))
+    return torch.from_numpy(edges), torch.from_numpy(weight), torch.from_numpy(sign)
+
+
+class Embedded(MosaicModel):
+    """Questions about the embeddings of features; see `pyromosaic.DiagVI`."""
+
+    guide: Any
+    graph: GuidanceGraph
+
+    def get_feature_embeddings(self, modality: str | None = None) -> pd.DataFrame:
+        """Posterior mean of the features' embeddings.
+
+        Parameters
+        ----------
+        modality
+            The modality; None for all.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Features × latent dimensions, indexed by modality and feature.
+        """
+        with inference_mode(self.guide):
+            loc = self.guide.graph_encoder()[0].cpu().numpy()
+        pairs = [(name, feature) for name, features in self.graph.features.items() for feature in features]
+        index = pd.MultiIndex.from_tuples(pairs, names=["modality", "feature"])
+        frame = pd.DataFrame(loc, index, [f"v_{i}" for i in range(loc.shape[1])])
+        if modality is None:
+            return frame
+        self.schema[modality]
+        return frame.loc[[modality]]
+
+    def nearest_features(
+        self, modality: str, to: str, features: Sequence[str] | None = None, n_neighbors: int = 5
+    ) -> pd.DataFrame:
+        """Features of another modality whose embeddings point the same way: candidates of regulatory links.
+
+        Parameters
+        ----------
+        modality, to
+            Where to start, and where to look.
+        features
+            Names of the features to start from; None for all.
+        n_neighbors
+            Number of neighbours of each.
+
+        Returns
+        -------
+        pandas.DataFrame
+            A row a pair, nearest first: the two features (columns named after the modalities), ``score``, the cosine
+            of their embeddings, and ``linked``, whether the graph joins them.
+        """
+        chosen = np.asarray(self.schema[modality].features, dtype=object)[self._features(modality, features)]
+        others = np.asarray(self.schema[to].features, dtype=object)
+        embeddings = self.get_feature_embeddings()
+        embeddings = embeddings.div(np.linalg.norm(embeddings, axis=1), axis=0)
+        cosine = embeddings.loc[modality].loc[chosen].to_numpy() @ embeddings.loc[to].to_numpy().T
+        n = min(n_neighbors, len(others))
+        nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :n]
+        table = pd.DataFrame(
+            {
+                modality: np.repeat(chosen, n),
+                to: others[nearest.ravel()],
+                "score": np.take_along_axis(cosine, nearest, axis=1).ravel(),
+            }
+        )
+        links = pd.MultiIndex.from_frame(self.graph.links(modality, to)[[modality, to]])
+        return table.assign(linked=pd.MultiIndex.from_frame(table[[modality, to]]).isin(links))

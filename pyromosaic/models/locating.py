@@ -1,0 +1,216 @@
+"""Where cells lie: their latent variables, their neighbours, and what the model says of all cells at once."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from pyro import poutine
+from sklearn.neighbors import NearestNeighbors
+from torch import Tensor
+
+from pyromosaic.data import Mosaic
+from pyromosaic.models.base import TrainedModel
+from pyromosaic.tasks import inference_mode
+from pyromosaic.tasks.question import Cells
+
+
+class Locating(TrainedModel):
+    """Questions about latent variables; see `pyromosaic.models.MosaicModel`."""
+
+    def get_latent_representation(
+        self,
+        cells: Cells = None,
+        *,
+        modality: str | None = None,
+        sample: bool = False,
+        data: Mosaic | None = None,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Latent variable of each cell.
+
+        Parameters
+        ----------
+        cells
+            Names, numbers or a mask; None for all.
+        modality
+            Look at this modality alone, in the cells that have it; None for all that a cell has.
+        sample
+            Draw from the posterior instead of giving its mean.
+        data
+            Other cells than the training data.
+        seed
+            Seed of the draw.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Cells × latent dimensions ``z_0``, ``z_1``, …
+
+        Examples
+        --------
+        >>> from pyromosaic import Mosaic, MultiVI, simulate
+        >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0], batch_key="batch")
+        >>> model = MultiVI(mosaic, n_latent=3)
+        >>> model.get_latent_representation().columns.tolist()
+        ['z_0', 'z_1', 'z_2']
+        >>> len(model.get_latent_representation(modality="adt"))  # cells that have antibodies, seen by these alone
+        40
+        """
+        mosaic = self._data(data)
+        index = self._having(mosaic, mosaic.find(cells), modality)
+        z = self._latent(mosaic, index, "z", modality, sample, seed)
+        return pd.DataFrame(z, mosaic.obs_names[index], [f"z_{i}" for i in range(z.shape[1])])
+
+    def _having(self, mosaic: Mosaic, index: np.ndarray, modality: str | None) -> np.ndarray:
+        """The cells that have a modality; all if None."""
+        if modality is None:
+            return index
+        self.schema[modality]
+        having = index[mosaic.modalities[modality].present[index]]
+        if len(having) == 0:
+            raise ValueError(f"none of the cells asked for has modality {modality!r}")
+        return having
+
+    def get_global_posterior(
+        self, n_samples: int = 1000, *, quantiles: Sequence[float] = (0.05, 0.95), seed: int = 0
+    ) -> pd.DataFrame:
+        """Global latent variables, those that a prior, decoder or likelihood draws once for all cells.
+
+        Parameters
+        ----------
+        n_samples
+            Number of posterior draws.
+        quantiles
+            Levels at which to report quantiles over the draws.
+        seed
+            Seed of the draws.
+
+        Returns
+        -------
+        pandas.DataFrame
+            A row an element, indexed by ``site`` and ``element`` (its number); columns ``mean``, ``sd`` and the levels.
+
+        Raises
+        ------
+        ValueError
+            If the model has no global latent variable.
+
+        Examples
+        --------
+        >>> from pyro import distributions as dist
+        >>> from pyro.nn import PyroSample
+        >>> from pyromosaic import ModalitySpec, Mosaic, MultiVI, simulate
+        >>> from pyromosaic.likelihoods import NB
+        >>> class Uncertain(NB):  # dispersions with a prior, and so with a posterior
+        ...     def __init__(self, schema):
+        ...         super().__init__(schema)
+        ...         self.log_theta = PyroSample(dist.Normal(torch.zeros(50), 1.5).to_event(1))
+        >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50})[0], {"rna": ModalitySpec(Uncertain)})
+        >>> model = MultiVI(mosaic, n_latent=3)
+        >>> model.get_global_posterior(n_samples=20).loc["modalities.rna.likelihood.log_theta"].shape
+        (50, 4)
+        """
+        values: dict[str, list[Tensor]] = {}
+        with inference_mode(self.guide, seed=seed):
+            for _ in range(n_samples):
+                guide = poutine.trace(self.guide.globals).get_trace()
+                trace = poutine.trace(poutine.replay(self.model.globals, trace=guide)).get_trace()
+                for name in trace.stochastic_nodes:
+                    values.setdefault(name, []).append(trace.nodes[name]["value"].reshape(-1).cpu())
+        if not values:
+            raise ValueError("the model has no global latent variable: none of its modules has a PyroSample")
+        tables = {}
+        for name, drawn in values.items():
+            x = pd.DataFrame(torch.stack(drawn).numpy())
+            columns: dict[Any, pd.Series] = {"mean": x.mean(), "sd": x.std()}
+            tables[name] = pd.DataFrame(columns | {q: x.quantile(q) for q in quantiles})
+        return pd.concat(tables, names=["site", "element"])
+
+    def nearest_cells(self, modality: str, to: str, cells: Cells = None, *, n_neighbors: int = 15) -> pd.DataFrame:
+        """Counterparts of cells among those of another modality, and whether there are any.
+
+        Parameters
+        ----------
+        modality, to
+            Where the cells are from, and where to look.
+        cells
+            Names, numbers or a mask; None for all of the modality.
+        n_neighbors
+            Number of nearest cells to look at.
+
+        Returns
+        -------
+        pandas.DataFrame
+            For each cell the ``nearest`` cell of the other modality; the mean ``distance`` to its nearest cells there,
+            over what 95 % of the cells there stay within among themselves; and ``alone``, whether that is above 1: a
+            cell of a type, say, that the other modality has not seen.
+
+        Examples
+        --------
+        >>> from pyromosaic import Mosaic, MultiVI, simulate
+        >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0], batch_key="batch")
+        >>> model = MultiVI(mosaic, n_latent=3)
+        >>> model.nearest_cells("adt", to="rna", n_neighbors=5).columns.tolist()
+        ['nearest', 'distance', 'alone']
+        """
+        query = self.get_latent_representation(cells, modality=modality)
+        distance, rows, reference = self._neighbours(query, to, n_neighbors)
+        among = NearestNeighbors(n_neighbors=min(n_neighbors, len(reference) - 1)).fit(reference.to_numpy())
+        usual = np.quantile(among.kneighbors()[0].mean(axis=1), 0.95)
+        relative = distance.mean(axis=1) / usual
+        columns = {"nearest": reference.index.to_numpy()[rows[:, 0]], "distance": relative, "alone": relative > 1}
+        return pd.DataFrame(columns, index=query.index)
+
+    def transfer_labels(
+        self, key: str, modality: str, to: str, cells: Cells = None, *, n_neighbors: int = 15
+    ) -> pd.DataFrame:
+        """Labels of one modality's cells, given to another's by a vote of the nearest.
+
+        Parameters
+        ----------
+        key
+            Column of `obs` with the labels, which may have been added after registration.
+        modality, to
+            Whose labels are known, and whose cells get them.
+        cells
+            Cells of `to`: names, numbers or a mask; None for all.
+        n_neighbors
+            Number of cells that vote; those without a label do not.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Cells × ``prediction`` and ``confidence``, the share of the votes; of labels with equal votes the nearest
+            cell's wins.
+
+        Examples
+        --------
+        >>> from pyromosaic import Mosaic, MultiVI, simulate
+        >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0], batch_key="batch")
+        >>> model = MultiVI(mosaic, n_latent=3)
+        >>> model.transfer_labels("celltype", "rna", to="adt", n_neighbors=5).columns.tolist()
+        ['prediction', 'confidence']
+        """
+        labels = self._data(None).column(key)
+        known = labels.notna().to_numpy() & self._data(None).modalities[modality].present
+        if not known.any():
+            raise ValueError(f"no cell of modality {modality!r} has a value in column {key!r}")
+        query = self.get_latent_representation(cells, modality=to)
+        _, rows, reference = self._neighbours(query, modality, n_neighbors, np.flatnonzero(known))
+        codes, names = pd.factorize(labels[reference.index].astype(str))
+        votes = np.zeros((len(query), len(names)))
+        np.add.at(votes, (np.arange(len(query))[:, None], codes[rows]), 1 + 1e-6 * np.linspace(1, 0, rows.shape[1]))
+        best = votes.argmax(axis=1)
+        confidence = np.round(votes.max(axis=1)) / rows.shape[1]
+        return pd.DataFrame({"prediction": np.asarray(names)[best], "confidence": confidence}, index=query.index)
+
+    def _neighbours(
+        self, query: pd.DataFrame, modality: str, n_neighbors: int, cells: Cells = None
+    ) -> tuple[np.ndarray, np.ndarray, pd.DataFrame]:
+        """Distances and rows of the nearest cells of a modality, and these cells' latent variables."""
+        reference = self.get_latent_representation(cells, modality=modality)
+        search = NearestNeighbors(n_neighbors=min(n_neighbors, len(reference))).fit(reference.to_numpy())
+        distance, rows = search.kneighbors(query.to_numpy())
+        return distance, rows, reference

@@ -1,0 +1,91 @@
+"""The deterministic program of scMODAL (Wang et al. 2025): plain networks, a point in place of a posterior."""
+
+import pyro
+import torch
+from pyro import distributions as dist
+from torch import Tensor, nn
+
+from pyromosaic.data import Minibatch, ModalitySchema, View
+from pyromosaic.likelihoods import Likelihood, Predictors
+from pyromosaic.nn import InputScaling
+from pyromosaic.priors import StandardNormal
+
+
+class Flat(StandardNormal):
+    """A prior that is the same everywhere; prior predictive draws are from a standard normal."""
+
+    def forward(self, minibatch: Minibatch) -> dist.TorchDistribution:
+        """The prior of every cell of the minibatch."""
+        return super().forward(minibatch).mask(False)
+
+
+class PlainEncoder(nn.Module):
+    """One hidden layer of rectified units, from scaled measurements to a point."""
+
+    def __init__(self, schema: ModalitySchema, n_latent: int, n_hidden: int) -> None:
+        super().__init__()
+        self.scaling = InputScaling(schema)
+        self.network = nn.Sequential(nn.Linear(schema.n_features, n_hidden), nn.ReLU(), nn.Linear(n_hidden, n_latent))
+
+    def start(self, view: View) -> None:
+        """Learn the input scaling from the cells of a view."""
+        self.scaling.start(view)
+
+    def posterior(self, x: Tensor, view: View) -> tuple[Tensor, Tensor]:
+        """The point, and standard deviations of 0, given scaled measurements, shape (b, features)."""
+        loc = self.network(x)
+        return loc, torch.zeros_like(loc)
+
+    def forward(self, view: View) -> tuple[Tensor, Tensor]:
+        """The point, and standard deviations of 0, each of shape (b, latent)."""
+        return self.posterior(self.scaling(view), view)
+
+
+class PlainDecoder(nn.Module):
+    """One hidden layer of rectified units, from z to scaled measurements."""
+
+    def __init__(self, schema: ModalitySchema, n_latent: int, n_hidden: int) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(n_latent, n_hidden), nn.ReLU(), nn.Linear(n_hidden, schema.n_features))
+
+    def forward(self, z: Tensor, view: View) -> dict[str, Tensor]:
+        """The predictor ``loc``, shape (..., b, features)."""
+        return {"loc": self.network(z)}
+
+
+class MeanSquare(Likelihood):
+    """Mean square over features of scaled measurements minus ``loc``, as a normal likelihood.
+
+    A variance of half the number of features makes it that, up to constants. It is a weight rather than the spread of
+    measurements: predicted is the point on the scale of the measurements to which ``loc`` belongs.
+    """
+
+    predictors = ("loc",)
+
+    def __init__(self, schema: ModalitySchema) -> None:
+        super().__init__(schema)
+        self.scaling = InputScaling(schema)
+
+    def start(self, view: View) -> dict[str, Tensor]:
+        """Learn the scaling."""
+        self.scaling.start(view)
+        return {}
+
+    def forward(self, name: str, predictors: Predictors, view: View, kl_weight: float = 1.0) -> None:
+        """The observed site, or a point to be predicted."""
+        if view.counts is None:
+            pyro.sample(name, self.distribution(predictors, view))
+        else:
+            scale = (self.schema.n_features / 2) ** 0.5
+            pyro.sample(name, dist.Normal(predictors["loc"], scale), obs=self.scaling(view))
+
+    def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
+        """The point, batch shape (..., b, features)."""
+        x = predictors["loc"] * self.scaling.sd + self.scaling.mean
+        if self.schema.spec.data_kind != "real":
+            x = x.expm1().clamp_min(0.0) * (view.library / self.schema.library)
+        return dist.Delta(x)
+
+    def seen(self, predictors: Predictors) -> Tensor:
+        """What an encoder sees of what is expected: ``loc`` itself."""
+        return predictors["loc"]

@@ -1,0 +1,117 @@
+"""One question to a trained program, asked in one piece from the user's call to the trace that answers it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+from pyromosaic.data import Minibatch, ModalitySchema, Mosaic, to_predict
+
+#: Cells by names, numbers or a mask; None for all.
+Cells = Sequence[str] | np.ndarray | pd.Index | None
+
+
+def columns_of(name: str, schema: ModalitySchema, features: Sequence[str] | None) -> np.ndarray:
+    """Numbers of a modality's features, given by names; None for all.
+
+    Raises
+    ------
+    ValueError
+        If the modality has no such feature.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> schema = Mosaic.from_mudata(simulate(40, {"rna": 50})[0]).schema["rna"]
+    >>> columns_of("rna", schema, ["rna_3", "rna_1"])
+    array([3, 1])
+    """
+    known = pd.Index(schema.features)
+    if features is None:
+        return np.arange(len(known))
+    columns = known.get_indexer(pd.Index(features))
+    if (columns < 0).any():
+        raise ValueError(f"modality {name!r} has no feature {str(np.asarray(features)[columns < 0][0])!r}")
+    return columns.astype(np.int64)
+
+
+def portions(index: np.ndarray, size: int = 1024) -> Iterator[np.ndarray]:
+    """Numbers of cells, so many at a time.
+
+    Examples
+    --------
+    >>> [part.tolist() for part in portions(np.arange(5), 2)]
+    [[0, 1], [2, 3], [4]]
+    """
+    return (index[start : start + size] for start in range(0, len(index), size))
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a modality, in which cells, and under which conditions.
+
+    Parameters
+    ----------
+    modality
+        The modality.
+    value
+        The quantity, from the modality's distribution; None for measurements drawn from it.
+    cells, features
+        Names (cells also by number or mask); None for all.
+    encode
+        Modalities to infer from; None for all that a cell has.
+    batch
+        Batch to predict for; None for the cell's own.
+    library
+        Size of the cells to predict at; None for their own, or what the model expects.
+    n_samples
+        Number of posterior draws; None for one evaluation at the mean of the posterior.
+    weights
+        Whether each draw has a draw of the decoder's weights.
+    data
+        Other cells than the training data.
+    seed
+        Seed of the draws.
+
+    Examples
+    --------
+    >>> Question("rna", lambda d: d.mean, n_samples=25).modality
+    'rna'
+    >>> Question("rna", n_samples=0)
+    Traceback (most recent call last):
+        ...
+    ValueError: n_samples is at least 1; found 0
+    """
+
+    modality: str
+    value: Callable[[TorchDistribution], Tensor] | None = None
+    cells: Cells = None
+    features: Sequence[str] | None = None
+    encode: Sequence[str] | None = None
+    batch: str | None = None
+    library: float | None = None
+    n_samples: int | None = None
+    weights: bool = False
+    data: Mosaic | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n_samples is not None and self.n_samples < 1:
+            raise ValueError(f"n_samples is at least 1; found {self.n_samples}")
+
+    def check(self, mosaic: Mosaic, index: np.ndarray) -> None:
+        """Refuse modalities to infer from of which a cell has none."""
+        if self.encode is not None:
+            for name in self.encode:
+                mosaic.schema[name]
+            present = np.any([mosaic.modalities[name].present[index] for name in self.encode], axis=0)
+            if not present.all():
+                cell = mosaic.obs_names[index[~present][0]]
+                raise ValueError(f"cell {cell!r} has none of the modalities to infer from: {', '.join(self.encode)}")
+
+    def minibatch(self, mosaic: Mosaic, index: np.ndarray) -> Minibatch:
+        """Some of the cells, with the modality to predict."""
+        return to_predict(mosaic, index, (self.modality,), self.encode, self.batch, self.library)

@@ -1,0 +1,300 @@
+"""A modality's part in model and guide: names that data give, what is encoded once, and whose the objects are."""
+
+import numpy as np
+import pandas as pd
+import pyro
+import pytest
+import torch
+from mudata import MuData
+from pyro import distributions as dist
+from pyro.nn import PyroSample
+
+from pyromosaic import ContrastiveVI, DiagVI, ModalitySpec, Mosaic, MultiVI, ScModal, checks, simulate
+from pyromosaic.data import measured
+from pyromosaic.likelihoods import NB
+from pyromosaic.measurement import encoded_once
+from pyromosaic.models import MosaicModel
+from pyromosaic.nn import Encoder
+from pyromosaic.penalties import MMD, Geometry, Jeffreys, Penalty
+from pyromosaic.priors import ARD, GaussianMixture
+from pyromosaic.program import Program
+
+pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph is thin")
+SMALL = {"n_latent": 3, "n_hidden": 8}
+QUIET = {"progress_bar": False}
+
+
+@pytest.fixture(scope="module")
+def data():
+    return simulate(80, {"rna": 20, "adt": 6}, treated=0.5, seed=2)[0]
+
+
+@pytest.fixture
+def mosaic(data):
+    return Mosaic.from_mudata(data, batch_key="batch")
+
+
+def contrasted(mosaic):
+    return mosaic.with_cohorts("condition", background="control")
+
+
+# Names that data give
+
+
+class Uncertain(NB):
+    def __init__(self, schema):
+        super().__init__(schema)
+        self.log_theta = PyroSample(dist.Normal(torch.zeros(schema.n_features), 1.5).to_event(1))
+
+
+@pytest.mark.parametrize("name", ["rna.v2", "keys", "type", "items", "Gene Expression", "training", "modality_1"])
+@pytest.mark.parametrize("kind", [MultiVI, DiagVI, ContrastiveVI, ScModal])
+def test_any_name_of_a_modality_works(kind, name, data, tmp_path):
+    mdata = MuData({name: data["rna"], "adt": data["adt"]})
+    spec = ModalitySpec(Uncertain if kind is MultiVI else "nb", batch_key="batch", label_key="celltype")
+    mosaic = contrasted(Mosaic.from_mudata(mdata, {name: spec, "adt": ModalitySpec("nb_mixture", batch_key="batch")}))
+    links = pd.DataFrame({name: ["rna_0", "rna_1"], "adt": ["adt_0", "adt_1"]})
+    unpaired = {"linkage": None, "graph": links} if kind in (DiagVI, ScModal) else {}
+    model = kind(mosaic, **unpaired, **SMALL)
+    model.train(1, **QUIET)
+    found = model.get_imputed_values(name, n_samples=2).mean
+    model.save(tmp_path / "model")
+    again = kind.load(tmp_path / "model", **({"Uncertain": Uncertain} if kind is MultiVI else {}))
+    pd.testing.assert_frame_equal(again.get_imputed_values(name, n_samples=2, data=mosaic).mean, found)
+    svi = pyro.infer.SVI(model.model, model.guide, pyro.optim.Adam({"lr": 1e-3}), pyro.infer.TraceMeanField_ELBO())
+    assert np.isfinite(svi.step(measured(model._data(None), np.arange(20))))
+
+
+@pytest.mark.parametrize("name", ["z", "s", "v", "cells", "features", "edges", "z_adt", "adt_size", "adt_background"])
+def test_names_of_sites_are_refused(name, data):
+    mdata = MuData({name: data["rna"], "adt": data["adt"]})
+    with pytest.raises(ValueError, match=f"modality '{name}' has the name of a variable or plate of the models"):
+        MultiVI(Mosaic.from_mudata(mdata, {name: "nb", "adt": "nb_mixture"}))
+
+
+# Encoded once
+
+
+@pytest.mark.parametrize("kind", [MultiVI, ContrastiveVI])
+def test_encoders_run_once_for_all_draws(kind, mosaic):
+    calls = []
+
+    class Counting(Encoder):
+        def forward(self, view):
+            calls.append("z")
+            return super().forward(view)
+
+        def seen(self, view):
+            calls.append("seen")
+            return super().seen(view)
+
+    model = kind(contrasted(mosaic), encoder=Counting, **SMALL)
+    for ask in (
+        lambda n: model.get_imputed_values("adt", n_samples=n).mean,
+        lambda n: model.posterior_predictive_sample("adt", n_samples=n),
+        lambda n: checks.held_out_log_likelihood(model, n_samples=n),
+    ):
+        n_calls = []
+        for n in (1, 7):
+            calls.clear()
+            ask(n)
+            n_calls.append(len(calls))
+        assert n_calls[0] == n_calls[1] > 0
+
+
+def test_draws_are_as_if_encoded_each_time(mosaic, monkeypatch):
+    model = MultiVI(mosaic, **SMALL)
+    model.train(1, **QUIET)
+    found = model.get_imputed_values("adt", n_samples=5)
+    monkeypatch.setattr("pyromosaic.tasks.prediction.encoded_once", lambda guide: torch.no_grad())
+    again = model.get_imputed_values("adt", n_samples=5)
+    for a, b in ((found.mean, again.mean), (found.sd, again.sd)):
+        pd.testing.assert_frame_equal(a, b, check_exact=True)
+    part, minibatch = model.guide.modalities["rna"], measured(mosaic, np.arange(10))
+    with encoded_once(model.guide):
+        assert part.known == {}
+        part.encode(minibatch.observed["rna"])
+        assert len(part.known) == 1
+    assert part.known is None
+
+
+# Whose an object is
+
+
+@pytest.mark.parametrize("make", [lambda: ARD(3), lambda: GaussianMixture(3, 4)])
+def test_a_prior_in_two_models_has_parameters_for_each(make, mosaic, tmp_path):
+    prior = make()
+    first = MultiVI(mosaic, prior=prior, **SMALL)
+    second = MultiVI(mosaic, prior=prior, **SMALL)
+    assert first.model.prior is prior and second.model.prior is not prior
+    before = {k: v.clone() for k, v in first.model.state_dict().items()}
+    second.train(1, **QUIET)
+    assert all(torch.equal(v, before[k]) for k, v in first.model.state_dict().items())
+    second.save(tmp_path / "model")
+    MultiVI.load(tmp_path / "model", prior=prior)  # does not write into the first
+    assert all(torch.equal(v, before[k]) for k, v in first.model.state_dict().items())
+
+
+class Wide(MultiVI):
+    def __init__(self, data, *, extra=7, **options):
+        super().__init__(data, **options)
+        self.extra = extra
+
+
+class Fixed(DiagVI):
+    def __init__(self, data, graph, extra=7):
+        super().__init__(data, graph, linkage=None, **SMALL)
+        self.extra = extra
+
+
+def test_options_of_a_subclass_are_kept(mosaic, tmp_path):
+    model = Wide(mosaic, extra=9, **SMALL)
+    model.save(tmp_path / "wide")
+    again = Wide.load(tmp_path / "wide", mosaic)
+    assert again.extra == 9 and again.options["n_latent"] == 3
+    assert again.get_latent_representation().equals(model.get_latent_representation())
+    links = pd.DataFrame({"rna": ["rna_0", "rna_1"], "adt": ["adt_0", "adt_1"]})
+    model = Fixed(mosaic, links, 5)
+    model.save(tmp_path / "fixed")
+    again = Fixed.load(tmp_path / "fixed")
+    assert again.extra == 5 and list(again.graph.weight) == list(model.graph.weight)
+    assert type(again).__name__ == "Fixed"
+
+
+def test_options_of_earlier_versions_are_refused_by_their_new_name(mosaic):
+    links = pd.DataFrame({"rna": ["rna_0", "rna_1"], "adt": ["adt_0", "adt_1"]})
+    for kind, old, new in (
+        (DiagVI, "n_layers", "n_encoder_layers"),
+        (DiagVI, "lam_private", "private_kl"),
+        (ScModal, "n_layers", "n_encoder_layers"),
+    ):
+        with pytest.raises(TypeError, match=f"{kind.__name__} calls the option '{old}' '{new}' now"):
+            kind(mosaic, links, **{old: 2})
+
+
+# Penalties
+
+
+class Spread(Penalty):
+    name = "spread"
+
+    def forward(self, posteriors, minibatch):
+        self.looked_at = [len(q.rows) for q in posteriors.values()]
+        return torch.stack([q.loc.square().mean() for q in posteriors.values()]).sum()
+
+
+def test_a_penalty_looks_at_so_many_cells_as_it_says(mosaic):
+    penalty = Spread(1.0, n_cells=8)
+    model = MultiVI(mosaic, penalties=[penalty], **SMALL)
+    model.train(1, **QUIET)
+    assert penalty.looked_at == [8, 8]
+
+
+def test_a_penalty_takes_the_place_of_the_models_own(mosaic):
+    model = MultiVI(mosaic, penalties=[MMD(1.0)], **SMALL)
+    assert [(p.name, p.weight) for p in model.guide.penalties if p.name == "mmd"] == [("mmd", 1.0)]
+    model.train(1, **QUIET)
+    assert "train_penalty/mmd" in model.history
+
+
+def test_penalties_of_contrastive_models_by_what_they_compare(mosaic):
+    options = {"penalties": {"modalities": [Geometry(2.0), Jeffreys(3.0)], "target": [Spread(1.0)]}, **SMALL}
+    model = ContrastiveVI(contrasted(mosaic), **options)
+    model.train(1, **QUIET)
+    assert {"train_penalty/geometry", "train_penalty/spread"} <= set(model.history)
+    own = model.guide.penalties["modalities"]
+    assert [(p.name, p.weight) for p in own] == [("mmd", 50.0), ("geometry", 2.0), ("jeffreys", 3.0)]
+    with pytest.raises(ValueError, match="penalties compare 'modalities', 'cohorts', .*found 'groups'"):
+        ContrastiveVI(contrasted(mosaic), penalties={"groups": [Spread(1.0)]}, **SMALL)
+    with pytest.raises(ValueError, match="compares modalities .*'rna', 'adt'.*found posteriors of '0'"):
+        ContrastiveVI(contrasted(mosaic), penalties=[Geometry(1.0)], **SMALL).train(1, **QUIET)
+
+
+# Sizes
+
+
+def test_latent_sizes_mean_the_same_in_all_models(mosaic):
+    sites = []
+    for library in ("latent", {"adt": "latent", "rna": "latent"}):
+        for model in (MultiVI(mosaic, library=library), ContrastiveVI(contrasted(mosaic), library=library)):
+            minibatch = measured(model.mosaic, np.arange(20))
+            nodes = pyro.poutine.trace(model.guide).get_trace(minibatch).nodes
+            sites.append([name for name in nodes if name.endswith("_library")])
+    assert sites == [["rna_library"]] * 2 + [["rna_library", "adt_library"]] * 2
+    with pytest.raises(ValueError, match='library is "observed" or "latent"; found \'known\''):
+        MultiVI(mosaic, library={"rna": "known"})
+    with pytest.raises(KeyError, match="there is no modality 'atac'"):
+        MultiVI(mosaic, library={"atac": "latent"})
+    opened = Mosaic.from_mudata(simulate(60, {"rna": 20, "atac": 20}, seed=1)[0])
+    with pytest.raises(ValueError, match="modality 'atac' has no size to infer"):
+        MultiVI(opened, library={"atac": "latent"})
+
+
+class Bare(Program):
+    """A program without parts by modality."""
+
+    def __init__(self, schema):
+        super().__init__()
+        self.loc = torch.nn.Parameter(torch.zeros(schema["rna"].n_features))
+
+    def forward(self, minibatch, kl_weight=1.0):
+        with pyro.plate("cells", minibatch.n_cells, subsample=minibatch.index, dim=-2):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([len(minibatch), 1, 2]).to_event(1))
+        for name, view in minibatch.decoded.items():
+            n, mean = len(view.rows), (self.loc + z[view.rows, 0].sum(-1, keepdim=True)).exp()
+            with pyro.plate(f"{name}_cells", n, dim=-2), pyro.plate(f"{name}_features", mean.shape[1], dim=-1):
+                pyro.sample(name, dist.Poisson(mean), obs=view.counts)
+
+
+class BareGuide(Program):
+    def __init__(self, schema):
+        super().__init__("guide")
+        self.scale = torch.nn.Parameter(torch.ones(2))
+
+    def forward(self, minibatch, kl_weight=1.0):
+        with pyro.plate("cells", minibatch.n_cells, subsample=minibatch.index, dim=-2):
+            pyro.sample("z", dist.Normal(0.0, self.scale.exp()).expand([len(minibatch), 1, 2]).to_event(1))
+
+
+class BareModel(MosaicModel):
+    def __init__(self, data, *, seed=0):
+        with self._construction(data, seed) as schema:
+            self.model, self.guide = Bare(schema), BareGuide(schema)
+
+
+def test_a_program_without_parts_trains_and_says_what_it_cannot_answer(data, tmp_path):
+    mosaic = Mosaic.from_mudata(MuData({"rna": data["rna"]}))
+    model = BareModel(mosaic)
+    model.train(2, **QUIET)
+    assert model.get_latent_representation().shape == (mosaic.n_cells, 2)
+    assert np.isfinite(model.get_imputed_values("rna", n_samples=3).mean.to_numpy()).all()
+    assert model.posterior_predictive_sample("rna", n_samples=2).shape == (2, mosaic.n_cells, 20)
+    with pytest.raises(ValueError, match="the program has no likelihood of modality 'rna' to ask"):
+        model.get_normalized_expression("rna")
+    model.save(tmp_path / "bare")
+    pd.testing.assert_frame_equal(
+        BareModel.load(tmp_path / "bare", mosaic).get_imputed_values("rna", n_samples=3).mean,
+        model.get_imputed_values("rna", n_samples=3).mean,
+    )
+
+
+class Blind(torch.nn.Module):
+    """A decoder that does not see the batch, and begins at random."""
+
+    def __init__(self, schema, predictors, n_latent, n_hidden, n_layers):
+        super().__init__()
+        self.heads = torch.nn.ModuleDict({name: torch.nn.Linear(n_latent, schema.n_features) for name in predictors})
+
+    def forward(self, z, view):
+        return {name: head(z) for name, head in self.heads.items()}
+
+
+def test_a_model_of_which_only_the_guide_sees_the_batch_meets_new_ones():
+    mdata, _ = simulate(90, {"rna": 20}, n_batches=3, seed=1)
+    new = (mdata["rna"].obs["batch"] == "batch2").to_numpy()
+    model = MultiVI(Mosaic.from_mudata(mdata[~new].copy(), batch_key="batch"), decoder=Blind, **SMALL)
+    model.train(1, **QUIET)
+    adapted = model.adapt(mdata[new].copy(), 1, **QUIET)
+    assert adapted.schema["rna"].categories["batch"] == ("batch0", "batch1", "batch2")
+    for name, weight in model.model.state_dict().items():
+        assert "heads" not in name or torch.equal(weight, adapted.model.state_dict()[name])
