@@ -41,6 +41,7 @@ _ROOMS = (
     "program",
     "sizes",
     "tasks",
+    "testing",
     "train",
 )
 

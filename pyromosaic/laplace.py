@@ -149,6 +149,8 @@ def learn_weights(model: nn.Module, guide: nn.Module, name: str, minibatches: It
                 for site in prune_subsample_sites(trace).nodes.values()
                 if site["type"] == "sample"
             )
+            if not calls:  # the program does not use the decoder
+                return
             slopes = torch.autograd.grad(log_prob, [y for _, y in calls.values()], allow_unused=True)
         for (layer, (x, _)), slope in zip(calls.items(), slopes, strict=True):
             if slope is None:

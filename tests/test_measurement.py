@@ -161,6 +161,17 @@ def test_options_of_a_subclass_are_kept(mosaic, tmp_path):
     assert type(again).__name__ == "Fixed"
 
 
+def test_a_loaded_model_is_in_evaluation_mode_throughout(mosaic, tmp_path):
+    class Added(MultiVI):
+        def __init__(self, data, **options):
+            super().__init__(data, **options)
+            self.guide.extra = torch.nn.Dropout(0.5)
+
+    Added(mosaic, **SMALL).save(tmp_path / "added")
+    again = Added.load(tmp_path / "added")
+    assert not any(part.training for program in (again.model, again.guide) for part in program.modules())
+
+
 def test_options_of_earlier_versions_are_refused_by_their_new_name(mosaic):
     links = pd.DataFrame({"rna": ["rna_0", "rna_1"], "adt": ["adt_0", "adt_1"]})
     for kind, old, new in (
@@ -258,7 +269,7 @@ class BareGuide(Program):
 
 class BareModel(MosaicModel):
     def __init__(self, data, *, seed=0):
-        with self._construction(data, seed) as schema:
+        with self.construction(data, seed) as schema:
             self.model, self.guide = Bare(schema), BareGuide(schema)
 
 

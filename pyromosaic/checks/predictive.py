@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyromosaic.checks.cells import BLOCK, blocks, draw_prior, shared_variables, without_penalties
 from pyromosaic.data import Minibatch, Mosaic
-from pyromosaic.measurement import encoded_once
+from pyromosaic.measurement import encoded_once, part_of
 from pyromosaic.models.mosaic_model import Cells, MosaicModel
 from pyromosaic.tasks import inference_mode
 from pyromosaic.tasks.prediction import run
@@ -229,12 +229,13 @@ def _add(
     sums: dict[Key, Any] = {}
     whole = {}
     for name, view in minibatch.decoded.items():
-        spec, likelihood = model.schema[name].spec, model._likelihood(name)
+        spec = model.schema[name].spec
         x = (drawn[name] > 0).double() if spec.traits.binary else drawn[name].double()
         sums |= {(name, "n"): len(x), (name, "sum"): x.sum(0), (name, "squares"): x.square().sum(0)}
         if spec.data_kind != "real":
             sums |= {(name, "zeros"): (x == 0).sum(0), (name, "size"): [x.sum(1)]}
-        if spec.traits.background:
+        likelihood: Any = getattr(part_of(model.model, name), "likelihood", None)
+        if spec.traits.background and hasattr(likelihood, "background"):
             background = likelihood.cell_factor(view) * likelihood.background(view)[0].exp()
             sums[name, "background"] = (x <= background).sum(0)
         size = torch.log1p(x.sum(1, keepdim=True)) if spec.data_kind != "real" else x.sum(1, keepdim=True)

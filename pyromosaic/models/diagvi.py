@@ -316,7 +316,7 @@ class DiagVI(Embedded):
         if n_latent < 1 or n_private < 0:
             raise ValueError(f"n_latent is at least 1 and n_private at least 0; found {n_latent} and {n_private}")
         self.pairing = pairing
-        with self._construction(data, seed) as schema:
+        with self.construction(data, seed) as schema:
             self.graph = GuidanceGraph.of(graph, schema)
             self._keep(graph=self.graph.to_json(), linkage=linkage if isinstance(linkage, str) else None)
             self.linkage = linkage

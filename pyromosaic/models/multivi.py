@@ -270,7 +270,7 @@ class MultiVI(MosaicModel):
         penalties: Sequence[Penalty] = (),
         seed: int = 0,
     ) -> None:
-        with self._construction(data, seed) as schema:
+        with self.construction(data, seed) as schema:
             modalities = schema.modalities
             jeffreys, left_out = agreement_weights(schema, jeffreys, left_out)
             if covariate_embedding < 0:

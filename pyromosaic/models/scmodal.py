@@ -314,7 +314,7 @@ class ScModal(Linking):
                 raise ValueError(f"there is no choice {value!r}; accepted: {', '.join(map(repr, known))}")
         if isinstance(linkage, str) and linkage not in ("cca", "features"):
             raise ValueError(f'linkage is "cca", "features", a table of scores, or None; found {linkage!r}')
-        with self._construction(data, seed) as schema:
+        with self.construction(data, seed) as schema:
             modalities, width = schema.modalities, n_latent + n_private
             if len(modalities) < 2:
                 raise ValueError(f"alignment takes at least 2 modalities; found {', '.join(map(repr, modalities))}")
