@@ -188,8 +188,8 @@ def demo(
 ) -> None:
     """Integrate packaged data: blood cells of four donors, one with RNA only, one with antibodies only, two with both.
 
-    Each modality is hidden in 200 cells, and its imputed values are compared with what was hidden. It takes about a
-    minute.
+    Each modality is hidden in 200 cells, and its imputed values are compared with what was hidden. It takes a
+    few minutes.
     """
     with _sentence(2, ValueError):
         for path in (out, figure):
