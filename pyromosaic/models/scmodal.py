@@ -193,7 +193,7 @@ class ScModal(Linking):
     n_private
         Width of each modality's private latent space; 0, as in the reference, makes all that a modality can see shared.
     private_kl
-        Weight of the private variables' divergences.
+        Weight of the private variables' divergences. The ELBO in the history counts them once.
     n_hidden, n_encoder_layers, dropout, encode_covariates
         Shape of the encoders, and whether they see batch and covariates.
     encoder
