@@ -14,6 +14,7 @@ ROOMS = (
     "data",
     "posterior",
     "program",
+    "neighbors",
     "labels",
     "laplace",
     "sizes",

@@ -438,14 +438,8 @@ def train(
     numpy.ndarray
         The bound at each step, in nats per cell.
     """
-    optimizer = torch.optim.Adam([*model.parameters(), *guide.parameters()], learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
-    bound, elbo = TraceMeanField_ELBO(), []
-    for minibatch in minibatches:
-        optimizer.zero_grad()
-        loss = bound.differentiable_loss(model, guide, *minibatch)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        elbo.append(-loss.item())
-    return np.array(elbo)
+    from pyromosaic.train import minimise  # beside Lightning, which is slow to import
+
+    bound = TraceMeanField_ELBO()
+    losses = (bound.differentiable_loss(model, guide, *minibatch) for minibatch in minibatches)
+    return -minimise(losses, [*model.parameters(), *guide.parameters()], learning_rate, n_steps)
