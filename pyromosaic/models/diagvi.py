@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch, Mosaic, Schema, measured, separate
 from pyromosaic.fusion import Fusion, fusion_of, presence
-from pyromosaic.guidance import GuidanceGraph, linked_scores
+from pyromosaic.guidance import linked_scores
 from pyromosaic.labels import Labels, check_labels
 from pyromosaic.likelihoods import likelihoods_of
+from pyromosaic.links import GuidanceGraph
 from pyromosaic.measurement import MeasurementGuide, Plates, cells, encoded
 from pyromosaic.models.embedded import Embedded, LinkedMeasurement, Weights, directed
 from pyromosaic.models.mosaic_model import Cells, Preset

@@ -13,7 +13,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyromosaic.data import Minibatch, View
-from pyromosaic.guidance import GuidanceGraph
+from pyromosaic.links import GuidanceGraph
 from pyromosaic.measurement import Measurement
 from pyromosaic.models.mosaic_model import MosaicModel
 from pyromosaic.tasks import inference_mode

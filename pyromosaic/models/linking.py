@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyromosaic.data import Mosaic, measured
-from pyromosaic.guidance import GuidanceGraph
+from pyromosaic.links import GuidanceGraph
 from pyromosaic.models.mosaic_model import MosaicModel
 from pyromosaic.neighbors import nearest
 from pyromosaic.penalties import Cycle, Scores

@@ -24,8 +24,9 @@ from torch.nn.functional import normalize
 from pyromosaic.attention import AttentionEncoder
 from pyromosaic.data import Minibatch, Mosaic, Schema, separate
 from pyromosaic.fusion import MeanFusion, presence
-from pyromosaic.guidance import GuidanceGraph, linked_scores
+from pyromosaic.guidance import linked_scores
 from pyromosaic.likelihoods import Likelihood, likelihoods_of
+from pyromosaic.links import GuidanceGraph
 from pyromosaic.measurement import Measurement, MeasurementGuide, Plates, cells, encoded
 from pyromosaic.models.linking import Linking
 from pyromosaic.models.mosaic_model import Preset
