@@ -32,6 +32,7 @@ _ROOMS = (
     "labels",
     "likelihoods",
     "linkage",
+    "links",
     "metrics",
     "models",
     "nn",

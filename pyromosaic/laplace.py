@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from pyromosaic.data import Minibatch
-from pyromosaic.measurement import part_of
 
 
 class UncertainLinear(nn.Linear):
@@ -126,8 +125,8 @@ def learn_weights(model: nn.Module, guide: nn.Module, name: str, minibatches: It
     >>> bool(model.model.modalities["rna"].decoder.heads["rate"].precision.isfinite())
     True
     """
-    part = part_of(model, name)
-    layers = [] if part is None else _layers(part.decoder)
+    story: Any = model
+    layers = _layers(story.modalities[name].decoder)
     inputs: dict[Any, Tensor] = {}
     outputs: dict[Any, Tensor] = {}
     n_seen = 0

@@ -183,6 +183,22 @@ def test_options_of_earlier_versions_are_refused_by_their_new_name(mosaic):
             kind(mosaic, links, **{old: 2})
 
 
+@pytest.mark.filterwarnings("ignore:the shared latent space explains only")
+@pytest.mark.parametrize("kind", [MultiVI, DiagVI, ScModal])
+def test_the_history_counts_private_divergences_once(kind, mosaic):
+    links = pd.DataFrame({"rna": ["rna_0", "rna_1"], "adt": ["adt_0", "adt_1"]})
+    linked = {} if kind is MultiVI else {"graph": links, "linkage": None}
+    found = {}
+    for weight in (0.0, 1.0, 4.0):
+        model = kind(mosaic, n_private=2, private_kl=weight, **linked, **SMALL)
+        model.train(1, learning_rate=0.0, gradient_clip=0.0, validation=0.0, batch_size=1000, **QUIET)
+        found[weight] = model.history.iloc[0]
+    assert found[1.0]["train_z_rna"] > 0 == found[0.0]["train_z_rna"]
+    for column in ("train_z_rna", "train_z_adt", "train_elbo"):
+        assert found[4.0][column] == pytest.approx(found[1.0][column], rel=1e-4)
+    assert found[4.0]["train_objective"] > found[1.0]["train_objective"]
+
+
 # Penalties
 
 

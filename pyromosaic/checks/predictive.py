@@ -14,6 +14,7 @@ from pyromosaic.checks.cells import BLOCK, blocks, draw_prior, shared_variables,
 from pyromosaic.data import Minibatch, Mosaic
 from pyromosaic.measurement import encoded_once, part_of
 from pyromosaic.models.mosaic_model import Cells, MosaicModel
+from pyromosaic.nn import log_scale
 from pyromosaic.tasks import inference_mode
 from pyromosaic.tasks.prediction import run
 
@@ -214,12 +215,7 @@ def _leading(mosaic: Mosaic, name: str) -> np.ndarray:
     """Numbers of the features that vary most."""
     modality = mosaic.modalities[name]
     counts = modality.tensor(modality.sample()).to_dense()
-    return np.sort(np.argsort(-_scaled(counts, modality.spec.data_kind).var(0).numpy())[:N_LEADING])
-
-
-def _scaled(x: Tensor, data_kind: str) -> Tensor:
-    """Measurements on the scale on which correlations are taken."""
-    return x if data_kind == "real" else torch.log1p(x)
+    return np.sort(np.argsort(-log_scale(counts, modality.spec.data_kind).var(0).numpy())[:N_LEADING])
 
 
 def _add(
@@ -238,8 +234,7 @@ def _add(
         if spec.traits.background and hasattr(likelihood, "background"):
             background = likelihood.cell_factor(view) * likelihood.background(view)[0].exp()
             sums[name, "background"] = (x <= background).sum(0)
-        size = torch.log1p(x.sum(1, keepdim=True)) if spec.data_kind != "real" else x.sum(1, keepdim=True)
-        values = torch.cat([_scaled(x, spec.data_kind), size], dim=1)
+        values = log_scale(torch.cat([x, x.sum(1, keepdim=True)], dim=1), spec.data_kind)
         # Cells without the modality are NaN, and so are their products.
         whole[name] = values.new_full((len(minibatch), values.shape[1]), torch.nan).index_copy(0, view.rows, values)
     for key, (first, second, _) in pairs.items():

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch, Mosaic, Schema, measured, separate
 from pyromosaic.fusion import Fusion, fusion_of, presence
-from pyromosaic.guidance import GuidanceGraph, linked_scores
+from pyromosaic.guidance import linked_scores
 from pyromosaic.labels import Labels, check_labels
 from pyromosaic.likelihoods import likelihoods_of
-from pyromosaic.measurement import MeasurementGuide, cells, encoded
-from pyromosaic.models.embedded import Embedded, LinkedMeasurement, LinkedPlates, Weights, directed
+from pyromosaic.links import GuidanceGraph
+from pyromosaic.measurement import MeasurementGuide, Plates, cells, encoded
+from pyromosaic.models.embedded import Embedded, LinkedMeasurement, Weights, directed
 from pyromosaic.models.mosaic_model import Cells, Preset
 from pyromosaic.nn import Decoder, Encoder, GraphEncoder, InnerProductDecoder
 from pyromosaic.penalties import Anchors, Classifier, Penalty, Pull, Scores, Sinkhorn, apply, attached, with_given
@@ -232,7 +233,7 @@ class DiagVI(Embedded):
         What makes the networks of each modality, with the arguments of `pyromosaic.nn.Encoder` and
         `InnerProductDecoder`, which they are by default.
     private_kl
-        Weight of the private variables' divergences.
+        Weight of the private variables' divergences. The ELBO in the history counts them once.
     lam_data, lam_kl, lam_graph, lam_sinkhorn, lam_anchors, lam_pull, lam_class
         Weights of the likelihoods, of the divergence of the shared variable, of the graph (its likelihood
         and its divergence), of the Sinkhorn divergence, of anchors and pull to the linkage's scores, and of the
@@ -356,7 +357,7 @@ class DiagVI(Embedded):
             per_feature = {name: m.n_features if kl_per_feature else 1 for name, m in modalities.items()}
             weights = Weights(lam_graph, {name: lam_kl / n for name, n in per_feature.items()})
             plates = {
-                name: LinkedPlates(name, m.n_features, lam_data, private_kl / per_feature[name], balanced=True)
+                name: Plates(name, m.n_features, lam_data, private_kl / per_feature[name], balanced=True)
                 for name, m in modalities.items()
             }
             edges, strength, sign = directed(self.graph)

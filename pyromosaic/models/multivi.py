@@ -189,8 +189,7 @@ class MultiVI(MosaicModel):
         paper. See `get_shared_share`.
     private_kl
         Weight of their divergence, relative to that of z. At 1, and with `left_out` 0, the private variables tend to
-        swallow what should be shared. The ELBO in the history counts their divergence so many times; above 1 it is
-        still a lower bound of the evidence.
+        swallow what should be shared. The ELBO in the history counts their divergence once.
     jeffreys
         Weight of the symmetric divergence between the posteriors of a cell's modalities; 1 in the paper. None for a
         ten-thousandth of the number of features of all modalities, at most 0.2.

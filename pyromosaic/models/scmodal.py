@@ -24,8 +24,9 @@ from torch.nn.functional import normalize
 from pyromosaic.attention import AttentionEncoder
 from pyromosaic.data import Minibatch, Mosaic, Schema, separate
 from pyromosaic.fusion import MeanFusion, presence
-from pyromosaic.guidance import GuidanceGraph, linked_scores
+from pyromosaic.guidance import linked_scores
 from pyromosaic.likelihoods import Likelihood, likelihoods_of
+from pyromosaic.links import GuidanceGraph
 from pyromosaic.measurement import Measurement, MeasurementGuide, Plates, cells, encoded
 from pyromosaic.models.linking import Linking
 from pyromosaic.models.mosaic_model import Preset
@@ -193,7 +194,7 @@ class ScModal(Linking):
     n_private
         Width of each modality's private latent space; 0, as in the reference, makes all that a modality can see shared.
     private_kl
-        Weight of the private variables' divergences.
+        Weight of the private variables' divergences. The ELBO in the history counts them once.
     n_hidden, n_encoder_layers, dropout, encode_covariates
         Shape of the encoders, and whether they see batch and covariates.
     encoder

@@ -17,7 +17,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from pyromosaic.data import Mosaic, Schema
-from pyromosaic.linkage import Linkage, links_by_overlap
+from pyromosaic.links.pairs import Links, check_strength, links_by_overlap, links_from_table
 
 FEW = 20  # linked features of a modality below which its graph is thin
 
@@ -82,11 +82,7 @@ class GuidanceGraph:
             raise ValueError(
                 f"nodes are the whole numbers from 0 to {n - 1}, one a feature; found {edges.min()} to {edges.max()}"
             )
-        if not ((weight > 0) & (weight <= 1)).all():
-            wrong = weight[~((weight > 0) & (weight <= 1))][0]
-            raise ValueError(f"the weight of an edge lies in (0, 1]; found {wrong:g}")
-        if not np.isin(sign, (-1, 1)).all():
-            raise ValueError(f"the sign of an edge is 1 or -1; found {sign[~np.isin(sign, (-1, 1))][0]:g}")
+        check_strength(weight, sign)
         edges = np.sort(edges.astype(np.int64), axis=0)
         table = pd.DataFrame({"i": edges[0], "j": edges[1], "weight": weight, "sign": sign})
         table = table[table["i"] != table["j"]]
@@ -208,7 +204,7 @@ class GuidanceGraph:
         --------
         >>> import pandas as pd
         >>> from pyromosaic import Mosaic, pbmc_mosaic, protein_gene_links
-        >>> from pyromosaic.guidance import GuidanceGraph
+        >>> from pyromosaic.links import GuidanceGraph
         >>> mosaic = Mosaic.from_mudata(pbmc_mosaic())
         >>> table = protein_gene_links().rename(columns={"gene": "rna", "protein": "adt"})
         >>> GuidanceGraph.from_table(mosaic, table, drop_absent=True)
@@ -264,7 +260,7 @@ class GuidanceGraph:
         --------
         >>> import warnings
         >>> from pyromosaic import Mosaic, pbmc_mosaic
-        >>> from pyromosaic.guidance import GuidanceGraph
+        >>> from pyromosaic.links import GuidanceGraph
         >>> mosaic = Mosaic.from_mudata(pbmc_mosaic())
         >>> edges = [(("rna", "CD8A"), ("adt", "cd8")), (("rna", "CD8A"), ("adt", "cd4.1"))]
         >>> with warnings.catch_warnings(action="ignore"):  # these are few
@@ -381,7 +377,7 @@ class GuidanceGraph:
         return cls(features, edges, np.abs(values) if weighted else np.ones(len(values)), np.sign(values))
 
     @classmethod
-    def from_linkage(cls, data: Mosaic | Schema, linkage: Linkage, level: float = 0.05) -> "GuidanceGraph":
+    def from_linkage(cls, data: Mosaic | Schema, linkage: Any, level: float = 0.05) -> "GuidanceGraph":
         """Link the features of two modalities that correlate beyond chance over cells matched without known links.
 
         Parameters
@@ -389,7 +385,7 @@ class GuidanceGraph:
         data
             The registered data, or their schema.
         linkage
-            What `pyromosaic.linkage.cca` found.
+            The `pyromosaic.linkage.Linkage` that `cca` found.
         level
             See `pyromosaic.linkage.Linkage.feature_links`; an edge's weight is the correlation's size.
         """
@@ -421,8 +417,8 @@ class GuidanceGraph:
         Parameters
         ----------
         graph
-            A `GuidanceGraph`, a table for `from_table`, what `to_json` gave, a `torch_geometric.data.Data`, or None
-            for `from_names`.
+            A `GuidanceGraph`, `Links`, a table for `from_table`, what `to_json` gave, a `torch_geometric.data.Data`, or
+            None for `from_names`.
         data
             The registered data, or their schema.
 
@@ -433,8 +429,8 @@ class GuidanceGraph:
         """
         if graph is None:
             return cls.from_names(data)
-        if isinstance(graph, pd.DataFrame):
-            return cls.from_table(data, graph)
+        if isinstance(graph, pd.DataFrame | Links):
+            return cls.from_table(data, graph.pairs if isinstance(graph, Links) else graph)
         if isinstance(graph, Mapping):
             edges = np.array(graph["edges"], dtype=np.int64).reshape(2, -1)
             with warnings.catch_warnings(action="ignore"):  # the user was warned when the graph was made
@@ -443,12 +439,19 @@ class GuidanceGraph:
             return cls.from_data(data, graph)
         if not isinstance(graph, cls):
             raise ValueError(
-                f"found a graph of type {type(graph).__name__}; accepted: GuidanceGraph, pandas.DataFrame, "
-                "torch_geometric.data.Data, or None for equal names"
+                f"found a graph of type {type(graph).__name__}; accepted: GuidanceGraph, Links, "
+                "pandas.DataFrame, torch_geometric.data.Data, or None for equal names"
             )
         if graph.features != _features(data):
             raise ValueError("the guidance graph was made for other features; build it from the data of the model")
         return graph
+
+
+def links_of(links: pd.DataFrame | Links | GuidanceGraph, mosaic: Mosaic, modalities: tuple[str, str]) -> Links:
+    """The links of two modalities in whatever form they are given; raises as `links_from_table` does."""
+    if isinstance(links, Links):
+        return links
+    return links_from_table(mosaic, modalities, links if isinstance(links, pd.DataFrame) else links.links(*modalities))
 
 
 def _features(data: Mosaic | Schema) -> dict[str, tuple[str, ...]]:
