@@ -10,7 +10,16 @@ import pandas as pd
 from pyromosaic.data.cohorts import Cohorts, from_cells, from_column
 from pyromosaic.data.matrix import is_readable
 from pyromosaic.data.spec import ModalitySpec, Schema
-from pyromosaic.data.tables import WHOLE, Table, look_up
+from pyromosaic.data.tables import (
+    WHOLE,
+    Table,
+    contradictions,
+    look_up,
+    readings,
+    warn_of,
+    warn_of_not_known,
+    words,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -18,6 +27,7 @@ if TYPE_CHECKING:
 from pyromosaic.data.modality import Modality
 from pyromosaic.data.registration import (
     _absent,
+    _check_vocabularies,
     _columns,
     _columns_of,
     _first_duplicate,
@@ -28,6 +38,7 @@ from pyromosaic.data.registration import (
     _specifications,
     _with_batches,
     _words,
+    unlabelled,
 )
 
 
@@ -122,6 +133,9 @@ class Mosaic:
     def column(self, key: str) -> pd.Series:
         """A column of the user's `obs` for every cell, from the first table that knows it; missing where none does.
 
+        The modalities' tables come first, in their order, then that of the whole. The word for "not known" that
+        registration was told for labels is missing.
+
         Parameters
         ----------
         key
@@ -132,11 +146,43 @@ class Mosaic:
         ------
         ValueError
             If no table has such a column.
+
+        Warns
+        -----
+        UserWarning
+            If two tables say different things of a cell.
         """
-        column = look_up(self.tables, key, self.obs_names)
+        found = readings(self.tables, key, self.obs_names, self._unlabelled(key))
+        warn_of(contradictions(found))
+        column = look_up(found)
         if column is None:
             raise ValueError(f"no obs has a column {key!r}; there are {_columns_of(self.tables, self.tables)}")
         return column
+
+    def has_column(self, key: str) -> bool:
+        """Whether any of the user's tables has such a column."""
+        return bool(readings(self.tables, key, self.obs_names))
+
+    def words(self, key: str) -> pd.Series:
+        """A column as the words by which cells are grouped; missing where `column` is.
+
+        Parameters
+        ----------
+        key
+            As for `column`.
+
+        Warns
+        -----
+        UserWarning
+            If a word usually means "not known", and registration was not told that it does.
+        """
+        column = words(self.column(key))
+        warn_of_not_known(column, f"column {key!r}")
+        return column
+
+    def _unlabelled(self, key: str) -> set[str]:
+        """The words for "not known" that registration was told for a column."""
+        return unlabelled({name: m.spec for name, m in self.modalities.items()}, key)
 
     def with_cohorts(self, key: str | None = None, *, background: Any, target: Any = None) -> "Mosaic":
         """The same mosaic with its cells divided into a background cohort and one or several target groups.
@@ -218,7 +264,8 @@ class Mosaic:
         Parameters
         ----------
         mdata
-            The data. Columns are looked up in the modality's `obs`, then in `mdata.obs`.
+            The data. Columns are looked up in the modality's `obs`, then in the other modalities', then in
+            `mdata.obs`.
         modalities
             The modalities to use, each with a `ModalitySpec` or the name of its likelihood. By default all of them,
             with the likelihood that goes with their name (``"rna"``: ``"nb"``, ``"atac"``: ``"bernoulli"``,
@@ -390,6 +437,8 @@ class Mosaic:
             known = {name: _with_batches(m, read[name].cells, columns[name]) for name, m in known.items()}
         average = new_batches == "average"
         registered = {n: _modality(n, s, read[n], cells, columns[n], known.get(n), average) for n, s in specs.items()}
+        if schema is None:
+            _check_vocabularies(registered)
         mosaic = cls(cells, registered, tables)
         if schema is not None and schema.cohorts is not None:
             return replace(mosaic, cohorts=schema.cohorts, groups=schema.cohorts.codes(mosaic))

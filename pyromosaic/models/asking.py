@@ -1,6 +1,6 @@
 """What a trained model says of measurements: denoised, imputed, drawn, and compared between groups of cells."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -469,7 +469,8 @@ class Asking(TrainedModel):
 
     def _expected(self, question: Question, batch: str | Sequence[str] | None) -> pd.DataFrame:
         """Mean of a quantity over posterior draws and over batches, each batch with the same draws."""
-        batches = [batch] if batch is None or isinstance(batch, str) else list(batch)
+        several = isinstance(batch, Iterable) and not isinstance(batch, str)
+        batches: list[object] = list(batch) if several else [batch]  # type: ignore[arg-type]
         if not batches:
             raise ValueError(
                 "the list of batches to average over is empty; give at least one, or None for a cell's own"

@@ -91,7 +91,7 @@ class Question:
     cells: Cells = None
     features: Sequence[str] | None = None
     encode: Sequence[str] | None = None
-    batch: str | None = None
+    batch: object = None
     library: float | None = None
     n_samples: int | None = None
     weights: bool = False
