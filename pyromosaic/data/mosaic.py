@@ -14,6 +14,7 @@ from pyromosaic.data.tables import (
     WHOLE,
     Table,
     contradictions,
+    find,
     look_up,
     readings,
     warn_of,
@@ -219,8 +220,11 @@ class Mosaic:
             cohorts, groups = from_cells(self, background, target)
         return replace(self, cohorts=cohorts, groups=groups)
 
-    def find(self, cells: Sequence[str] | np.ndarray | pd.Index | None) -> np.ndarray:
+    def find(self, cells: Sequence[str] | np.ndarray | pd.Index | pd.Series | None) -> np.ndarray:
         """Numbers of cells, given by names, by numbers or by a mask (None: all).
+
+        A pandas mask is matched by the names in its index, whatever their order; cells that it does not name are not
+        asked for. An array has no names and is taken by position.
 
         Raises
         ------
@@ -229,25 +233,7 @@ class Mosaic:
         """
         if cells is None:
             return np.arange(self.n_cells)
-        wanted = np.atleast_1d(cells)
-        if wanted.size == 0:
-            raise ValueError("no cell was asked for; give names, numbers or a mask with at least one cell")
-        if wanted.dtype == bool:
-            if wanted.shape != (self.n_cells,):
-                raise ValueError(f"the mask has shape {wanted.shape}; the mosaic has {self.n_cells} cells")
-            if not wanted.any():
-                raise ValueError("no cell was asked for; give names, numbers or a mask with at least one cell")
-            return np.flatnonzero(wanted)
-        if np.issubdtype(wanted.dtype, np.integer):
-            if wanted.min() < 0 or wanted.max() >= self.n_cells:
-                raise ValueError(
-                    f"cell numbers run from 0 to {self.n_cells - 1}; found {wanted.min()} to {wanted.max()}"
-                )
-            return wanted.astype(np.int64)
-        numbers = self.obs_names.get_indexer(pd.Index(wanted))
-        if (numbers < 0).any():
-            raise ValueError(f"cell {str(wanted[numbers < 0][0])!r} is not in the mosaic")
-        return numbers.astype(np.int64)
+        return find(self.obs_names, cells, "cell", "the mosaic")
 
     @classmethod
     def from_mudata(

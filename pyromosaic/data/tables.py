@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, nullcontext
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -189,6 +189,112 @@ def warn_of_not_known(found: pd.Series, what: str, unlabelled: Iterable[str] = (
                 f"unlabelled={doubtful!r} at registration",
                 stacklevel=2,
             )
+
+
+def in_order(names: pd.Index, wanted: pd.Index, what: str, of: str) -> np.ndarray:
+    """Where each of the wanted names stands among others; numbers as names are names.
+
+    Parameters
+    ----------
+    names, wanted
+        Names to look among, and those to look for.
+    what, of
+        What has the `names` and what the `wanted` ones, for the message.
+
+    Raises
+    ------
+    ValueError
+        If a name occurs twice, or stands on one side only.
+    """
+    found = []
+    for index, owner in ((names, what), (wanted, of)):
+        index = index.astype(str)
+        if index.has_duplicates:
+            raise ValueError(f"{owner} has the name {str(index[index.duplicated()][0])!r} twice; names must be unique")
+        found.append(index)
+    missing = found[1].difference(found[0], sort=False), found[0].difference(found[1], sort=False)
+    for stray, owner, other in ((missing[0], of, what), (missing[1], what, of)):
+        if len(stray):
+            n = len(missing[0]) + len(missing[1])
+            raise ValueError(
+                f"{owner} has {str(stray[0])!r} and {other} has not ({n} names stand on one side only), so their names "
+                "do not fit; if they go together row by row as they are, give one without names, by .to_numpy()"
+            )
+    return found[0].get_indexer(found[1]).astype(np.int64)
+
+
+def find(names: pd.Index, wanted: Any, noun: str, owner: str, numbers: bool = True) -> np.ndarray:
+    """Numbers of cells or features, given by names, by a mask, or by numbers.
+
+    What has names is matched by them: the values of an Index, a mask that is a Series by its own index. Arrays and
+    lists have none: masks are taken by position, whole numbers are positions.
+
+    Parameters
+    ----------
+    names
+        All names.
+    wanted
+        Those asked for; a single name is one.
+    noun
+        ``"cell"`` or ``"feature"``, for the message.
+    owner
+        Where they are, for the message.
+    numbers
+        Whether whole numbers are positions; if not, they are names.
+
+    Raises
+    ------
+    ValueError
+        If one is not there, or none is given.
+    """
+    accepted = f"names, {'numbers ' if numbers else ''}or a mask with at least one {noun}"
+    if isinstance(wanted, tuple) and len(wanted) == 1 and isinstance(wanted[0], np.ndarray):
+        wanted = wanted[0]  # what np.where gives
+    if isinstance(wanted, pd.DataFrame | Mapping | Set) or hasattr(wanted, "obs_names"):
+        raise ValueError(f"{noun}s are given by {accepted}; found a {type(wanted).__name__}")
+    values = np.atleast_1d(np.asarray(wanted))
+    if values.ndim != 1:
+        raise ValueError(f"{noun}s are given by {accepted}, in one dimension; found the shape {values.shape}")
+    if values.size == 0:
+        raise ValueError(f"no {noun} was asked for; give {accepted}")
+    kind = "boolean" if values.dtype == bool else pd.api.types.infer_dtype(values, skipna=True)
+    spelled = names.astype(str)
+    if kind == "boolean":
+        if pd.isna(values).any():
+            raise ValueError(f"the mask of {noun}s has missing values; accepted: True or False for each")
+        chosen = np.flatnonzero(values.astype(bool))
+        if len(chosen) and isinstance(wanted, pd.Series):
+            named = wanted.index.astype(str)
+            if named.has_duplicates:
+                raise ValueError(f"the mask has the {noun} {str(named[named.duplicated()][0])!r} twice")
+            chosen = np.sort(_places(spelled, named[chosen], noun, f"{owner}; a mask without names is mask.to_numpy()"))
+        elif len(values) != len(names):
+            raise ValueError(f"the mask has shape {values.shape}; {owner} has {len(names)} {noun}s")
+        if len(chosen) == 0:
+            raise ValueError(f"no {noun} was asked for; give {accepted}")
+        return chosen.astype(np.int64)
+    if kind == "integer" and numbers and not isinstance(wanted, pd.Index):
+        positions = values.astype(np.int64)
+        if isinstance(wanted, pd.Series):
+            by_name = spelled.get_indexer(pd.Index(positions).astype(str))
+            if (by_name >= 0).all() and (by_name != positions).any():
+                raise ValueError(
+                    f"the Series of whole numbers may be names or numbers of {noun}s; give names as text, "
+                    ".astype(str), or numbers without an index, .to_numpy()"
+                )
+        if positions.min() < 0 or positions.max() >= len(names):
+            raise ValueError(
+                f"{noun} numbers run from 0 to {len(names) - 1}; found {positions.min()} to {positions.max()}"
+            )
+        return positions
+    return _places(spelled, pd.Index([str(value) for value in values], dtype=object), noun, owner)
+
+
+def _places(names: pd.Index, wanted: pd.Index, noun: str, owner: str) -> np.ndarray:
+    found = names.get_indexer(wanted)
+    if (found < 0).any():
+        raise ValueError(f"{noun} {str(wanted[found < 0][0])!r} is not in {owner}")
+    return found.astype(np.int64)
 
 
 def codes(values: pd.Series, categories: Iterable[str]) -> np.ndarray:

@@ -424,7 +424,8 @@ class Asking(TrainedModel):
         mosaic = self._data(data)
         name = next(iter(self.schema.modalities)) if modality is None else modality
         value = self._compared(name, protein_foreground)
-        wanted = None if features is None else list(dict.fromkeys(features))
+        columns = pd.unique(self._features(name, features))
+        wanted = None if features is None else [self.schema[name].features[column] for column in columns]
         question = Question(name, value, None, wanted, library=self._unit_size(name), n_samples=1, data=mosaic)
 
         def draw(cells: np.ndarray, batch: str | None, seed: int) -> np.ndarray:
@@ -437,7 +438,7 @@ class Asking(TrainedModel):
                 draw,
                 draw,
                 mosaic.modalities[name],
-                self._features(name, wanted),
+                columns,
                 mode=mode,
                 delta=delta,
                 fdr=fdr,

@@ -246,8 +246,8 @@ def contrasts(
     groupby: str | None = None,
     group1: object = None,
     group2: object = None,
-    cells1: Sequence[str] | np.ndarray | pd.Index | None = None,
-    cells2: Sequence[str] | np.ndarray | pd.Index | None = None,
+    cells1: Sequence[str] | np.ndarray | pd.Index | pd.Series | None = None,
+    cells2: Sequence[str] | np.ndarray | pd.Index | pd.Series | None = None,
 ) -> list[Contrast]:
     """The groups to compare, by a column of `obs` or by their cells.
 
