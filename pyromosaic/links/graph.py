@@ -17,6 +17,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from pyromosaic.data import Mosaic, Schema
+from pyromosaic.data.tables import in_order
 from pyromosaic.links.pairs import Links, check_strength, links_by_overlap, links_from_table
 
 FEW = 20  # linked features of a modality below which its graph is thin
@@ -353,7 +354,7 @@ class GuidanceGraph:
         a, b
             The modalities of the matrix's rows and columns, in their order of features.
         matrix
-            Dense or sparse, features of `a` × features of `b`.
+            Dense or sparse, features of `a` × features of `b`; a table is matched by its names.
         weighted
             Whether the absolute values are weights; if not, all weights are 1.
 
@@ -363,6 +364,10 @@ class GuidanceGraph:
             If the shape is another one.
         """
         features = _features(data)
+        if isinstance(matrix, pd.DataFrame):
+            rows = in_order(matrix.index, pd.Index(features[a]), "the matrix of links", f"modality {a!r}")
+            columns = in_order(matrix.columns, pd.Index(features[b]), "the matrix of links", f"modality {b!r}")
+            matrix = matrix.to_numpy()[np.ix_(rows, columns)]
         entries = coo_array(matrix)
         if entries.shape != (len(features[a]), len(features[b])):
             raise ValueError(

@@ -7,7 +7,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial.distance import cdist
 
-from pyromosaic.metrics._checks import as_copies, as_labels, as_latent, as_latent_pair, check_number
+from pyromosaic.metrics._checks import aligned, as_copies, as_labels, as_latent, as_latent_pair, check_number
 from pyromosaic.metrics.neighbors import nearest_neighbors
 from pyromosaic.neighbors import vote
 
@@ -220,6 +220,10 @@ def label_transfer_accuracy(
     1.0
 
     """
+    reference, reference_labels = aligned(
+        ("reference", "reference_labels"), reference, reference_labels, axes=("rows",)
+    )
+    query, query_labels = aligned(("query", "query_labels"), query, query_labels, axes=("rows",))
     reference, query = as_latent_pair(reference, query, ("reference", "query"))
     known = as_labels(reference_labels, len(reference), "reference_labels")
     wanted = as_labels(query_labels, len(query), "query_labels")
@@ -257,7 +261,7 @@ def label_transfer_both_ways(
     >>> label_transfer_both_ways([[0.0], [1.0]], ["B", "T"], [[0.1], [0.9]], ["B", "T"])
     LabelTransfer(x_to_y=1.0, y_to_x=1.0)
     """
-    x, y = as_latent(x, "x"), as_latent(y, "y")
+    as_latent(x, "x"), as_latent(y, "y")
     return LabelTransfer(
         x_to_y=label_transfer_accuracy(x, x_labels, y, y_labels, n_neighbors),
         y_to_x=label_transfer_accuracy(y, y_labels, x, x_labels, n_neighbors),

@@ -177,7 +177,7 @@ class Locating(TrainedModel):
         cells
             Cells of `to`: names, numbers or a mask; None for all.
         n_neighbors
-            Number of cells that vote; those without a label do not.
+            Number of cells that vote; those without a label, or with the word for "not known", do not.
 
         Returns
         -------
@@ -193,13 +193,13 @@ class Locating(TrainedModel):
         >>> model.transfer_labels("celltype", "rna", to="adt", n_neighbors=5).columns.tolist()
         ['prediction', 'confidence']
         """
-        labels = self._data(None).column(key)
+        labels = self._data(None).words(key)
         known = labels.notna().to_numpy() & self._data(None).modalities[modality].present
         if not known.any():
             raise ValueError(f"no cell of modality {modality!r} has a value in column {key!r}")
         query = self.get_latent_representation(cells, modality=to)
         _, rows, reference = self._neighbours(query, modality, n_neighbors, np.flatnonzero(known))
-        codes, names = pd.factorize(labels[reference.index].astype(str))
+        codes, names = pd.factorize(labels[reference.index])
         best, confidence = vote(codes[rows])
         return pd.DataFrame({"prediction": np.asarray(names)[best], "confidence": confidence}, index=query.index)
 
