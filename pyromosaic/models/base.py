@@ -1,7 +1,9 @@
 """What all models share: a Pyro program with its data, built and trained."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from inspect import Parameter, signature
 from typing import Any, NamedTuple, Self
 
@@ -198,16 +200,24 @@ class TrainedModel:
         n_workers
             Processes that read minibatches ahead; 0 reads in the process itself.
         **trainer
-            ``monitor``, ``progress_bar``, ``logger``, ``callbacks``, ``checkpoint_dir``, ``resume_from``, and what
-            `lightning.pytorch.Trainer` takes (``accelerator``, ``devices``, ``strategy``, …).
+            ``monitor``, ``progress_bar``, ``logger``, ``callbacks``, ``checkpoint_dir``, ``resume_from`` (see
+            `pyromosaic.train.fit`), and what `lightning.pytorch.Trainer` takes (``accelerator``, ``devices``,
+            ``strategy``, …).
 
         Raises
         ------
         ValueError
-            If the model has no data, an argument is out of range, or model and guide do not fit each other or the data
-            (`pyromosaic.program.SiteError`).
+            If the model has no data, an argument is out of range, model and guide do not fit each other or the data
+            (`pyromosaic.program.SiteError`), or a checkpoint is not that of this run.
         NonFiniteLossError
-            If the loss is not finite; the parameters are then those at the start of the epoch.
+            If the loss is not finite.
+        KeyboardInterrupt, SystemExit
+            If training is interrupted, by SIGTERM with exit code 143.
+
+        Notes
+        -----
+        A model whose training is left by an error or Ctrl-C is that of the last whole epoch, and can be used, saved or
+        trained on; by SIGTERM, or before an epoch is whole, it is as it was before.
 
         Examples
         --------
@@ -221,33 +231,72 @@ class TrainedModel:
         mosaic = self._data(None)
         if n_epochs < 1 or batch_size < 1:
             raise ValueError(f"n_epochs and batch_size are at least 1; found {n_epochs} and {batch_size}")
-        self.split = split(mosaic, validation, test, seed)
-        train = self.loader(mosaic, self.split.train, batch_size, seed, n_workers)
+        parts = split(mosaic, validation, test, seed)
+        train = self.loader(mosaic, parts.train, batch_size, seed, n_workers)
         # In no order, so that each minibatch holds all populations.
-        shuffled = np.random.default_rng(seed).permutation(self.split.validation)
+        shuffled = np.random.default_rng(seed).permutation(parts.validation)
         held_out = self.loader(mosaic, shuffled, batch_size) if len(shuffled) else None
         optimisation = Optimisation(learning_rate, weight_decay, kl_warmup_epochs, schedule, gradient_clip)
-        some = measured(mosaic, self.split.train[:: 1 + len(self.split.train) // 128]).to(self._device)
+        some = measured(mosaic, parts.train[:: 1 + len(parts.train) // 128]).to(self._device)
         unchecked = [name for name, m in self.schema.modalities.items() if m.spec.allow_non_integer]
         check(self.model, self.guide, some, unchecked)
-        self.model.train()
-        self.guide.train()
-        with torch.random.fork_rng(), pyro.validation_enabled(False):
-            torch.manual_seed(seed)
-            self.history = fit(
-                self.model,
-                self.guide,
-                train,
-                held_out,
-                n_epochs,
-                optimisation,
-                early_stopping=early_stopping,
-                **trainer,
-            )
-        self.model.eval()
-        self.guide.eval()
-        with torch.no_grad():
-            self.finish(mosaic)
+        settings = {
+            "model": type(self).__name__,
+            "options": json.dumps(self.options, default=lambda option: type(option).__name__),
+            "batch_size": batch_size,
+            "seed": seed,
+            "validation": validation,
+            "test": test,
+            "cells": sha256("\n".join(map(str, mosaic.obs_names)).encode()).hexdigest(),
+            **{f"{name} cells": torch.from_numpy(cells) for name, cells in vars(parts).items()},
+        }
+        rows: list[dict[str, float]] = []
+        left: BaseException | None = None
+        with self._as_before_if_it_fails():
+            self.model.train()
+            self.guide.train()
+            try:
+                with torch.random.fork_rng(), pyro.validation_enabled(False):
+                    torch.manual_seed(seed)
+                    fit(
+                        self.model,
+                        self.guide,
+                        train,
+                        held_out,
+                        n_epochs,
+                        optimisation,
+                        early_stopping=early_stopping,
+                        rows=rows,
+                        settings=settings,
+                        **trainer,
+                    )
+            except (Exception, KeyboardInterrupt) as error:
+                if not rows:
+                    raise
+                left = error
+            self.history, self.split = pd.DataFrame(rows).set_index("epoch"), parts
+            self.model.eval()
+            self.guide.eval()
+            with torch.no_grad():
+                self.finish(mosaic)
+        if left is not None:
+            raise left
+
+    @contextmanager
+    def _as_before_if_it_fails(self) -> Iterator[None]:
+        """Put parameters, history and split back if what is inside fails; in any case end in evaluation mode."""
+        history, parts = self.history, self.split
+        states = [{k: v.clone() for k, v in part.state_dict().items()} for part in (self.model, self.guide)]
+        try:
+            yield
+        except BaseException:
+            self.history, self.split = history, parts
+            for part, state in zip((self.model, self.guide), states, strict=True):
+                part.load_state_dict(state)
+            raise
+        finally:
+            self.model.eval()
+            self.guide.eval()
 
     def __repr__(self) -> str:
         trained = f"trained for {len(self.history)} epochs" if len(self.history) else "not trained"

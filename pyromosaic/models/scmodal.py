@@ -16,7 +16,7 @@ import lightning.pytorch as lightning
 import pandas as pd
 import pyro
 import torch
-from lightning.pytorch.callbacks import Callback, LambdaCallback
+from lightning.pytorch.callbacks import Callback
 from pyro import distributions as dist
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -413,12 +413,31 @@ class ScModal(Linking):
             for pair, own in self.matches.items():
                 features = torch.tensor(self.linked_features(mosaic, *pair)) if self.by_features else None
                 own.set(self.scores.values if features is None else features)
-        fixed = {pair: own.values for pair, own in self.matches.items()}
+        super().train(n_epochs, callbacks=[*callbacks, _Refresh(self)], **options)
 
-        def refresh(trainer: lightning.Trainer, plan: lightning.LightningModule) -> None:
-            if self.refresh_every and trainer.current_epoch and trainer.current_epoch % self.refresh_every == 0:
-                z = torch.tensor(self.get_latent_representation().to_numpy()).to(self._device)
-                for pair, own in self.matches.items():
-                    own.set(torch.cat([normalize(fixed[pair]), normalize(z)], dim=1))
 
-        super().train(n_epochs, callbacks=[*callbacks, LambdaCallback(on_train_epoch_start=refresh)], **options)
+class _Refresh(Callback):
+    """Seeks anchors anew every so many epochs, by what cells are matched by and by z; checkpoints hold the result."""
+
+    def __init__(self, model: ScModal) -> None:
+        self.model = model
+        self.fixed = {pair: scores.values for pair, scores in model.matches.items()}
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, plan: lightning.LightningModule) -> None:
+        """Set what cells are matched by, if it is time."""
+        every = self.model.refresh_every
+        if every and trainer.current_epoch and trainer.current_epoch % every == 0:
+            z = torch.tensor(self.model.get_latent_representation().to_numpy()).to(plan.device)
+            for pair, scores in self.model.matches.items():
+                scores.set(torch.cat([normalize(self.fixed[pair]), normalize(z)], dim=1))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What cells are matched by."""
+        return {"values": [scores.values for scores in self.model.matches.values()]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with it."""
+        for scores, values in zip(self.model.matches.values(), state_dict["values"], strict=True):
+            if len(values) != len(scores.values):
+                raise ValueError(f"anchors of {len(values)} cells, expected {len(scores.values)}")
+            scores.set(values)

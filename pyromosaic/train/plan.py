@@ -1,20 +1,16 @@
 """Stochastic variational inference under Lightning."""
 
-import logging
-import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as lightning
-import pandas as pd
+import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from pyromosaic import __version__
 from pyromosaic.data import Minibatch
 from pyromosaic.train.elbo import MosaicELBO
 
@@ -89,7 +85,11 @@ class Plan(lightning.LightningModule):
     optimisation
         How parameters are fitted.
     n_epochs
-        Length of the run.
+        Length of the run, over which the learning rate falls; beyond it the rate stays where it is.
+    rows
+        Where to append.
+    order
+        The generator of the order of cells, for checkpoints.
 
     Examples
     --------
@@ -101,20 +101,32 @@ class Plan(lightning.LightningModule):
     10
     """
 
-    def __init__(self, model: nn.Module, guide: nn.Module, optimisation: Optimisation, n_epochs: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        guide: nn.Module,
+        optimisation: Optimisation,
+        n_epochs: int,
+        rows: list[dict[str, float]] | None = None,
+        order: np.random.Generator | None = None,
+    ) -> None:
         super().__init__()
         self.elbo = MosaicELBO()
         self.objective = self.elbo(model, guide)
         self.optimisation = optimisation
         self.n_epochs = n_epochs
         self.warmup_epochs = min(optimisation.kl_warmup_epochs, n_epochs // 2)
-        self.rows: list[dict[str, float]] = []
+        self.rows = [] if rows is None else rows
+        self.order = order
+        self.settings: dict[str, Any] = {}
+        self.begun = False
         self._sums: dict[str, dict[tuple[str, ...], Tensor]] = {}
         self._n_cells: Counter[str] = Counter()
         self._latent: set[str] = set()
         self._last_good: dict[str, Tensor] = {}
         self.own_optimisers: list[torch.optim.Optimizer] = []
         self._own_states: list[dict[str, Any]] = []
+        self._generators: dict[str, Any] = {}
 
     def transfer_batch_to_device(self, batch: Minibatch, device: torch.device, dataloader_idx: int) -> Minibatch:
         """Move a minibatch; Lightning's own way looks into it field by field."""
@@ -137,6 +149,11 @@ class Plan(lightning.LightningModule):
         assert callable(o.schedule)
         return [optimiser], [o.schedule(optimiser)]
 
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Let the rate fall to its end and stay there; beyond it the cosine would rise again."""
+        if self.optimisation.schedule != "cosine" or scheduler.last_epoch < self.n_epochs:
+            super().lr_scheduler_step(scheduler, metric)
+
     def kl_weight(self) -> float:
         """Weight of latent variables' divergences at this step."""
         if self.warmup_epochs == 0:
@@ -150,7 +167,6 @@ class Plan(lightning.LightningModule):
         # On an accelerator a look at the loss waits for the device, so it is not taken at every step.
         if (loss.device.type == "cpu" or step % 50 == 0) and not torch.isfinite(loss):
             sites = [name for name, term in self.elbo.terms.items() if not torch.isfinite(term)]
-            self.objective.load_state_dict(self._last_good)
             raise NonFiniteLossError(
                 f"the loss is not finite in epoch {self.current_epoch}, at {', '.join(map(repr, sites))}; the "
                 "parameters are back at the start of this epoch. A lower learning rate or gradient_clip helps"
@@ -181,10 +197,36 @@ class Plan(lightning.LightningModule):
         self._n_cells[part] += n
         self._latent |= latent.keys()
 
+    def on_fit_start(self) -> None:
+        """Draw noise and the order of cells from where a checkpoint left them."""
+        if self._generators:
+            self._set_generators(self._generators)
+
+    def on_train_start(self) -> None:
+        """Look at what optimisers were given by a checkpoint."""
+        for optimiser in self.trainer.optimizers:
+            for parameter, state in optimiser.state.items():
+                for name, value in state.items():
+                    if value.shape not in (parameter.shape, ()) or not torch.isfinite(value).all():
+                        raise ValueError(f"{name!r} of the optimiser does not fit its parameter")
+
     def on_train_epoch_start(self) -> None:
         """Remember parameters that are known to be good."""
+        # Before Lightning 2.6 a resumed epoch begins its minibatches a second time.
+        if self._generators and not hasattr(self.trainer.fit_loop, "is_resuming"):
+            self._set_generators(self._generators)
+        self._generators = {}
         self._sums, self._n_cells = {}, Counter()
         self._last_good = {k: v.detach().clone() for k, v in self.objective.state_dict().items()}
+        self.begun = True
+
+    def back(self) -> None:
+        """Go back to the start of an epoch that did not come to its end; one not begun leaves no rows."""
+        if not self.begun:
+            self.rows.clear()
+        elif self._last_good:
+            self.objective.load_state_dict(self._last_good)
+            self._last_good = {}
 
     def on_train_epoch_end(self) -> None:
         """Append a row to the history and hand it to the loggers."""
@@ -199,6 +241,7 @@ class Plan(lightning.LightningModule):
             parts["reconstruction"] = sum(v for k, v in bound.items() if k not in self._latent)
             row |= {f"{part}_{name}": value for name, value in parts.items()}
         self.rows.append({"epoch": self.current_epoch, "kl_weight": self.kl_weight(), **row})
+        self._last_good = {}  # the present ones are
         # For the progress bar and for callbacks; Lightning's own bookkeeping of all takes longer than a small epoch.
         self.log_dict({k: v for k, v in row.items() if k.endswith(("objective", "elbo"))}, prog_bar=True)
         self.log_dict({k: v for k, v in row.items() if k == "validation_reconstruction"})
@@ -206,153 +249,34 @@ class Plan(lightning.LightningModule):
             logger.log_metrics(row, self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the history, and the state of the optimisers that modules bring, with a checkpoint."""
-        checkpoint["rows"] = self.rows
-        checkpoint["own_optimisers"] = [own.state_dict() for own in self.own_optimisers]
+        """Add what Lightning does not know of."""
+        checkpoint["run"] = {
+            "version": __version__,
+            "n_epochs": self.n_epochs,
+            "settings": self.settings,
+            "rows": self.rows,
+            "own_optimisers": [own.state_dict() for own in self.own_optimisers],
+            "generators": self._get_generators(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the history of a checkpoint; optimisers, which do not exist yet, get their state later."""
-        self.rows = list(checkpoint["rows"])
-        self._own_states = checkpoint["own_optimisers"]
+        """Go on with the history of a checkpoint; optimisers and generators get their state when it is time."""
+        run = checkpoint["run"]
+        self.rows[:] = run["rows"]
+        self._own_states, self._generators = run["own_optimisers"], run["generators"]
 
+    def _get_generators(self) -> dict[str, Any]:
+        """State of what draws noise and the order of cells."""
+        states: dict[str, Any] = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.order is not None:
+            states["order"] = self.order.bit_generator.state
+        return states
 
-class ReturnToBest(EarlyStopping):
-    """Early stopping on validation cells that ends with the parameters of the best epoch.
-
-    Parameters
-    ----------
-    patience
-        Epochs without a better value after which training stops.
-    monitor
-        The value: ``"elbo"`` or ``"reconstruction"``.
-    """
-
-    def __init__(self, patience: int, monitor: str = "elbo") -> None:
-        if monitor not in ("elbo", "reconstruction"):
-            raise ValueError(f'early stopping monitors "elbo" or "reconstruction"; found {monitor!r}')
-        mode = "max" if monitor == "elbo" else "min"
-        super().__init__(f"validation_{monitor}", patience=patience, mode=mode, check_on_train_epoch_end=True)
-        self.best: dict[str, Tensor] = {}
-
-    def on_train_epoch_end(self, trainer: lightning.Trainer, plan: lightning.LightningModule) -> None:
-        """Keep the parameters if they are the best so far."""
-        super().on_train_epoch_end(trainer, plan)
-        if self.wait_count == 0:
-            self.best = {k: v.detach().clone() for k, v in plan.state_dict().items()}
-
-    def on_train_end(self, trainer: lightning.Trainer, plan: lightning.LightningModule) -> None:
-        """Put the best parameters back."""
-        plan.load_state_dict(self.best)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Lightning's remarks on hardware and products out of the user's output; its warnings are shown."""
-    log = logging.getLogger("lightning.pytorch")
-    level = log.level
-    log.setLevel(max(level, logging.WARNING))
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-
-
-def fit(
-    model: nn.Module,
-    guide: nn.Module,
-    train: DataLoader[Minibatch],
-    validation: DataLoader[Minibatch] | None,
-    n_epochs: int,
-    optimisation: Optimisation,
-    *,
-    early_stopping: int | None = None,
-    monitor: str = "elbo",
-    checkpoint_dir: str | None = None,
-    resume_from: str | None = None,
-    progress_bar: bool = True,
-    logger: Any = False,
-    callbacks: Iterable[Callback] = (),
-    **trainer: Any,
-) -> pd.DataFrame:
-    """Train a model and its guide by stochastic variational inference.
-
-    Parameters
-    ----------
-    model, guide
-        The Pyro program; trained in place.
-    train, validation
-        Minibatches; None validates nothing.
-    n_epochs
-        Length of the run.
-    optimisation
-        How parameters are fitted.
-    early_stopping
-        Stop after this many epochs without a better value on validation cells, and return to the best; None to train
-        on.
-    monitor
-        The value that early stopping looks at: ``"elbo"``, or ``"reconstruction"``, the negative log-likelihood.
-    checkpoint_dir
-        Where to write Lightning checkpoints, the last of them ``last.ckpt``; None writes none.
-    resume_from
-        A checkpoint to go on from.
-    progress_bar, logger, callbacks, **trainer
-        For `lightning.pytorch.Trainer`. Unless early stopping or another callback monitors them, validation cells are
-        looked at some 20 times in the run, at regular epochs up to the last; ``check_val_every_n_epoch`` says how
-        often.
-
-    Returns
-    -------
-    pandas.DataFrame
-        A row an epoch; columns as described at `Plan`, missing (NaN) where validation cells were not looked at.
-
-    Raises
-    ------
-    ValueError
-        If early stopping is asked for without validation cells.
-    NonFiniteLossError
-        If the loss is not finite; the parameters are then those at the start of the epoch.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> from pyromosaic.data import loader
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0])
-    >>> model = MultiVI(mosaic)
-    >>> minibatches = loader(mosaic, mosaic.find(None), batch_size=32, seed=0)
-    >>> history = fit(model.model, model.guide, minibatches, None, 2, Optimisation(), progress_bar=False)
-    >>> len(history), "train_elbo" in history
-    (2, True)
-    """
-    if early_stopping is not None and validation is None:
-        raise ValueError(
-            "early stopping looks at validation cells: give validation a share above 0, or set early_stopping=None"
-        )
-    plan = Plan(model, guide, optimisation, n_epochs)
-    callbacks = list(callbacks)
-    if early_stopping is not None:
-        callbacks.append(ReturnToBest(early_stopping, monitor))
-    if checkpoint_dir is not None:
-        callbacks.append(ModelCheckpoint(checkpoint_dir, save_last=True, filename="{epoch}"))
-    if progress_bar:
-        callbacks.append(TQDMProgressBar(refresh_rate=20))
-    if not any(getattr(callback, "monitor", None) for callback in callbacks):
-        every = max(k for k in range(1, 1 + max(1, int(n_epochs) // 20)) if n_epochs % k == 0)
-        trainer = {"check_val_every_n_epoch": every} | trainer
-    with _quiet(), warnings.catch_warnings():
-        # Loading runs in the main process on purpose, and minibatches are few on small data.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-        warnings.filterwarnings("ignore", message=".*number of training batches.*")
-        runner = lightning.Trainer(
-            max_epochs=int(n_epochs),
-            gradient_clip_val=optimisation.gradient_clip or None,
-            callbacks=callbacks,
-            logger=logger,
-            enable_checkpointing=checkpoint_dir is not None,
-            enable_progress_bar=progress_bar,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            **trainer,
-        )
-        runner.fit(plan, train, validation, ckpt_path=resume_from)
-    return pd.DataFrame(plan.rows).set_index("epoch")
+    def _set_generators(self, states: Mapping[str, Any]) -> None:
+        torch.set_rng_state(states["cpu"])
+        if self.device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], self.device)
+        if self.order is not None:
+            self.order.bit_generator.state = states["order"]

@@ -172,15 +172,6 @@ def test_presets_are_options_of_model_and_training(mosaic):
     assert "train_penalty/mmd" not in model.history
 
 
-def test_resume_from_a_checkpoint(mosaic, tmp_path):
-    first = small(mosaic)
-    first.train(3, batch_size=64, checkpoint_dir=str(tmp_path), **QUIET)
-    second = small(mosaic)
-    second.train(5, batch_size=64, resume_from=str(tmp_path / "last.ckpt"), **QUIET)
-    assert list(second.history.index) == [0, 1, 2, 3, 4]
-    pd.testing.assert_frame_equal(second.history.iloc[:3], first.history)
-
-
 def test_a_loss_that_is_not_finite_names_the_site_and_keeps_good_parameters(mosaic):
     model = small(mosaic)
     model.train(1, **QUIET)

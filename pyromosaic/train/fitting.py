@@ -1,0 +1,280 @@
+"""A training run under Lightning, from its first epoch or from a checkpoint to its last."""
+
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import numpy as np
+import pandas as pd
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, TQDMProgressBar
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from pyromosaic.data import Minibatch
+from pyromosaic.train.checkpoints import Files, Keeper, check_state, newest
+from pyromosaic.train.plan import Optimisation, Plan
+
+
+class ReturnToBest(EarlyStopping):
+    """Early stopping on validation cells that ends with the parameters of the best epoch.
+
+    Parameters
+    ----------
+    patience
+        Epochs without a better value after which training stops.
+    monitor
+        The value: ``"elbo"`` or ``"reconstruction"``.
+    """
+
+    def __init__(self, patience: int, monitor: str = "elbo") -> None:
+        if monitor not in ("elbo", "reconstruction"):
+            raise ValueError(f'early stopping monitors "elbo" or "reconstruction"; found {monitor!r}')
+        mode = "max" if monitor == "elbo" else "min"
+        super().__init__(f"validation_{monitor}", patience=patience, mode=mode, check_on_train_epoch_end=True)
+        self.best: dict[str, Tensor] = {}
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, plan: lightning.LightningModule) -> None:
+        """Keep the parameters if they are the best so far."""
+        super().on_train_epoch_end(trainer, plan)
+        if self.wait_count == 0:
+            self.best = {k: v.detach().clone() for k, v in plan.state_dict().items()}
+
+    def on_train_start(self, trainer: lightning.Trainer, plan: lightning.LightningModule) -> None:
+        """Do not go on with a run that had stopped."""
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """With the best parameters."""
+        return super().state_dict() | {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """With the best parameters."""
+        super().load_state_dict(state_dict)
+        self.best = state_dict["best"]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning's remarks on hardware and products out of the user's output; its warnings are shown."""
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def fit(
+    model: nn.Module,
+    guide: nn.Module,
+    train: DataLoader[Minibatch],
+    validation: DataLoader[Minibatch] | None,
+    n_epochs: int,
+    optimisation: Optimisation,
+    *,
+    early_stopping: int | None = None,
+    monitor: str = "elbo",
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    resume_from: str | os.PathLike[str] | None = None,
+    progress_bar: bool = True,
+    logger: Any = False,
+    callbacks: Iterable[Callback] = (),
+    rows: list[dict[str, float]] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    **trainer: Any,
+) -> pd.DataFrame:
+    """Train a model and its guide by stochastic variational inference.
+
+    Parameters
+    ----------
+    model, guide
+        The Pyro program; trained in place.
+    train, validation
+        Minibatches; None validates nothing.
+    n_epochs
+        Length of the run.
+    optimisation
+        How parameters are fitted.
+    early_stopping
+        Stop after this many epochs without a better value on validation cells, and return to the best; None to train
+        on.
+    monitor
+        The value that early stopping looks at: ``"elbo"``, or ``"reconstruction"``, the negative log-likelihood.
+    checkpoint_dir
+        Where to write ``last.ckpt``, all that the run is made of, after each epoch (after a minute at most where epochs
+        are short), and when training is left. The one before is kept as ``previous.ckpt``. None writes none.
+    resume_from
+        A checkpoint to go on from, or the folder of some, of which the newest whole one is taken. The run goes on as if
+        it had never stopped, with the same settings; others are refused. Beyond the `n_epochs` that it began with, the
+        learning rate stays where the schedule left it. Nothing in a checkpoint is run.
+    rows
+        Where to append the rows of whole epochs; they are there also if training is left by an exception.
+    settings
+        Further values and tensors that a resumed run must have in common with the first.
+    progress_bar, logger, callbacks, **trainer
+        For `lightning.pytorch.Trainer`. Unless early stopping or another callback monitors them, validation cells are
+        looked at some 20 times in the run, at regular epochs up to the last; ``check_val_every_n_epoch`` says how
+        often.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row an epoch; columns as described at `Plan`, missing (NaN) where validation cells were not looked at.
+
+    Raises
+    ------
+    ValueError
+        If early stopping is asked for without validation cells, or the checkpoint to go on from is not there, damaged,
+        or that of another run.
+    NonFiniteLossError
+        If the loss is not finite.
+    KeyboardInterrupt, SystemExit
+        If training is interrupted; the second, with exit code 143, by SIGTERM.
+
+    However training is left, the parameters are those of the last whole epoch.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, MultiVI, simulate
+    >>> from pyromosaic.data import loader
+    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0])
+    >>> model = MultiVI(mosaic)
+    >>> minibatches = loader(mosaic, mosaic.find(None), batch_size=32, seed=0)
+    >>> history = fit(model.model, model.guide, minibatches, None, 2, Optimisation(), progress_bar=False)
+    >>> len(history), "train_elbo" in history
+    (2, True)
+    """
+    if early_stopping is not None and validation is None:
+        raise ValueError(
+            "early stopping looks at validation cells: give validation a share above 0, or set early_stopping=None"
+        )
+    callbacks = list(callbacks)
+    stopping = None if early_stopping is None else ReturnToBest(early_stopping, monitor)
+    if stopping is not None:
+        callbacks.append(stopping)
+    order = getattr(getattr(train, "sampler", None), "generator", None)
+    plan = Plan(
+        model, guide, optimisation, int(n_epochs), rows, order if isinstance(order, np.random.Generator) else None
+    )
+    taken = None
+    if resume_from is not None:
+        size = sum(value.nbytes for value in plan.state_dict().values())
+        taken = newest(resume_from, 16 * size + (1 << 30))
+        with suppress(*_OF_FOREIGN_STATE):  # refused below
+            plan.n_epochs = min(int(taken[1]["run"]["n_epochs"]), 1_000_000)
+            plan.warmup_epochs = min(optimisation.kl_warmup_epochs, plan.n_epochs // 2)
+    if not any(getattr(callback, "monitor", None) for callback in callbacks):
+        every = max(k for k in range(1, 1 + max(1, plan.n_epochs // 20)) if plan.n_epochs % k == 0)
+        trainer = {"check_val_every_n_epoch": every} | trainer
+    plan.settings = {
+        **{k: v if isinstance(v, int | float | str) else _name(v) for k, v in asdict(optimisation).items()},
+        "early_stopping": early_stopping,
+        "monitor": None if early_stopping is None else monitor,
+        "check_val_every_n_epoch": trainer.get("check_val_every_n_epoch"),
+        **(settings or {}),
+    }
+    if taken is not None:
+        _check_resumed(taken, plan, n_epochs)
+    files = Files(taken)
+    if checkpoint_dir is not None:
+        goes_on = taken is not None and taken[0].parent == Path(checkpoint_dir).absolute()
+        callbacks.append(Keeper(checkpoint_dir, files, goes_on))
+    if progress_bar:
+        callbacks.append(TQDMProgressBar(refresh_rate=20))
+    with _quiet(), warnings.catch_warnings():
+        # Loading runs in the main process on purpose, and minibatches are few on small data.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*number of training batches.*")
+        runner = lightning.Trainer(
+            max_epochs=int(n_epochs),
+            gradient_clip_val=optimisation.gradient_clip or None,
+            callbacks=callbacks,
+            logger=logger,
+            enable_checkpointing=checkpoint_dir is not None,
+            enable_progress_bar=progress_bar,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            plugins=[files, *_listed(trainer.pop("plugins", None))],
+            **trainer,
+        )
+        try:
+            runner.fit(plan, train, validation, ckpt_path=None if taken is None else str(taken[0]))
+        except BaseException as error:
+            plan.back()
+            if isinstance(error, SIGTERMException):
+                raise SystemExit(128 + signal.SIGTERM) from None
+            if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None  # which Lightning makes an exit of
+            if taken is not None and not plan.begun and isinstance(error, _OF_FOREIGN_STATE):
+                raise ValueError(f"{taken[0]} does not fit this run: {_line(error)}") from error
+            raise
+    if stopping is not None:
+        plan.load_state_dict(stopping.best)
+    return pd.DataFrame(plan.rows).set_index("epoch")
+
+
+#: What Lightning and torch raise for a state that is not theirs.
+_OF_FOREIGN_STATE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def _check_resumed(taken: tuple[Path, Any], plan: Plan, n_epochs: int) -> None:
+    """Refuse a checkpoint of another run, and say what is gone on from."""
+    path, content = taken
+    try:
+        run, state = content["run"], content["state_dict"]
+        done, before, version = len(run["rows"]), dict(run["settings"]), run["version"]
+        n_states = len(content["optimizer_states"]), len(content["lr_schedulers"])
+        if plan.n_epochs != run["n_epochs"]:
+            raise ValueError("n_epochs")
+        if [row["epoch"] for row in run["rows"]] != list(range(done)) or not done:
+            raise ValueError("a row of an epoch")
+        sum(float(value) for row in run["rows"] for value in row.values())
+    except _OF_FOREIGN_STATE as error:
+        raise ValueError(f"{path} is not the checkpoint of a training run: {_line(error)} is not there") from error
+    of = f"{path} (pyromosaic {version})"
+    for name in plan.settings | before:
+        was, now = before.get(name), plan.settings.get(name)
+        if isinstance(was, Tensor) and isinstance(now, Tensor):
+            if not torch.equal(was, now):
+                raise ValueError(f"the run of {of} had other {name}; a run is resumed on the same data")
+        elif isinstance(was, Tensor) or isinstance(now, Tensor) or was != now:
+            raise ValueError(
+                f"the run of {of} had {name}={was!r}; found {now!r}. A resumed run keeps its settings; to train "
+                "a model on with others, call train again without resume_from"
+            )
+    if n_states != (1, int(plan.optimisation.schedule != "constant")):
+        raise ValueError(f"{of} lacks the state of an optimiser or schedule")
+    if n_epochs < done:
+        raise ValueError(f"the run of {of} has {done} epochs already; found n_epochs={n_epochs}")
+    own = plan.state_dict()
+    check_state(state, own, of)
+    message = f"training goes on from {path}, after {done} of {n_epochs} epochs"
+    if n_epochs > plan.n_epochs and plan.optimisation.schedule == "cosine":
+        message += f"; the learning rate stays where it was left after the first {plan.n_epochs}, at its lowest"
+    print(message, file=sys.stderr)
+
+
+def _name(value: Any) -> str:
+    return str(getattr(value, "__qualname__", type(value).__qualname__))
+
+
+def _listed(plugins: Any) -> list[Any]:
+    return plugins if isinstance(plugins, list) else [] if plugins is None else [plugins]
+
+
+def _line(error: BaseException) -> str:
+    """The first line of what an exception says."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
