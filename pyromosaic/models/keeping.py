@@ -1,21 +1,28 @@
 """Keeping a model: saved and loaded without any code, and given new cells."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from copy import deepcopy
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any, Self
 
 import pandas as pd
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from pyromosaic import __version__
 from pyromosaic.data import ModalitySpec, Mosaic, Schema
 from pyromosaic.likelihoods import Likelihood
 from pyromosaic.models.base import TrainedModel
 from pyromosaic.models.formats import FORMAT, READ, upgraded
 from pyromosaic.models.query import carry_over, only
+from pyromosaic.train.checkpoints import check_state
+from pyromosaic.train.files import clear_drafts, drafts, replaced, size_of
 
 
 class Keeping(TrainedModel):
@@ -29,7 +36,7 @@ class Keeping(TrainedModel):
         directory
             Where to; made if it does not exist.
         overwrite
-            Replace a model that is there.
+            Replace a model that is there, which stays until the new one is written.
 
         Raises
         ------
@@ -48,13 +55,12 @@ class Keeping(TrainedModel):
         ['model.json', 'weights.safetensors']
         """
         directory = Path(directory)
-        if (directory / "model.json").exists() and not overwrite:
+        if (directory / DESCRIPTION).exists() and not overwrite:
             raise FileExistsError(f"{directory} holds a model already; overwrite=True replaces it")
-        directory.mkdir(parents=True, exist_ok=True)
         weights = {
             f"{k}.{n}": t.contiguous() for k in ("model", "guide") for n, t in getattr(self, k).state_dict().items()
         }
-        save_file(weights, directory / "weights.safetensors")
+        written = save(weights)
         options, objects = {}, [m.spec.likelihood_name for m in self.schema.modalities.values() if _is_own(m.spec)]
         for key, value in self.options.items():
             try:
@@ -65,13 +71,20 @@ class Keeping(TrainedModel):
                 options[key] = value
         content = {
             "format": FORMAT,
+            "version": __version__,
+            "weights": sha256(written).hexdigest(),
             "class": type(self).__name__,
             "options": options,
             "objects": objects,
             "schema": self.schema.to_json(),
             "history": json.loads(self.history.reset_index().to_json(orient="split")),
         }
-        (directory / "model.json").write_text(json.dumps(content))
+        content = json.loads(json.dumps(content))  # as it will be read
+        text = json.dumps(content | {"digest": _digest(content)}).encode()
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in (WEIGHTS, DESCRIPTION):
+            clear_drafts(directory / name)
+        replaced({directory / WEIGHTS: written, directory / DESCRIPTION: text})
 
     @classmethod
     def load(cls, directory: str | Path, data: Any = None, **objects: Any) -> Self:
@@ -106,37 +119,37 @@ class Keeping(TrainedModel):
         True
         """
         directory = Path(directory)
-        try:
-            content = json.loads((directory / "model.json").read_text())
-            version, name = content["format"], content["class"]
-            weights = load_file(directory / "weights.safetensors")
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise ValueError(f"{directory} does not hold a whole saved model: {error}") from error
-        if version not in READ:
-            raise ValueError(
-                f"{directory} was saved in format {version}; this version of pyromosaic reads formats "
-                f"{' and '.join(map(str, READ))}"
-            )
-        if name != cls.__name__:
-            raise ValueError(f"{directory} holds a model of class {name}, not {cls.__name__}; use {name}.load")
+        content = _description(directory)
+        of = f"{directory} (saved by pyromosaic {content.get('version', '0.1.0 or earlier')})"
+        if content["class"] != cls.__name__:
+            name = content["class"]
+            raise ValueError(f"{of} holds a model of class {name}, not {cls.__name__}; use {name}.load")
         missing = [key for key in content["objects"] if key not in objects]
         if missing:
             raise ValueError(
-                f"the saved model was constructed with objects of the user's: give {', '.join(missing)} again"
+                f"the model in {of} was constructed with objects of the user's: give {', '.join(missing)} again"
             )
         try:
+            size_of(directory / WEIGHTS, 1 << 40)
+            weights = load_file(directory / WEIGHTS)
             likelihoods = {k: v for k, v in objects.items() if isinstance(v, type) and issubclass(v, Likelihood)}
             schema = Schema.from_json(content["schema"], likelihoods)
             others = {k: v for k, v in objects.items() if k not in likelihoods}
             options, weights = upgraded(content, weights, schema)
-            model = cls(schema, **options, **others)
+            with _no_larger_than(weights):
+                model = cls(schema, **options, **others)
+            own = {f"{k}.{n}": t for k in ("model", "guide") for n, t in getattr(model, k).state_dict().items()}
+            check_state(weights, own, WEIGHTS)
             for part in ("model", "guide"):
                 state = {k.removeprefix(f"{part}."): v for k, v in weights.items() if k.startswith(f"{part}.")}
                 getattr(model, part).eval().load_state_dict(state)  # also what a subclass added to them
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"the description and the weights in {directory} do not fit together: {error}") from error
-        history = content["history"]
-        model.history = pd.DataFrame(history["data"], columns=history["columns"])
+            if content.get("weights") not in (None, _digest_of_file(directory / WEIGHTS)):
+                raise ValueError(f"{WEIGHTS} is not as it was saved")
+            history = content["history"]
+            model.history = pd.DataFrame(history["data"], columns=history["columns"])
+        except _OF_DAMAGED_FILES as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ValueError(f"the description and the weights in {of} do not fit together: {reason}") from error
         if "epoch" in model.history:
             model.history = model.history.set_index("epoch")
         if data is not None:
@@ -234,3 +247,89 @@ class Keeping(TrainedModel):
 
 def _is_own(spec: ModalitySpec) -> bool:
     return not isinstance(spec.likelihood, str)
+
+
+WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
+
+#: What reading and building raise for files that are not those of a model.
+_OF_DAMAGED_FILES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
+
+#: What a description must hold.
+_KINDS = {"class": str, "options": dict, "objects": list, "schema": dict, "history": dict}
+
+
+def _description(directory: Path) -> dict[str, Any]:
+    """What ``model.json`` holds; if a kill came between its weights' writing and its own, what it was to hold."""
+    content = _read(directory, directory / DESCRIPTION)
+    if "weights" in content:
+        with suppress(OSError):
+            found = _digest_of_file(directory / WEIGHTS)
+            for draft in drafts(directory / DESCRIPTION) if found != content["weights"] else ():
+                with suppress(ValueError):
+                    meant = _read(directory, draft)
+                    if meant.get("weights") == found:
+                        return meant
+    return content
+
+
+def _read(directory: Path, file: Path) -> dict[str, Any]:
+    try:
+        size_of(file, 1 << 27)
+        content = json.loads(file.read_text())
+        version = content["format"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{directory} does not hold a whole saved model: {error}") from error
+    if version not in READ:
+        by = f" by pyromosaic {content['version']}" if "version" in content else ""
+        raise ValueError(
+            f"{directory} was saved in format {version}{by}; this version of pyromosaic reads formats "
+            f"{' and '.join(map(str, READ))} (it is {__version__})"
+        )
+    for key, kind in _KINDS.items():
+        if not isinstance(content.get(key), kind) or (
+            kind is list and not all(isinstance(v, str) for v in content[key])
+        ):
+            raise ValueError(f"{directory} does not hold a whole saved model: {key!r} is missing or of another type")
+    if "digest" in content and content.pop("digest") != _digest(content):
+        raise ValueError(f"{directory} does not hold a whole saved model: {file.name} is not as it was saved")
+    return dict(content)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _digest_of_file(path: Path) -> str:
+    size_of(path, 1 << 40)
+    with open(path, "rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _no_larger_than(weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Stop building a program once it is larger than its weights, before it takes time and memory."""
+    longest = max((n for value in weights.values() for n in value.shape), default=0)
+    room = 4 * sum(100 + value.numel() for value in weights.values())  # some parts are built twice
+
+    def count(module: nn.Module, name: str, parameter: Tensor) -> None:
+        nonlocal room
+        room -= 100 + parameter.numel()
+        if room < 0 or max(parameter.shape, default=0) > longest:
+            raise ValueError(f"the model described is larger than the {len(weights)} weights")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
