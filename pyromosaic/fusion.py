@@ -39,16 +39,6 @@ class Fusion(nn.Module):
     ----------
     modalities
         Names of the model's modalities.
-
-    Examples
-    --------
-    >>> class FirstFusion(Fusion):
-    ...     def forward(self, posteriors, used, index=None):
-    ...         q = next(iter(posteriors.values()))  # of a modality that all cells have
-    ...         return q.loc, q.scale
-    >>> rna = Posterior(torch.arange(3), torch.zeros(3, 2), torch.ones(3, 2))
-    >>> FirstFusion().posterior({"rna": rna}, torch.ones(3, 1)).batch_shape
-    torch.Size([3, 1])
     """
 
     def __init__(self, modalities: Sequence[str] = ()) -> None:
@@ -90,16 +80,6 @@ class MeanFusion(Fusion):
 
     With weights w that are 1, or 0 for a modality that is left out, the mean of independent normals has mean
     ``sum(w mu) / sum(w)`` and variance ``sum(w^2 sigma^2) / sum(w)^2``.
-
-    Examples
-    --------
-    >>> import torch
-    >>> rna = Posterior(torch.tensor([0, 1]), torch.zeros(2, 1), torch.ones(2, 1))
-    >>> adt = Posterior(torch.tensor([1]), torch.ones(1, 1), torch.ones(1, 1))  # the second cell has both
-    >>> posteriors = {"rna": rna, "adt": adt}
-    >>> loc, scale = MeanFusion()(posteriors, presence(posteriors, 2))
-    >>> loc[:, 0], scale[:, 0]
-    (tensor([0.0000, 0.5000]), tensor([1.0000, 0.7071]))
     """
 
     def weights(self, names: Iterable[str], used: Tensor, index: Tensor | None) -> Tensor:
@@ -127,13 +107,6 @@ class GlobalFusion(MeanFusion):
     ----------
     modalities
         Names of the model's modalities.
-
-    Examples
-    --------
-    >>> import torch
-    >>> fusion = GlobalFusion(["rna", "adt"])
-    >>> fusion.weights(["rna", "adt"], torch.tensor([[1.0, 0.0], [1.0, 1.0]]), None).tolist()
-    [[1.0, 0.0], [0.5, 0.5]]
     """
 
     def __init__(self, modalities: Sequence[str]) -> None:
@@ -160,17 +133,6 @@ class CellFusion(GlobalFusion):
     ----------
     modalities
         Names of the model's modalities.
-
-    Examples
-    --------
-    >>> from pyromosaic import simulate
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0])
-    >>> fusion = CellFusion(["rna", "adt"])
-    >>> fusion.start(mosaic)
-    >>> fusion.own.shape, fusion.logits(torch.arange(3)).shape
-    (torch.Size([60, 2]), torch.Size([3, 2]))
-    >>> fusion.weights(["rna", "adt"], torch.ones(1, 2), torch.tensor([7])).tolist()  # before training
-    [[0.5, 0.5]]
     """
 
     cells: Tensor
@@ -218,16 +180,6 @@ class ProductFusion(Fusion):
 
     The precision is ``1 + sum(1 / sigma^2)``, the mean ``sum(mu / sigma^2)`` over it. The prior expert is standard
     normal whatever the model's prior.
-
-    Examples
-    --------
-    >>> import torch
-    >>> rna = Posterior(torch.tensor([0, 1]), torch.zeros(2, 1), torch.ones(2, 1))
-    >>> adt = Posterior(torch.tensor([1]), torch.ones(1, 1), torch.ones(1, 1))  # the second cell has both
-    >>> posteriors = {"rna": rna, "adt": adt}
-    >>> loc, scale = ProductFusion()(posteriors, presence(posteriors, 2))
-    >>> loc[:, 0], scale[:, 0]
-    (tensor([0.0000, 0.3333]), tensor([0.7071, 0.5774]))
     """
 
     def forward(
@@ -247,16 +199,6 @@ class MixtureFusion(Fusion):
 
     A draw comes from one of a cell's modalities, chosen at random; its log density is that of the whole mixture, so
     the objective is the ELBO of the mixture. Shares are fixed, so gradients through the draw are unbiased.
-
-    Examples
-    --------
-    >>> import torch
-    >>> rna = Posterior(torch.tensor([0, 1]), torch.zeros(2, 1), torch.ones(2, 1))
-    >>> adt = Posterior(torch.tensor([1]), torch.ones(1, 1), torch.ones(1, 1))  # the second cell has both
-    >>> posteriors = {"rna": rna, "adt": adt}
-    >>> loc, scale = MixtureFusion()(posteriors, presence(posteriors, 2))
-    >>> loc[:, 0], scale[:, 0]
-    (tensor([0.0000, 0.5000]), tensor([1.0000, 1.1180]))
     """
 
     def forward(
@@ -286,14 +228,6 @@ class ExpertMixture(dist.MixtureSameFamily):
         Shares of the components, a categorical distribution.
     component_distribution
         The components, along the last dimension of its batch shape; reparametrised.
-
-    Examples
-    --------
-    >>> experts = dist.Normal(torch.tensor([[-5.0], [5.0]], requires_grad=True), 0.1).to_event(1)
-    >>> mixture = ExpertMixture(dist.Categorical(probs=torch.tensor([0.5, 0.5])), experts)
-    >>> draw = mixture.rsample()
-    >>> draw.shape, draw.requires_grad
-    (torch.Size([1]), True)
     """
 
     has_rsample = True

@@ -21,13 +21,6 @@ class Labels(nn.Module):
     ----------
     names
         All labels.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, pbmc_mosaic
-    >>> labels = Labels(Mosaic.from_mudata(pbmc_mosaic(), label_key="celltype").schema)
-    >>> len(labels), labels.names[0]
-    (8, 'B')
     """
 
     numbers: Tensor
@@ -80,11 +73,6 @@ def check_labels(mosaic: Mosaic) -> None:
     -----
     UserWarning
         If a label is known in one modality and in no other that has labels.
-
-    Examples
-    --------
-    >>> from pyromosaic import pbmc_mosaic
-    >>> check_labels(Mosaic.from_mudata(pbmc_mosaic(), label_key="celltype"))  # one vocabulary
     """
     used = {}
     for name, m in mosaic.modalities.items():

@@ -25,16 +25,6 @@ class UncertainLinear(nn.Linear):
     Kronecker factorisation (Ritter, Botev and Barber 2018) whose factor for the outputs is diagonal.
 
     A decoder of one's own takes part by having such layers, with a bias, in place of `torch.nn.Linear`.
-
-    Examples
-    --------
-    >>> layer = UncertainLinear(3, 5)
-    >>> layer.learn(products=100 * torch.eye(4), information=torch.ones(5))
-    >>> x = torch.zeros(2, 3)
-    >>> with weights_drawn(layer, seed=0):
-    ...     different = layer(x)
-    >>> bool((different == layer(x)).any())
-    False
     """
 
     products: Tensor
@@ -81,13 +71,6 @@ def weights_drawn(module: nn.Module, seed: int) -> Iterator[None]:
         The decoder; its `UncertainLinear` layers take part.
     seed
         The same weights for the same seed, whatever else is drawn; the caller's random numbers are left alone.
-
-    Examples
-    --------
-    >>> layer = UncertainLinear(2, 2)
-    >>> with weights_drawn(layer, seed=0):
-    ...     bool((layer(torch.ones(2)) == layer(torch.ones(2))).all())
-    True
     """
     generator = torch.Generator().manual_seed(seed)
     layers = _layers(module)
@@ -113,18 +96,6 @@ def learn_weights(model: nn.Module, guide: nn.Module, name: str, minibatches: It
         Measured cells, on the device.
     n
         Number of cells that have the modality, for which those in the minibatches stand.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> from pyromosaic.data import measured
-    >>> from pyromosaic.tasks import inference_mode
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50})[0])
-    >>> model, minibatch = MultiVI(mosaic), measured(mosaic, mosaic.find(None))
-    >>> with inference_mode(model.model, model.guide, seed=0):
-    ...     learn_weights(model.model, model.guide, "rna", [minibatch], n=60)
-    >>> bool(model.model.modalities["rna"].decoder.heads["rate"].precision.isfinite())
-    True
     """
     part = part_of(model, name)
     layers = [] if part is None else _layers(part.decoder)

@@ -32,14 +32,6 @@ def cells(minibatch: Minibatch, kl_weight: float = 1.0, balanced: Mapping[str, f
         Weight of the divergences.
     balanced
         By modality what its cells count together, however many have it; None to count every cell once.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0])
-    >>> with cells(measured(mosaic, mosaic.find(None))):
-    ...     z = pyro.sample("z", dist.Normal(torch.zeros(40, 1, 3), 1.0).to_event(1))
     """
     plate = pyro.plate("cells", minibatch.n_cells, subsample=minibatch.index, dim=-2)
     with plate, weighted(kl_weight), nullcontext() if balanced is None else _balance(minibatch, balanced):
@@ -69,11 +61,6 @@ class Plates:
         Weight of the divergence of its private latent variable.
     balanced
         Whether every modality counts alike, however many cells have it.
-
-    Examples
-    --------
-    >>> Plates("rna", 50).name
-    'rna'
     """
 
     name: str
@@ -124,17 +111,6 @@ class Measurement(Part):
         From predictors to the observed site, see `pyromosaic.likelihoods.Likelihood`.
     n_private
         Width of a latent variable of the modality's own, ``z_<name>``, which the decoder sees behind the shared one.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0])
-    >>> rna, minibatch = MultiVI(mosaic).model.modalities["rna"], measured(mosaic, mosaic.find(None))
-    >>> with poutine.trace() as tracer:
-    ...     rna(torch.zeros(40, 1, 15), minibatch.decoded["rna"], minibatch)
-    >>> tracer.trace.observation_nodes
-    ['rna']
     """
 
     size: Any
@@ -208,16 +184,6 @@ class MeasurementGuide(Part):
         The likelihood, which the model owns.
     size_encoder
         From measurements to the posterior of the log size relative to the count; None if the size is observed.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0])
-    >>> guide, minibatch = MultiVI(mosaic, n_latent=5).guide, measured(mosaic, mosaic.find(None))
-    >>> shared, private = guide.modalities["rna"].encode(minibatch.observed["rna"])
-    >>> shared.loc.shape, private.loc.shape
-    (torch.Size([40, 5]), torch.Size([40, 0]))
     """
 
     encoder: Any
@@ -303,17 +269,6 @@ def encoded_once(guide: nn.Module) -> Iterator[None]:
     ----------
     guide
         The guide; its `MeasurementGuide` parts take part.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0])
-    >>> guide, view = MultiVI(mosaic).guide, measured(mosaic, mosaic.find(None)).observed["rna"]
-    >>> with encoded_once(guide):
-    ...     first, again = (guide.modalities["rna"].encode(view)[0] for _ in range(2))
-    >>> torch.equal(first.loc, again.loc)
-    True
     """
     parts = [part for part in guide.modules() if isinstance(part, MeasurementGuide)]
     for part in parts:
@@ -336,15 +291,6 @@ def encoded(
         Those of a guide.
     minibatch
         The cells.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0])
-    >>> shared, private = encoded(MultiVI(mosaic).guide.modalities, measured(mosaic, mosaic.find(None)))
-    >>> shared["adt"].loc.shape, private["adt"].loc.shape
-    (torch.Size([40, 15]), torch.Size([40, 0]))
     """
     found = {name: modalities[name].encode(view) for name, view in minibatch.observed.items()}
     return {name: q for name, (q, _) in found.items()}, {name: q for name, (_, q) in found.items()}

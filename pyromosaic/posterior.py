@@ -18,13 +18,6 @@ class Posterior:
         Positions in the minibatch of the b cells that have the modality, shape (b,).
     loc, scale
         Mean and standard deviation, shape (b, latent).
-
-    Examples
-    --------
-    >>> import torch
-    >>> q = Posterior(rows=torch.tensor([0, 2]), loc=torch.zeros(2, 5), scale=torch.ones(2, 5))
-    >>> q.dimensions(slice(3)).loc.shape
-    torch.Size([2, 3])
     """
 
     rows: Tensor
@@ -90,13 +83,6 @@ def alone(q: Posterior | None, used: Tensor, n_latent: int, rows: Tensor) -> dis
     -------
     TorchDistribution
         Batch shape (b, 1), event shape (latent,).
-
-    Examples
-    --------
-    >>> q = Posterior(torch.tensor([0]), torch.full((1, 1), 2.0), torch.full((1, 1), 0.5))  # the first cell has it
-    >>> posterior = alone(q, torch.ones(2), n_latent=1, rows=torch.tensor([0, 1]))
-    >>> posterior.mean.flatten(), posterior.stddev.flatten()
-    (tensor([2., 0.]), tensor([0.5000, 1.0000]))
     """
     loc, excess = used.new_zeros(2, len(used), n_latent)
     if q is not None:
@@ -119,15 +105,6 @@ def presence(posteriors: Mapping[str, Posterior], n_cells: int) -> Tensor:
     -------
     Tensor
         Columns in the order of `posteriors`.
-
-    Examples
-    --------
-    >>> import torch
-    >>> rna, adt = (Posterior(torch.tensor(rows), torch.zeros(2, 1), torch.ones(2, 1)) for rows in ([0, 1], [1, 2]))
-    >>> presence({"rna": rna, "adt": adt}, 3)
-    tensor([[1., 0.],
-            [1., 1.],
-            [0., 1.]])
     """
     first = next(iter(posteriors.values())).loc
     columns = [first.new_zeros(n_cells).index_fill(0, q.rows, 1.0) for q in posteriors.values()]

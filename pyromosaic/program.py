@@ -31,14 +31,6 @@ class weighted(Messenger):
     ----------
     weight
         How many times.
-
-    Examples
-    --------
-    >>> with poutine.trace() as tracer, weighted(0.5):
-    ...     x = pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.tensor(0.0))
-    >>> site = tracer.trace.nodes["x"]
-    >>> site["scale"], site["infer"]["weight"]
-    (0.5, 0.5)
     """
 
     def __init__(self, weight: float) -> None:
@@ -57,13 +49,6 @@ class AtMean(Messenger):
     ----------
     which
         Says by a site's name whether it is to take its mean; by default all do.
-
-    Examples
-    --------
-    >>> with AtMean():
-    ...     x = pyro.sample("x", dist.Gamma(6.0, 2.0))
-    >>> x
-    tensor(3.)
     """
 
     def __init__(self, which: Callable[[str], bool] = lambda name: True) -> None:
@@ -94,13 +79,6 @@ class Part(PyroModule):
     ----------
     name
         What the names of parameters begin with.
-
-    Examples
-    --------
-    >>> part = Part()
-    >>> part.linear = nn.Linear(2, 3)
-    >>> part.linear
-    Linear(in_features=2, out_features=3, bias=True)
     """
 
     def __init__(self, name: str = "") -> None:
@@ -123,14 +101,6 @@ class Slots(Part):
     modules
         By modality. A name that torch cannot have for a module (``"rna.v2"``, ``"type"``) is replaced in the names of
         parameters by ``modality_<number>``.
-
-    Examples
-    --------
-    >>> modules = Slots({"rna": nn.Linear(2, 3), "rna.v2": nn.Linear(2, 1)})
-    >>> modules["rna.v2"], list(modules)
-    (Linear(in_features=2, out_features=1, bias=True), ['rna', 'rna.v2'])
-    >>> [name for name, _ in modules.named_parameters()]
-    ['rna.weight', 'rna.bias', 'modality_1.weight', 'modality_1.bias']
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
@@ -188,19 +158,6 @@ class Program(Part):
     ----------
     name
         What the names of parameters begin with, so that those of a guide are not taken for the model's.
-
-    Examples
-    --------
-    >>> from pyro.nn import PyroSample
-    >>> class Story(Program):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.slope = PyroSample(dist.Normal(0.0, 1.0))  # global: one for all cells
-    ...
-    ...     def forward(self, x):
-    ...         pyro.sample("y", dist.Normal(self.slope * x, 1.0).to_event(1))
-    >>> list(poutine.trace(Story()).get_trace(torch.ones(3)).stochastic_nodes)
-    ['slope', 'y']
     """
 
     def __init__(self, name: str = "") -> None:
@@ -247,12 +204,6 @@ def own(module: Any) -> Any:
     -------
     nn.Module
         The object, or the copy.
-
-    Examples
-    --------
-    >>> prior = PyroModule()
-    >>> own(prior) is prior, own(prior) is prior
-    (True, False)
     """
     if not isinstance(module, nn.Module):
         return module
@@ -288,21 +239,7 @@ def check_names(schema: Schema) -> None:
 
 
 class SiteError(ValueError):
-    """A model and a guide that do not fit each other or the data, with the site at fault.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0])
-    >>> model = MultiVI(mosaic)
-    >>> guide = Program("guide")
-    >>> guide.forward = lambda minibatch: None  # infers nothing
-    >>> check(model.model, guide, measured(mosaic, mosaic.find(None)))
-    Traceback (most recent call last):
-        ...
-    pyromosaic.program.SiteError: site 'z' of the model, of shape (40, 1, 15), is latent and missing from the guide
-    """
+    """A model and a guide that do not fit each other or the data, with the site at fault."""
 
 
 class Inspection(Messenger):
@@ -314,13 +251,6 @@ class Inspection(Messenger):
         ``"model"`` or ``"guide"``, for the message.
     unchecked
         Names of sites whose values may lie outside the support.
-
-    Examples
-    --------
-    >>> with Inspection("model") as look:
-    ...     x = pyro.sample("x", dist.Normal(0.0, 1.0))
-    >>> list(look.sites)
-    ['x']
     """
 
     def __init__(self, part: str, unchecked: Collection[str] = ()) -> None:

@@ -24,17 +24,6 @@ class Size(nn.Module):
         The modality.
     n_latent
         Width of the latent space.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0])
-    >>> view = replace(measured(mosaic, mosaic.find(None)).observed["rna"], library=torch.full((40, 1), torch.nan))
-    >>> size = Size("rna", mosaic.schema["rna"], n_latent=10)
-    >>> filled = size(torch.zeros(40, 10), view).library  # before `fit`, the median size
-    >>> torch.allclose(filled, torch.tensor(mosaic.schema["rna"].library), rtol=1e-4)
-    True
     """
 
     weight: Tensor
@@ -84,19 +73,6 @@ class LatentSize(Size):
         The modality.
     n_latent
         Width of the latent space.
-
-    Examples
-    --------
-    >>> import pyro
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], batch_key="batch")
-    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
-    >>> size = LatentSize("rna", mosaic.schema["rna"], n_latent=10)
-    >>> size.start(view)
-    >>> trace = pyro.poutine.trace(size).get_trace(torch.zeros(40, 10), view)
-    >>> trace.nodes["rna_library"]["value"].shape  # its logarithm, a latent variable
-    torch.Size([40, 1])
     """
 
     loc: Tensor

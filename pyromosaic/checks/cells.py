@@ -149,19 +149,6 @@ def prior_sample(
         Of the model's schema, so that the model takes it as ``data``.
     latent
         By site of the model, cells × dimensions; of a modality's own variable, the cells that have the modality.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, checks, simulate
-    >>> mosaic = Mosaic.from_mudata(simulate(200, {"rna": 50, "adt": 5})[0])
-    >>> model = MultiVI(mosaic, n_latent=3)
-    >>> drawn, latent = checks.prior_sample(model)
-    >>> drawn
-    Mosaic of 200 cells
-      rna: 133 cells × 50 features, nb
-      adt: 134 cells × 5 features, nb_mixture
-    >>> latent["z"].shape
-    (200, 3)
     """
     mosaic = model._data(data)
     index = mosaic.find(cells)

@@ -40,16 +40,6 @@ class PredictiveCheck:
         Whether the draws are from the prior.
     n_samples
         Number of draws. No p-value is below 1 / (n_samples + 1).
-
-    Examples
-    --------
-    >>> from pyromosaic import MultiVI, simulate
-    >>> model = MultiVI(Mosaic.from_mudata(simulate(100, {"rna": 50})[0]), n_latent=3)
-    >>> check = predictive_check(model, n_samples=9)
-    >>> list(check.overall.loc["rna"].index)
-    ['mean', 'size', 'variance', 'zeros']
-    >>> check.table.loc[("rna", "zeros")].shape
-    (50, 5)
     """
 
     table: pd.DataFrame

@@ -65,15 +65,6 @@ def shared_scores(mosaic: Mosaic, graph: GuidanceGraph, n_components: int, seed:
     numpy.ndarray
         Cells × scores. The mean square of a cell's scores summed is the sum of squared canonical correlations: so they
         are on the scale of posterior means under a standard normal prior.
-
-    Examples
-    --------
-    >>> from pyromosaic import pbmc_mosaic, protein_gene_links
-    >>> mosaic = Mosaic.from_mudata(pbmc_mosaic())
-    >>> links = protein_gene_links().rename(columns={"protein": "adt", "gene": "rna"})
-    >>> graph = GuidanceGraph.from_table(mosaic, links, drop_absent=True)
-    >>> shared_scores(mosaic, graph, n_components=5).shape
-    (1600, 5)
     """
     scores: dict[str, np.ndarray] = {}
     radius = 1.0

@@ -23,17 +23,6 @@ class Bernoulli(Likelihood):
     ----------
     schema
         The modality.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"atac": 50})[0], {"atac": "bernoulli"})
-    >>> view = measured(mosaic, mosaic.find(None)).observed["atac"]
-    >>> likelihood = Bernoulli(mosaic.schema["atac"])
-    >>> distribution = likelihood.distribution(likelihood.start(view), view)
-    >>> bool((distribution.mean < likelihood.normalized(distribution)).all())  # as the factors are below 1
-    True
     """
 
     family = "bernoulli"

@@ -27,11 +27,6 @@ def logit(p: Tensor) -> Tensor:
     -------
     Tensor
         Log odds in nats, of the same shape.
-
-    Examples
-    --------
-    >>> logit(torch.tensor([0.5, 0.9]))
-    tensor([0.0000, 2.1972])
     """
     return torch.logit(p, eps=1e-6)
 
@@ -43,20 +38,6 @@ class Likelihood(PyroModule):
     ----------
     schema
         The modality.
-
-    Examples
-    --------
-    Methylation: methylated counts out of a coverage, which is another layer of the data.
-
-    >>> from pyro import distributions as dist
-    >>> from pyromosaic import ModalitySpec
-    >>> class Binomial(Likelihood):
-    ...     data_kind = "count"
-    ...     predictors = ("level",)
-    ...
-    ...     def distribution(self, predictors, view):
-    ...         return dist.Binomial(view.exposure, logits=predictors["level"])
-    >>> spec = ModalitySpec(Binomial, exposure_layer="coverage")
     """
 
     family: ClassVar[str] = ""  # the name that `pyromosaic.ModalitySpec` takes; empty for a likelihood of one's own
@@ -105,17 +86,6 @@ class CountLikelihood(Likelihood):
     ----------
     schema
         The modality.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, ModalitySpec, simulate
-    >>> from pyromosaic.data import measured
-    >>> spec = ModalitySpec("nb", batch_key="batch", dispersion="gene-batch")
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], {"rna": spec})
-    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
-    >>> likelihood = CountLikelihood(mosaic.schema["rna"])
-    >>> likelihood.log_theta.shape, likelihood.theta(view).shape
-    (torch.Size([2, 50]), torch.Size([40, 50]))
     """
 
     def __init__(self, schema: ModalitySchema) -> None:

@@ -26,18 +26,6 @@ class NBMixture(CountLikelihood):
     ----------
     schema
         The modality.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"adt": 5})[0], {"adt": "nb_mixture"})
-    >>> view = measured(mosaic, mosaic.find(None)).observed["adt"]
-    >>> likelihood = NBMixture(mosaic.schema["adt"])
-    >>> {name: bias.shape for name, bias in likelihood.start(view).items()}
-    {'foreground': torch.Size([5]), 'mixing': torch.Size([5]), 'loc': torch.Size([5]), 'log_scale': torch.Size([5])}
-    >>> bool(likelihood.theta(view).isclose(torch.tensor(10.0)).all())
-    True
     """
 
     family = "nb_mixture"

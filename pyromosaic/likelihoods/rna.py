@@ -20,17 +20,6 @@ class NB(CountLikelihood):
     ----------
     schema
         The modality.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], {"rna": "nb"})
-    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
-    >>> likelihood = NB(mosaic.schema["rna"])
-    >>> distribution = likelihood.distribution(likelihood.start(view), view)
-    >>> torch.allclose(distribution.mean.sum(-1, keepdim=True), view.library)  # the cell's size
-    True
     """
 
     family = "nb"
@@ -58,17 +47,6 @@ class ZINB(NB):
     ----------
     schema
         The modality.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50}, likelihoods={"rna": "zinb"})[0], {"rna": "zinb"})
-    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
-    >>> likelihood = ZINB(mosaic.schema["rna"])
-    >>> start = likelihood.start(view)
-    >>> sorted(start), likelihood.distribution(start, view).batch_shape
-    (['gate', 'rate'], torch.Size([40, 50]))
     """
 
     family = "zinb"
@@ -95,17 +73,6 @@ class MultinomialLikelihood(NB):
     ----------
     schema
         The modality.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], {"rna": "multinomial"})
-    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
-    >>> likelihood = MultinomialLikelihood(mosaic.schema["rna"])
-    >>> distribution = likelihood.distribution(likelihood.start(view), view)
-    >>> distribution.batch_shape, distribution.log_prob(view.dense_counts()).shape
-    (torch.Size([40, 50]), torch.Size([40, 50]))
     """
 
     family = "multinomial"

@@ -18,18 +18,6 @@ class Canonical:
         From centred variables to canonical variables, one matrix a modality, shape (variables, components).
     correlations
         Canonical correlations, falling, shape (components,).
-
-    Examples
-    --------
-    >>> rng = np.random.default_rng(0)
-    >>> shared = rng.standard_normal((300, 1))
-    >>> x, y = (np.hstack([shared, rng.standard_normal((300, 2))]) for _ in range(2))  # one variable in common
-    >>> pairs = Correspondence.from_pairs(np.arange(300), np.arange(300), (300, 300))
-    >>> canonical = canonical_correlation(x, y, pairs, ridge=0.01)
-    >>> canonical.keep(1).correlations.round(1)
-    array([1.])
-    >>> canonical.keep(1).scores(x - x.mean(0), side=0).shape
-    (300, 1)
     """
 
     coefficients: tuple[np.ndarray, np.ndarray]
@@ -71,15 +59,6 @@ def canonical_correlation(x: np.ndarray, y: np.ndarray, pi: Correspondence, ridg
     -------
     Canonical
         As many components as the narrower of the two has variables, correlations falling.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from pyromosaic.linkage import Correspondence, canonical_correlation
-    >>> x = np.random.default_rng(0).standard_normal((200, 3))
-    >>> pairs = Correspondence.from_pairs(np.arange(200), np.arange(200), (200, 200))
-    >>> canonical_correlation(x, x[:, ::-1], pairs, ridge=0).correlations.round(3)
-    array([1., 1., 1.])
     """
     return canonical_variables([ridged(values, ridge) for values in (x, y)], pi.cross_covariance(x, y))
 
@@ -193,16 +172,6 @@ def crossfit_correlations(
     -------
     numpy.ndarray
         Mean over both halves, shape (components,); not sorted, and about 0 for a component that was over-fitted.
-
-    Examples
-    --------
-    >>> rng = np.random.default_rng(0)
-    >>> shared = rng.standard_normal((300, 1))
-    >>> x, y = (np.hstack([shared, rng.standard_normal((300, 2))]) for _ in range(2))  # one variable in common
-    >>> pairs = Correspondence.from_pairs(np.arange(300), np.arange(300), (300, 300))
-    >>> held_out = crossfit_correlations(x, y, pairs, ridge=0.01)
-    >>> held_out.shape, bool(held_out[0] > 0.9)
-    ((3,), True)
     """
     rng = np.random.default_rng(seed)
     halves = []

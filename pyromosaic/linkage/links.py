@@ -20,14 +20,6 @@ class Links:
         above 0 to 1, and ``sign``, 1 or -1.
     n_unknown
         Number of links that were left out because the mosaic lacks one of their features.
-
-    Examples
-    --------
-    >>> links = Links(pd.DataFrame({"rna": ["CD19", "CD14"], "adt": ["cd19", "cd14"], "weight": 1.0, "sign": 1.0}))
-    >>> len(links), links.modalities
-    (2, ('rna', 'adt'))
-    >>> links.take(np.array([1])).pairs["rna"].tolist()
-    ['CD14']
     """
 
     pairs: pd.DataFrame

@@ -62,14 +62,6 @@ class VariationalCCAModel(Program):
         Width of z.
     n_hidden
         Hidden units of the decoders f; 0 for linear ones.
-
-    Examples
-    --------
-    >>> views = {"rna": (torch.arange(4), torch.zeros(4, 3)), "adt": (torch.arange(2), torch.zeros(2, 5))}
-    >>> model = VariationalCCAModel({"rna": 3, "adt": 5}, n_latent=2, n_hidden=0)
-    >>> trace = poutine.trace(model).get_trace(views, 4)
-    >>> trace.nodes["z"]["value"].shape, trace.nodes["adt"]["fn"].event_shape
-    (torch.Size([4, 2]), torch.Size([5]))
     """
 
     def __init__(self, widths: Mapping[str, int], n_latent: int, n_hidden: int) -> None:
@@ -105,14 +97,6 @@ class VariationalCCAGuide(Program):
     ----------
     widths, n_latent, n_hidden
         As in `VariationalCCAModel`.
-
-    Examples
-    --------
-    >>> views = {"rna": (torch.arange(4), torch.zeros(4, 3)), "adt": (torch.arange(2), torch.zeros(2, 5))}
-    >>> guide = VariationalCCAGuide({"rna": 3, "adt": 5}, n_latent=2, n_hidden=0)
-    >>> loc, scale = guide.posterior(views, 4)
-    >>> bool((scale[:2] < scale[2:]).all())  # the first two cells have both modalities
-    True
     """
 
     def __init__(self, widths: Mapping[str, int], n_latent: int, n_hidden: int) -> None:

@@ -71,18 +71,6 @@ class ContrastiveModel(Program):
 
     Every cell has a background variable z. A target cell also has a salient variable s, which is 0 in background cells.
     One decoder a modality, shared by both cohorts, turns [z, s] into what the likelihood needs.
-
-    Examples
-    --------
-    >>> from pyro import poutine
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mdata, _ = simulate(60, {"rna": 50}, treated=0.5)
-    >>> mosaic = Mosaic.from_mudata(mdata).with_cohorts("condition", background="control")
-    >>> model, minibatch = ContrastiveVI(mosaic, n_latent=3, n_salient=2), measured(mosaic, mosaic.find(None))
-    >>> trace = poutine.trace(model.model).get_trace(minibatch)
-    >>> trace.nodes["z"]["fn"].event_shape, trace.nodes["s"]["fn"].event_shape
-    (torch.Size([3]), torch.Size([2]))
     """
 
     def __init__(
@@ -109,18 +97,7 @@ class ContrastiveModel(Program):
 
 
 class PairEncoder(nn.Module):
-    """Encoders of z and of s, which see the same of a modality.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0])
-    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
-    >>> loc, scale = PairEncoder(*(Encoder(mosaic.schema["rna"], n) for n in (10, 5)))(view)
-    >>> loc.shape, scale.shape
-    (torch.Size([40, 15]), torch.Size([40, 15]))
-    """
+    """Encoders of z and of s, which see the same of a modality."""
 
     z: Any
     s: Any
@@ -152,18 +129,6 @@ class ContrastiveGuide(Program):
 
     Each modality has one encoder for z and one for s; the normal posteriors of a cell's modalities are fused to one.
     Penalties compare what is inferred from different modalities, in different cohorts, and of z and s.
-
-    Examples
-    --------
-    >>> from pyro import poutine
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mdata, _ = simulate(60, {"rna": 50}, treated=0.5)
-    >>> mosaic = Mosaic.from_mudata(mdata).with_cohorts("condition", background="control")
-    >>> model, minibatch = ContrastiveVI(mosaic, n_latent=3, n_salient=2), measured(mosaic, mosaic.find(None))
-    >>> trace = poutine.trace(model.guide).get_trace(minibatch)
-    >>> int(trace.nodes["s"]["mask"].sum())  # target cells alone have s
-    30
     """
 
     def __init__(

@@ -69,19 +69,6 @@ class DiagVIModel(Program):
     as the link is. Each cell has a latent variable z, and one more, z_<modality>, for what only that modality can see.
     A feature's signal in a cell is the inner product of z and v, and a private part; the modality's likelihood makes
     measurements of signals.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> from pyro import poutine
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 25}, patterns=["rna", "adt"])[0])
-    >>> links = pd.DataFrame({"rna": mosaic.schema["rna"].features[:25], "adt": mosaic.schema["adt"].features})
-    >>> model, minibatch = DiagVI(mosaic, links, n_latent=3), measured(mosaic, mosaic.find(None))
-    >>> trace = poutine.trace(model.model).get_trace(minibatch)
-    >>> trace.nodes["z"]["fn"].event_shape, trace.nodes["v"]["value"].shape
-    (torch.Size([3]), torch.Size([75, 3]))
     """
 
     edges: Tensor
@@ -152,19 +139,6 @@ class DiagVIGuide(Program):
     z and of the private variable; only in z the modalities' cells are aligned, by penalties. A private variable is a
     draw from its prior in cells without the modality. Likelihoods with latent variables of their own have a decoder
     for their posteriors.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> from pyro import poutine
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 25}, patterns=["rna", "adt"])[0])
-    >>> links = pd.DataFrame({"rna": mosaic.schema["rna"].features[:25], "adt": mosaic.schema["adt"].features})
-    >>> model, minibatch = DiagVI(mosaic, links, n_latent=3), measured(mosaic, mosaic.find(None))
-    >>> trace = poutine.trace(model.guide).get_trace(minibatch)
-    >>> trace.nodes["z"]["fn"].event_shape, trace.nodes["v"]["value"].shape
-    (torch.Size([3]), torch.Size([75, 3]))
     """
 
     def __init__(

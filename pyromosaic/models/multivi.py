@@ -68,17 +68,6 @@ class MultiVIModel(Program):
 
     Each cell has a latent variable z, and perhaps for each modality a latent variable of its own. Each modality that is
     measured in it is decoded from these and the cell's batch and covariates, and its likelihood gives the measurements.
-
-    Examples
-    --------
-    >>> from pyro import poutine
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50, "adt": 5})[0])
-    >>> model, minibatch = MultiVI(mosaic, n_latent=3), measured(mosaic, mosaic.find(None))
-    >>> trace = poutine.trace(model.model).get_trace(minibatch)
-    >>> trace.nodes["z"]["fn"].event_shape, trace.observation_nodes
-    (torch.Size([3]), ['rna', 'adt'])
     """
 
     def __init__(self, prior: nn.Module, modalities: Mapping[str, Measurement]) -> None:
@@ -105,17 +94,6 @@ class MultiVIGuide(Program):
     Each measured modality is encoded to a normal posterior of z, and of its private variable; the posteriors of a
     cell's z are fused to one. Penalties compare the posteriors, an adversary looks at the fused one. Likelihoods with
     latent variables of their own have a decoder for their posteriors.
-
-    Examples
-    --------
-    >>> from pyro import poutine
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50, "adt": 5})[0])
-    >>> model, minibatch = MultiVI(mosaic, n_latent=3), measured(mosaic, mosaic.find(None))
-    >>> trace = poutine.trace(model.guide).get_trace(minibatch)
-    >>> trace.nodes["z"]["fn"].event_shape, trace.nodes["adt_background"]["fn"].batch_shape
-    (torch.Size([3]), torch.Size([26, 5]))
     """
 
     def __init__(

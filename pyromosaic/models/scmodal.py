@@ -96,19 +96,6 @@ class ScModalModel(Program):
 
     Each cell has a latent variable z, and one more, z_<modality>, for what only its modality can see. The modality is
     decoded from both and the cell's batch and covariates, and its likelihood gives the measurements.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> from pyro import poutine
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 25}, patterns=["rna", "adt"])[0])
-    >>> links = pd.DataFrame({"rna": mosaic.schema["rna"].features[:25], "adt": mosaic.schema["adt"].features})
-    >>> model, minibatch = ScModal(mosaic, links, n_latent=3), measured(mosaic, mosaic.find(None))
-    >>> trace = poutine.trace(model.model).get_trace(minibatch)
-    >>> trace.nodes["z"]["fn"].event_shape, trace.observation_nodes
-    (torch.Size([3]), ['rna', 'adt'])
     """
 
     def __init__(self, prior: nn.Module, modalities: Mapping[str, Measurement]) -> None:
@@ -134,19 +121,6 @@ class ScModalGuide(Program):
 
     Each modality is encoded to a normal posterior of z and of the private variable, or to a point. Penalties align the
     modalities in z. Likelihoods with latent variables of their own have a decoder for their posteriors.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> from pyro import poutine
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 25}, patterns=["rna", "adt"])[0])
-    >>> links = pd.DataFrame({"rna": mosaic.schema["rna"].features[:25], "adt": mosaic.schema["adt"].features})
-    >>> model, minibatch = ScModal(mosaic, links, n_latent=3), measured(mosaic, mosaic.find(None))
-    >>> trace = poutine.trace(model.guide).get_trace(minibatch)
-    >>> trace.nodes["z"]["fn"].event_shape, "penalty/geometry" in trace.nodes
-    (torch.Size([3]), True)
     """
 
     def __init__(

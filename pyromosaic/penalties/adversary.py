@@ -39,19 +39,6 @@ class Adversary(Penalty):
         Width of the classifier's two layers.
     learning_rate
         Of the classifier's own optimiser, Adam.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0])
-    >>> adversary = Adversary(mosaic.schema, n_latent=15, target="pattern")
-    >>> adversary.classes(measured(mosaic, mosaic.find(None))).unique()  # RNA alone, antibodies alone, both
-    tensor([1, 2, 3])
-    >>> model = MultiVI(mosaic, penalties=[adversary])
-    >>> model.train(n_epochs=1, progress_bar=False)
-    >>> "train_penalty/adversary_classifier" in model.history
-    True
     """
 
     name = "adversary"

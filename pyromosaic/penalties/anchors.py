@@ -19,19 +19,6 @@ class Scores(nn.Module):
     """Scores of the cells of a mosaic, looked up by a cell's number; empty until they are set.
 
     They serve training alone and are not saved.
-
-    Examples
-    --------
-    >>> import numpy as np, torch
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> minibatch = measured(Mosaic.from_mudata(simulate(20, {"rna": 50})[0]), np.arange(20))
-    >>> scores = Scores()
-    >>> bool(scores)
-    False
-    >>> scores.set(torch.zeros(20, 3))
-    >>> scores.of(Posterior(torch.arange(5), torch.zeros(5, 2), torch.ones(5, 2)), minibatch).shape
-    torch.Size([5, 3])
     """
 
     values: Tensor
@@ -68,18 +55,6 @@ class Anchors(Penalty):
         Scores of the cells.
     n_neighbors
         Each of two mutual neighbours is among so many nearest of the other.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5}, patterns=["rna", "adt"])[0])
-    >>> minibatch, scores = measured(mosaic, mosaic.find(None)), Scores()
-    >>> scores.set(torch.randn(60, 3))
-    >>> rna = Posterior(minibatch.observed["rna"].rows, torch.zeros(30, 2), torch.ones(30, 2))
-    >>> adt = Posterior(minibatch.observed["adt"].rows, torch.ones(30, 2), torch.ones(30, 2))
-    >>> Anchors(1.0, scores)({"rna": rna, "adt": adt}, minibatch)  # whoever the neighbours are, they are 1 apart
-    tensor(1.)
     """
 
     name = "anchors"
@@ -114,14 +89,6 @@ def mutual_neighbors(x: Tensor, y: Tensor, n_neighbors: int) -> Tensor:
     -------
     Tensor
         1 where cells are mutual neighbours.
-
-    Examples
-    --------
-    >>> import torch
-    >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.1, 1.0], [1.0, 0.1]])
-    >>> mutual_neighbors(x, y, n_neighbors=1)
-    tensor([[0., 1.],
-            [1., 0.]])
     """
     similarity = nn.functional.normalize(x, dim=-1) @ nn.functional.normalize(y, dim=-1).T
     n, m = similarity.shape
@@ -147,18 +114,6 @@ class Pull(Penalty):
     ------
     ValueError
         If there are more scores than latent dimensions.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> minibatch = measured(Mosaic.from_mudata(simulate(20, {"rna": 50})[0]), np.arange(20))
-    >>> scores = Scores()
-    >>> scores.set(torch.ones(20, 3))
-    >>> q = Posterior(torch.arange(20), torch.zeros(20, 5), torch.ones(20, 5))
-    >>> Pull(1.0, scores)({"rna": q}, minibatch)  # as far from the scores as these are from 0
-    tensor(1.)
     """
 
     name = "pull"

@@ -25,18 +25,6 @@ class Classifier(Penalty):
         The labels.
     n_latent
         Width of the latent space.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50}, types=3)[0], label_key="celltype")
-    >>> classifier = Classifier(1.0, Labels(mosaic.schema), n_latent=5)
-    >>> q = Posterior(torch.arange(60), torch.zeros(60, 5), torch.ones(60, 5))
-    >>> bool(classifier({"rna": q}, measured(mosaic, mosaic.find(None))) > 0)
-    True
-    >>> classifier.probabilities(torch.zeros(60, 5)).shape
-    torch.Size([60, 3])
     """
 
     name = "classifier"

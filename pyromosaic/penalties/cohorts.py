@@ -23,17 +23,6 @@ class CohortMMD(MMD):
         What it is multiplied by.
     n_cells
         So many cells of each cohort are compared, the first of the minibatch.
-
-    Examples
-    --------
-    >>> import numpy as np, torch
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> minibatch = measured(Mosaic.from_mudata(simulate(20, {"rna": 50})[0]), np.arange(20))
-    >>> control = Posterior(torch.arange(10), torch.randn(10, 2), torch.ones(10, 2))
-    >>> treated = Posterior(torch.arange(10, 20), control.loc + 5, torch.ones(10, 2))
-    >>> bool(CohortMMD()({"control": control, "treated": treated}, minibatch) > 0.5)
-    True
     """
 
     name = "cohort_mmd"
@@ -49,17 +38,6 @@ class Wasserstein(Penalty):
     ----------
     weight
         What it is multiplied by.
-
-    Examples
-    --------
-    >>> import numpy as np, torch
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mdata, _ = simulate(10, {"rna": 50, "adt": 5}, patterns=["rna+adt"])
-    >>> minibatch = measured(Mosaic.from_mudata(mdata), np.arange(10))
-    >>> adt = Posterior(torch.arange(10), torch.ones(10, 2), torch.ones(10, 2))
-    >>> Wasserstein()({"s": adt}, minibatch)  # mean 1 and variance 1 in each of two dimensions
-    tensor(4.)
     """
 
     name = "wasserstein"
@@ -89,17 +67,6 @@ class Dependence(Penalty):
     ----------
     Gretton et al., Measuring statistical dependence with Hilbert-Schmidt norms, 2005; Cortes et al., Algorithms for
     learning kernels based on centered alignment, JMLR 2012.
-
-    Examples
-    --------
-    >>> import numpy as np, torch
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> minibatch = measured(Mosaic.from_mudata(simulate(20, {"rna": 50})[0]), np.arange(20))
-    >>> z = Posterior(torch.arange(20), torch.randn(20, 2), torch.ones(20, 2))
-    >>> s = Posterior(torch.arange(20), 3 * z.loc, torch.ones(20, 2))  # of the same geometry
-    >>> round(Dependence()({"z": z, "s": s}, minibatch).item(), 3)
-    1.0
     """
 
     name = "dependence"

@@ -30,20 +30,6 @@ class Cycle(Penalty):
         encoder sees of what is expected.
     n_private
         Width of the modalities' private latent variables, which are 0 in what is decoded.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50, "adt": 5})[0])
-    >>> model = MultiVI(mosaic, n_latent=5)
-    >>> story, guide = model.model.modalities, model.guide.modalities
-    >>> encoders = {name: part.encoder for name, part in guide.items()}
-    >>> decoders = {name: part.decoder for name, part in story.items()}
-    >>> likelihoods = {name: part.likelihood for name, part in story.items()}
-    >>> cycle = Cycle(1.0, mosaic.schema.modalities, encoders, decoders, likelihoods)
-    >>> cycle.there("adt", torch.zeros(3, 5)).shape  # decoded as antibodies, and encoded again
-    torch.Size([3, 5])
     """
 
     name = "cycle"

@@ -23,18 +23,6 @@ class Jeffreys(Penalty):
     ----------
     weight
         What it is multiplied by; 1 in the paper.
-
-    Examples
-    --------
-    >>> import numpy as np, torch
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mdata, _ = simulate(10, {"rna": 50, "adt": 5}, patterns=["rna+adt"])
-    >>> minibatch = measured(Mosaic.from_mudata(mdata), np.arange(10))
-    >>> rna = Posterior(torch.arange(10), torch.zeros(10, 2), torch.ones(10, 2))
-    >>> adt = Posterior(torch.arange(10), torch.ones(10, 2), torch.ones(10, 2))
-    >>> Jeffreys()({"rna": rna, "adt": adt}, minibatch)  # two dimensions, 1 apart
-    tensor(2.)
     """
 
     name = "jeffreys"
@@ -59,18 +47,6 @@ class MeanDistance(Penalty):
     ----------
     weight
         What it is multiplied by.
-
-    Examples
-    --------
-    >>> import numpy as np, torch
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mdata, _ = simulate(10, {"rna": 50, "adt": 5}, patterns=["rna+adt"])
-    >>> minibatch = measured(Mosaic.from_mudata(mdata), np.arange(10))
-    >>> rna = Posterior(torch.arange(10), torch.zeros(10, 2), torch.ones(10, 2))
-    >>> adt = Posterior(torch.arange(10), torch.ones(10, 2), torch.ones(10, 2))
-    >>> MeanDistance()({"rna": rna, "adt": adt}, minibatch)
-    tensor(1.4142)
     """
 
     name = "mean_distance"
@@ -111,15 +87,6 @@ class MMD(Penalty):
     References
     ----------
     Gretton et al., A kernel two-sample test, JMLR 2012.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> mosaic = Mosaic.from_mudata(simulate(200, {"rna": 50, "adt": 10})[0])
-    >>> model = MultiVI(mosaic, mmd=0, penalties=[MMD(10.0)])  # the same as mmd=10
-    >>> model.train(n_epochs=1, progress_bar=False)
-    >>> "train_penalty/mmd" in model.history
-    True
     """
 
     name = "mmd"
@@ -152,13 +119,6 @@ def discrepancy(x: Tensor, y: Tensor) -> Tensor:
     -------
     Tensor
         A scalar, about 0 for samples of one distribution; it may be negative.
-
-    Examples
-    --------
-    >>> import torch
-    >>> x = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
-    >>> bool(discrepancy(x[:100], x[100:]).abs() < 0.05), bool(discrepancy(x[:100], x[100:] + 3) > 0.5)
-    (True, True)
     """
     pooled = torch.cat([x, y])
     squares = pooled.square().sum(-1)

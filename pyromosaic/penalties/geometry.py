@@ -25,17 +25,6 @@ class Geometry(Penalty):
         The guide's encoders, whose ``scaling`` prepares the measurements; None for those of the guide that gets it.
     likeness
         Function of (cells, features) and (cells, latent): `kernel_alignment`, or `row_cosine` as in scMODAL.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50})[0])
-    >>> model, minibatch = MultiVI(mosaic), measured(mosaic, mosaic.find(None))
-    >>> scaled = model.guide.modalities["rna"].encoder.scaling(minibatch.observed["rna"])
-    >>> q = Posterior(torch.arange(60), scaled, torch.ones_like(scaled))  # the very geometry of the measurements
-    >>> round(Geometry(1.0, {"rna": model.guide.modalities["rna"].encoder})({"rna": q}, minibatch).item(), 3)
-    -1.0
     """
 
     name = "geometry"
@@ -71,15 +60,7 @@ class Geometry(Penalty):
 
 
 def squared_distances(x: Tensor) -> Tensor:
-    """Squared Euclidean distances between the rows of (n, d), shape (n, n).
-
-    Examples
-    --------
-    >>> import torch
-    >>> squared_distances(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
-    tensor([[ 0., 25.],
-            [25.,  0.]])
-    """
+    """Squared Euclidean distances between the rows of (n, d), shape (n, n)."""
     squares = x.square().sum(-1)
     distances = (squares.unsqueeze(-1) + squares - 2 * x @ x.T).clamp_min(0.0)
     return distances * (1 - torch.eye(len(x), dtype=x.dtype, device=x.device))
@@ -102,12 +83,6 @@ def row_cosine(x: Tensor, z: Tensor, ceiling: float = 0.975) -> Tensor:
     -------
     Tensor
         A scalar, from 0 to `ceiling`.
-
-    Examples
-    --------
-    >>> x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
-    >>> round(row_cosine(x, x).item(), 3)  # the ceiling
-    0.975
     """
     a, b = (torch.exp(-squared_distances(values) / (2 * values.shape[-1])) for values in (x, z))
     return torch.nn.functional.cosine_similarity(a, b, dim=-1).clamp_max(ceiling).mean()
@@ -134,13 +109,6 @@ def kernel_alignment(x: Tensor, z: Tensor) -> Tensor:
     ----------
     Song et al., Feature selection via dependence maximization, JMLR 2012 (the unbiased estimate); Cortes et al.,
     Algorithms for learning kernels based on centered alignment, JMLR 2012.
-
-    Examples
-    --------
-    >>> import torch
-    >>> x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
-    >>> round(kernel_alignment(x, 2 * x + 1).item(), 3)
-    1.0
     """
     if len(x) < 4:
         return z.new_zeros(())

@@ -23,19 +23,6 @@ class Pairs(Penalty):
         The penalty of each pair of modalities, all of one kind; their own weights are not used.
     warms_up
         Whether it is also multiplied by the weight of the divergences, which rises during training.
-
-    Examples
-    --------
-    >>> from pyromosaic.penalties import MMD
-    >>> import numpy as np, torch
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> minibatch = measured(Mosaic.from_mudata(simulate(20, {"rna": 50})[0]), np.arange(20))
-    >>> rna, adt = (Posterior(torch.arange(20), torch.randn(20, 2), torch.ones(20, 2)) for _ in range(2))
-    >>> chain = Pairs(1.0, {("rna", "adt"): MMD(), ("adt", "atac"): MMD()})
-    >>> total = chain({"rna": rna, "adt": adt}, minibatch)  # there is no ATAC in this minibatch
-    >>> torch.allclose(total, MMD()({"rna": rna, "adt": adt}, minibatch))
-    True
     """
 
     def __init__(self, weight: float, penalties: Mapping[tuple[str, str], Penalty], *, warms_up: bool = False) -> None:
@@ -71,15 +58,6 @@ class Discriminator(Penalty):
         Steps of the network for each of the encoders'.
     learning_rate, weight_decay
         Of its own optimiser, Adam.
-
-    Examples
-    --------
-    >>> from math import log
-    >>> discriminator = Discriminator(1.0, n_latent=2, n_hidden=16, n_steps=200)
-    >>> x = torch.zeros(50, 2)
-    >>> discriminator.learn(x, x + 3)
-    >>> bool(discriminator.loss(x, x + 3) < 2 * log(2))  # it can tell them apart
-    True
     """
 
     name = "adversary"

@@ -26,19 +26,6 @@ class Penalty(nn.Module):
         What it is multiplied by.
     n_cells
         So many cells of each population are to be looked at, the first of the (shuffled) minibatch; None for all.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> class Spread(Penalty):
-    ...     name = "spread"
-    ...     def forward(self, posteriors, minibatch):
-    ...         return sum((q.loc.var() - 1) ** 2 for q in posteriors.values())
-    >>> mosaic = Mosaic.from_mudata(simulate(100, {"rna": 50, "adt": 5})[0])
-    >>> model = MultiVI(mosaic, penalties=[Spread(0.1)])
-    >>> model.train(n_epochs=1, progress_bar=False)
-    >>> "train_penalty/spread" in model.history
-    True
     """
 
     name: str

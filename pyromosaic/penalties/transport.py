@@ -45,17 +45,6 @@ class Sinkhorn(Penalty):
     ----------
     Feydy et al., Interpolating between optimal transport and MMD using Sinkhorn divergences, AISTATS 2019, by whose
     package geomloss it is computed; the adaptive blur is that of OTT-JAX.
-
-    Examples
-    --------
-    >>> import numpy as np, torch
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> minibatch = measured(Mosaic.from_mudata(simulate(20, {"rna": 50})[0]), np.arange(20))
-    >>> rna, adt = (Posterior(torch.arange(20), torch.randn(20, 2) + 5 * k, torch.ones(20, 2)) for k in range(2))
-    >>> near, far = (Sinkhorn()({"a": rna, "b": q}, minibatch) for q in (rna, adt))
-    >>> bool(near < far)
-    True
     """
 
     name = "sinkhorn"
@@ -113,13 +102,6 @@ def sinkhorn_divergence(
     ------
     ValueError
         If a finite `reach` is given without a `blur`.
-
-    Examples
-    --------
-    >>> import torch
-    >>> x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
-    >>> bool(sinkhorn_divergence(x, x) < 1e-4), bool(sinkhorn_divergence(x, x + 3) > 1)
-    (True, True)
     """
     if blur is not None:
         reach = 3 * blur if reach is None else reach

@@ -20,17 +20,7 @@ from pyromosaic.train.elbo import MosaicELBO
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became infinite or not a number; the parameters are back at the start of the epoch.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> model = MultiVI(Mosaic.from_mudata(simulate(60, {"rna": 50})[0]))
-    >>> model.train(1, batch_size=16, learning_rate=1e30, gradient_clip=0, progress_bar=False)
-    Traceback (most recent call last):
-        ...
-    pyromosaic.train.plan.NonFiniteLossError: the loss is not finite in epoch 0, ...
-    """
+    """The loss became infinite or not a number; the parameters are back at the start of the epoch."""
 
 
 Schedule = str | Callable[[torch.optim.Optimizer], Any]
@@ -51,12 +41,6 @@ class Optimisation:
         an optimiser to a learning-rate scheduler that steps once an epoch.
     gradient_clip
         Largest norm of the gradient; 0 for no limit.
-
-    Examples
-    --------
-    >>> from pyromosaic.train import Optimisation
-    >>> Optimisation(learning_rate=1e-3, schedule="constant").kl_warmup_epochs
-    50
     """
 
     learning_rate: float = 3e-3
@@ -90,15 +74,6 @@ class Plan(lightning.LightningModule):
         How parameters are fitted.
     n_epochs
         Length of the run.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0])
-    >>> model = MultiVI(mosaic)
-    >>> plan = Plan(model.model, model.guide, Optimisation(kl_warmup_epochs=50), n_epochs=20)
-    >>> plan.warmup_epochs  # half of the run at most
-    10
     """
 
     def __init__(self, model: nn.Module, guide: nn.Module, optimisation: Optimisation, n_epochs: int) -> None:
@@ -311,17 +286,6 @@ def fit(
         If early stopping is asked for without validation cells.
     NonFiniteLossError
         If the loss is not finite; the parameters are then those at the start of the epoch.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> from pyromosaic.data import loader
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0])
-    >>> model = MultiVI(mosaic)
-    >>> minibatches = loader(mosaic, mosaic.find(None), batch_size=32, seed=0)
-    >>> history = fit(model.model, model.guide, minibatches, None, 2, Optimisation(), progress_bar=False)
-    >>> len(history), "train_elbo" in history
-    (2, True)
     """
     if early_stopping is not None and validation is None:
         raise ValueError(
