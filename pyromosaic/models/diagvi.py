@@ -383,7 +383,8 @@ class DiagVI(Embedded):
             if named_real and (modality.tensor(modality.sample()).to_dense() % 1 == 0).all():
                 raise ValueError(
                     f"modality {name!r}: all values are integers, like counts, but likelihood "
-                    f"{modality.spec.likelihood!r} is for transformed values; transform the values, or use a likelihood for counts, e.g. 'nb'"
+                    f"{modality.spec.likelihood!r} is for transformed values; transform the values, or use a "
+                    "likelihood for counts, e.g. 'nb'"
                 )
 
     def train(
