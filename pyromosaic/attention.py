@@ -17,7 +17,7 @@ class AttentionEncoder(Encoder):
     schema
         The modality.
     n_latent
-        Width of the latent space.
+        Dimension of the latent space.
     n_hidden
         Width of a token, a multiple of 4, the number of heads.
     n_layers, dropout, covariates

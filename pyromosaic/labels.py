@@ -1,4 +1,4 @@
-"""Labels of cells: one vocabulary for all modalities, of which each knows some cells' labels."""
+"""Labels of cells: one vocabulary for all modalities; each modality knows the labels of some cells."""
 
 import warnings
 
@@ -15,7 +15,7 @@ class Labels(nn.Module):
     Parameters
     ----------
     schema
-        Of the data; each modality has its own labels, or none.
+        Schema of the data; each modality has labels, or none.
 
     Attributes
     ----------
@@ -57,7 +57,7 @@ class Labels(nn.Module):
 
 
 def check_labels(mosaic: Mosaic) -> None:
-    """See that the modalities that have labels speak of the same ones.
+    """Check that all modalities with labels use the same vocabulary.
 
     Parameters
     ----------
@@ -91,8 +91,8 @@ def check_labels(mosaic: Mosaic) -> None:
         alone += [f"{label!r} ({name})" for label in own if others]
     if alone:
         warnings.warn(
-            f"labels known in one modality and in no other that has labels: {', '.join(alone)}; if they are other "
-            "spellings of the same, make them equal",
+            f"some labels occur in one modality only, although others have labels: {', '.join(alone)}; if they are "
+            "other spellings of the same label, make them equal",
             stacklevel=2,
         )
 

@@ -1,7 +1,7 @@
-"""One modality in a program: how its measurements come about from a cell's latent variable, and how that is inferred.
+"""One modality in a program: how its measurements depend on a cell's latent variable, and how that is inferred.
 
-A `Measurement` stands in the model and a `MeasurementGuide` in the guide, one of each for every modality. Both make
-their sites inside the same `Plates`.
+For every modality, a `Measurement` is part of the model and a `MeasurementGuide` is part of the guide. Both make their
+sites inside the same `Plates`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,7 +31,7 @@ def cells(minibatch: Minibatch, kl_weight: float = 1.0, balanced: Mapping[str, f
     kl_weight
         Weight of the divergences.
     balanced
-        By modality what its cells count together, however many have it; None to count every cell once.
+        By modality, the total weight of its cells, however many have it; None to count every cell once.
     """
     plate = pyro.plate("cells", minibatch.n_cells, subsample=minibatch.index, dim=-2)
     with plate, weighted(kl_weight), nullcontext() if balanced is None else _balance(minibatch, balanced):
@@ -54,13 +54,13 @@ class Plates:
     Parameters
     ----------
     name, n_features
-        The modality, and how many features it has.
+        Name of the modality, and its number of features.
     data
-        Weight of its likelihood.
+        Weight of the likelihood.
     private
-        Weight of the divergence of its private latent variable.
+        Weight of the divergence of the private latent variable.
     balanced
-        Whether every modality counts alike, however many cells have it.
+        Whether every modality has the same weight, however many cells have it.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Plates:
     def __post_init__(self) -> None:
         if self.data < 0 or self.private < 0:
             raise ValueError(
-                f"weights are at least 0; found {self.data} for the likelihood of modality {self.name!r} and "
+                f"weights must be at least 0; found {self.data} for the likelihood of modality {self.name!r} and "
                 f"{self.private} for its private variable"
             )
 
@@ -97,20 +97,20 @@ class Plates:
 
 
 class Measurement(Part):
-    """A modality in the generative story: decoded from the cell's latent variable, and measured.
+    """A modality in the generative model: decoded from the cell's latent variable, and measured.
 
     Parameters
     ----------
     plates
-        Of the modality.
+        Plates of the modality.
     size
         Fills in or draws the cell's size, see `pyromosaic.sizes.Size`.
     decoder
-        From latent variable and covariates to the likelihood's predictors, see `pyromosaic.nn.Decoder`.
+        Maps latent variable and covariates to the predictors of the likelihood, see `pyromosaic.nn.Decoder`.
     likelihood
-        From predictors to the observed site, see `pyromosaic.likelihoods.Likelihood`.
+        Maps predictors to the observed site, see `pyromosaic.likelihoods.Likelihood`.
     n_private
-        Width of a latent variable of the modality's own, ``z_<name>``, which the decoder sees behind the shared one.
+        Dimension of the private latent variable ``z_<name>``, which the decoder reads after the shared one.
     """
 
     size: Any
@@ -138,7 +138,7 @@ class Measurement(Part):
         kl_weight
             Weight of the divergences.
         *context
-            What else the decoder takes, see `predictors`.
+            Further arguments of the decoder, see `predictors`.
         """
         shared, own = z[..., view.rows, 0, :], None
         with self.plates.cells(minibatch):
@@ -152,12 +152,12 @@ class Measurement(Part):
                 self.likelihood(self.plates.name, predictors, view, kl_weight)
 
     def predictors(self, z: Tensor, own: Tensor | None, view: View, *context: Any) -> dict[str, Tensor]:
-        """What the decoder makes of the shared and the private latent variable, by predictor."""
+        """Outputs of the decoder for the shared and the private latent variable, by predictor."""
         decoded: dict[str, Tensor] = self.decoder(z if own is None else torch.cat([z, own], dim=-1), view)
         return decoded
 
     def start(self, view: View) -> dict[str, Tensor]:
-        """Set start values from some cells; returns those that the likelihood has for decoders."""
+        """Set start values from some cells; return the start values that the likelihood has for decoders."""
         if hasattr(self.size, "start"):
             self.size.start(view)
         biases: dict[str, Tensor] = self.likelihood.start(view)
@@ -167,23 +167,24 @@ class Measurement(Part):
 
 
 class MeasurementGuide(Part):
-    """A modality in the inference story: what its measurements say of the cell's latent variables.
+    """A modality in the guide: what its measurements say about the cell's latent variables.
 
     Parameters
     ----------
     plates
         Those of the `Measurement`.
     encoder
-        From measurements to mean and standard deviation of the shared latent variable, then of the private one; see
+        Maps measurements to mean and standard deviation of the shared latent variable, then of the private one; see
         `pyromosaic.nn.Encoder`.
     n_latent, n_private
-        Widths of these two.
+        Dimensions of these two.
     decoder
-        From latent variables to the predictors of the likelihood's own posterior; None if it has none.
+        Maps latent variables to the predictors of the posterior of the likelihood's latent variables; None if it has
+        none.
     likelihood
         The likelihood, which the model owns.
     size_encoder
-        From measurements to the posterior of the log size relative to the count; None if the size is observed.
+        Maps measurements to the posterior of the log size relative to the count; None if the size is observed.
     """
 
     encoder: Any
@@ -222,7 +223,7 @@ class MeasurementGuide(Part):
         z, view, minibatch, kl_weight
             As in `Measurement.forward`.
         private
-            Posterior of the private variable; in other cells it has its prior.
+            Posterior of the private variable; in cells without the modality it has its prior.
         """
         name = self.plates.name
         latent = z[..., view.rows, 0, :] if self.n_private or self.decoder is not None else z
@@ -240,7 +241,7 @@ class MeasurementGuide(Part):
                     likelihood.posterior(name, predictors, kl_weight)
 
     def _once(self, network: nn.Module, view: View) -> tuple[Tensor, Tensor]:
-        """What a network says of a view, remembered inside `encoded_once`."""
+        """Output of a network for a view, cached inside `encoded_once`."""
         if self.known is None:
             said: tuple[Tensor, Tensor] = network(view)
             return said
@@ -263,12 +264,12 @@ class MeasurementGuide(Part):
 
 @contextmanager
 def encoded_once(guide: nn.Module) -> Iterator[None]:
-    """Inside, a guide in evaluation mode encodes each view once, however often it is run.
+    """Context in which a guide in evaluation mode encodes each view once, however often it is run.
 
     Parameters
     ----------
     guide
-        The guide; its `MeasurementGuide` parts take part.
+        The guide; its `MeasurementGuide` parts cache their encodings.
     """
     parts = [part for part in guide.modules() if isinstance(part, MeasurementGuide)]
     for part in parts:
@@ -297,7 +298,7 @@ def encoded(
 
 
 def part_of(program: nn.Module, name: str) -> Any:
-    """The part of a modality in a model or a guide; None if a program of one's own has none by that name.
+    """The part of a modality in a model or a guide; None if the program has no part with that name.
 
     Examples
     --------

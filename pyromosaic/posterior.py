@@ -1,4 +1,4 @@
-"""Posteriors given one modality each: of which cells they are, and where there is none."""
+"""Posteriors given one modality each, and the cells to which they belong."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -66,18 +66,18 @@ def placed(parts: Iterable[tuple[Tensor, Tensor]], n_cells: int) -> Tensor:
 
 
 def alone(q: Posterior | None, used: Tensor, n_latent: int, rows: Tensor) -> dist.TorchDistribution:
-    """Posterior of a variable that one modality alone informs on, in the given rows; elsewhere a standard normal.
+    """Posterior of a private variable in the given rows; a standard normal in cells without the modality.
 
     Parameters
     ----------
     q
         Posterior given the modality; None if no cell has it.
     used
-        In which cells of the minibatch it is used, shape (B,), 0 or 1.
+        Whether the modality is used in each cell of the minibatch, shape (B,), 0 or 1.
     n_latent
-        Width of the variable.
+        Dimension of the variable.
     rows
-        Positions of the b cells that are asked for.
+        Positions of the b requested cells.
 
     Returns
     -------
@@ -97,7 +97,7 @@ def presence(posteriors: Mapping[str, Posterior], n_cells: int) -> Tensor:
     Parameters
     ----------
     posteriors
-        By modality.
+        Posteriors by modality.
     n_cells
         Number of cells in the minibatch.
 
@@ -112,10 +112,10 @@ def presence(posteriors: Mapping[str, Posterior], n_cells: int) -> Tensor:
 
 
 def leave_out(present: Tensor, share: float) -> Tensor:
-    """In a random share of the cells use one random modality of those present, and leave the others out.
+    """In a random share of the cells, use one random modality of those present, and leave the others out.
 
-    The model still has to explain all that was measured: so the posterior given one modality learns to predict the
-    others, and how well it can. The objective stays a lower bound of the evidence, as it is for any posterior.
+    The model still has to explain all measurements. Therefore the posterior given one modality learns to predict the
+    others, with its uncertainty. The objective stays a lower bound of the evidence, as for any posterior.
 
     Parameters
     ----------

@@ -103,7 +103,7 @@ class ZILN(Likelihood):
 
 
 class ZIG(Likelihood):
-    """Non-negative values with exact zeros: of probability ``sigmoid(gate)``, else ``Gamma(softplus(shape), rate)``.
+    """Non-negative values with exact zeros, of probability ``sigmoid(gate)``; else ``Gamma(softplus(shape), rate)``.
 
     Parameters
     ----------

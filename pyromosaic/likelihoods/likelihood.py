@@ -1,4 +1,4 @@
-"""What all likelihoods share."""
+"""Base classes of likelihoods."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -32,7 +32,7 @@ def logit(p: Tensor) -> Tensor:
 
 
 class Likelihood(PyroModule):
-    """What all likelihoods share; a subclass defines `distribution` and names its `predictors`.
+    """Base class of likelihoods; a subclass defines `distribution` and names its `predictors`.
 
     Parameters
     ----------
@@ -64,23 +64,23 @@ class Likelihood(PyroModule):
         raise TypeError(f"{type(self).__name__} does not define distribution()")
 
     def forward(self, name: str, predictors: Predictors, view: View, kl_weight: float = 1.0) -> None:
-        """The generative story of the modality: its observed site, named after the modality."""
+        """The generative model of the modality: its observed site, named after the modality."""
         pyro.sample(name, self.distribution(predictors, view), obs=view.counts)
 
     def normalized(self, distribution: dist.TorchDistribution) -> Tensor:
-        """The biological signal in a distribution that was made for a cell of size 1."""
+        """The biological signal in a distribution for a cell of size 1."""
         return distribution.mean
 
     def cell_factor(self, view: View) -> Tensor:
-        """What the signal of each cell is multiplied by, shape (b, 1)."""
+        """Factor by which the signal of each cell is multiplied, shape (b, 1)."""
         return torch.ones_like(view.library)
 
 
 class CountLikelihood(Likelihood):
-    """What negative binomial likelihoods share: sizes of cells, and the inverse dispersion theta.
+    """Base class of negative binomial likelihoods: sizes of cells, and the inverse dispersion theta.
 
-    theta is one number a feature, or one a feature and batch or label; where a cell's batch or label is not known, the
-    geometric mean over them.
+    theta is one number per feature, or one per feature and batch or label. If a cell's batch or label is not known,
+    theta is the geometric mean over them.
 
     Parameters
     ----------

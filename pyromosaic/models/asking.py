@@ -456,7 +456,7 @@ class Asking(TrainedModel):
         return self._likelihood(modality).normalized
 
     def _unit_size(self, modality: str) -> float:
-        """Size at which expected measurements are the denoised values: 1 for proportions of RNA, else the median size."""
+        """Size at which expected measurements are the denoised values: 1 for proportions of RNA, else the median."""
         schema = self.schema[modality]
         return 1.0 if schema.spec.traits.shares else schema.library
 
