@@ -1,7 +1,7 @@
-"""Alignment of single cells to what is known of them before training: scores that all modalities share.
+"""Alignment of single cells by scores that are known before training, in one space for all modalities.
 
 Scores come from linkage: canonical correlation between modalities, or linked features smoothed over neighbours. Cells
-of different modalities with like scores are probably alike.
+of different modalities with similar scores are probably similar.
 """
 
 from collections.abc import Mapping
@@ -16,9 +16,9 @@ from pyromosaic.posterior import Posterior
 
 
 class Scores(nn.Module):
-    """Scores of the cells of a mosaic, looked up by a cell's number; empty until they are set.
+    """Scores of the cells of a mosaic, looked up by the position of a cell; empty until they are set.
 
-    They serve training alone and are not saved.
+    They are used only in training and are not saved.
     """
 
     values: Tensor
@@ -37,24 +37,24 @@ class Scores(nn.Module):
         self.mean_square = float(values.square().sum(-1).mean()) or 1.0
 
     def of(self, posterior: Posterior, minibatch: Minibatch) -> Tensor:
-        """Scores of the cells that a posterior is about, shape (b, c)."""
+        """Scores of the cells of a posterior, shape (b, c)."""
         return self.values[minibatch.index[posterior.rows]]
 
 
 class Anchors(Penalty):
     """Mean squared distance between cells of two modalities that are mutual nearest neighbours by their scores.
 
-    Neighbours are sought within the minibatch, by cosine; distances are between posterior means, per latent dimension;
-    the sum is over pairs of modalities (scMODAL; Wang et al. 2025).
+    Neighbours are found within the minibatch, by cosine similarity. Distances are between posterior means, per latent
+    dimension, and are summed over pairs of modalities (scMODAL; Wang et al. 2025).
 
     Parameters
     ----------
     weight
-        What it is multiplied by.
+        Factor of the penalty in the loss.
     scores
         Scores of the cells.
     n_neighbors
-        Each of two mutual neighbours is among so many nearest of the other.
+        Two cells are mutual neighbours if each is among the `n_neighbors` nearest of the other.
     """
 
     name = "anchors"
@@ -76,14 +76,14 @@ class Anchors(Penalty):
 
 
 def mutual_neighbors(x: Tensor, y: Tensor, n_neighbors: int) -> Tensor:
-    """Which rows of (n, c) and (m, c) are among each other's nearest by cosine: shape (n, m), 0 or 1.
+    """Which rows of (n, c) and (m, c) are mutual nearest neighbours by cosine similarity: shape (n, m), 0 or 1.
 
     Parameters
     ----------
     x, y
         Scores of the cells of two modalities, shapes (n, c) and (m, c).
     n_neighbors
-        Each of two mutual neighbours is among so many nearest of the other.
+        Two cells are mutual neighbours if each is among the `n_neighbors` nearest of the other.
 
     Returns
     -------
@@ -100,15 +100,15 @@ def mutual_neighbors(x: Tensor, y: Tensor, n_neighbors: int) -> Tensor:
 class Pull(Penalty):
     """Squared distance between the posterior means and the scores, relative to the mean square of the scores.
 
-    Mean over cells, sum over modalities. Scores that modalities share less of are smaller: relative to their own size
-    all are held equally firmly.
+    It is the mean over cells, summed over modalities. Modalities that share less have smaller scores; dividing by the
+    mean square makes the pull equally strong for all.
 
     Parameters
     ----------
     weight
-        What it is multiplied by.
+        Factor of the penalty in the loss.
     scores
-        Scores of the cells, at most as many as there are latent dimensions: they pull the first ones.
+        Scores of the cells, at most as many as there are latent dimensions; they pull the first dimensions.
 
     Raises
     ------
@@ -130,8 +130,8 @@ class Pull(Penalty):
                 scores = self.scores.of(q, minibatch)
                 if scores.shape[1] > q.loc.shape[1]:
                     raise ValueError(
-                        f"the linkage has {scores.shape[1]} scores a cell and the shared latent space "
-                        f"{q.loc.shape[1]} dimensions; take as many dimensions, or fewer scores"
+                        f"the linkage has {scores.shape[1]} scores per cell, but the shared latent space has only "
+                        f"{q.loc.shape[1]} dimensions; raise n_latent, or use fewer scores"
                     )
                 total = total + (q.loc[:, : scores.shape[1]] - scores).square().sum(-1).mean()
         return total / self.scores.mean_square

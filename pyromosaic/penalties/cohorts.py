@@ -14,15 +14,15 @@ from pyromosaic.posterior import Posterior
 class CohortMMD(MMD):
     """Squared maximum mean discrepancy between the cohorts' posterior means, over pairs of groups; see `MMD`.
 
-    It assumes that the cohorts hold the same mixture of cells: where treatment removes or adds a cell type, a large
-    weight forces strangers together.
+    It assumes that the cohorts have the same mixture of cells. If the treatment removes or adds a cell type, a large
+    weight forces unrelated cells together.
 
     Parameters
     ----------
     weight
-        What it is multiplied by.
+        Factor of the penalty in the loss.
     n_cells
-        So many cells of each cohort are compared, the first of the minibatch.
+        Number of cells of each cohort that are compared, the first of the minibatch.
     """
 
     name = "cohort_mmd"
@@ -31,13 +31,14 @@ class CohortMMD(MMD):
 class Wasserstein(Penalty):
     """Squared 2-Wasserstein distance of posteriors to a point mass at the origin.
 
-    ``||mu||^2 + sum(sigma^2)``, summed over the cells that are given and divided by the cells of the minibatch. Keeps
-    the salient variables of background cells, which the model never uses, near their true value 0 (contrastiveVI).
+    It is ``||mu||^2 + sum(sigma^2)``, summed over the given cells and divided by the number of cells of the minibatch.
+    It keeps the salient variables of background cells, which the model never uses, near their true value 0
+    (contrastiveVI).
 
     Parameters
     ----------
     weight
-        What it is multiplied by.
+        Factor of the penalty in the loss.
     """
 
     name = "wasserstein"
@@ -52,16 +53,16 @@ class Wasserstein(Penalty):
 class Dependence(Penalty):
     """Dependence between two representations of the same cells: centred kernel alignment of their posterior means.
 
-    0 for independent representations, 1 for representations with the same geometry. Gaussian kernels; the squared
-    width is the mean squared distance, through which no gradient flows. The model's prior says that background and
-    salient variables are independent; this asks the same of what is inferred.
+    It is 0 for independent representations, and 1 for representations with the same geometry. Kernels are Gaussian;
+    their squared width is the mean squared distance, through which no gradient flows. Under the prior of the model,
+    background and salient variables are independent; the penalty asks the same of their posteriors.
 
     Parameters
     ----------
     weight
-        What it is multiplied by.
+        Factor of the penalty in the loss.
     n_cells
-        So many cells are looked at, the first of the minibatch: time grows with their square.
+        Number of cells that are used, the first of the minibatch; time grows with its square.
 
     References
     ----------
@@ -85,7 +86,7 @@ class Dependence(Penalty):
 
 
 def _centred_kernel(x: Tensor) -> Tensor:
-    """Gaussian kernel between all rows, without self-similarity's offset: rows and columns sum to zero."""
+    """Centred Gaussian kernel between all rows: rows and columns sum to zero."""
     squares = x.square().sum(-1)
     distances = (squares.unsqueeze(-1) + squares - 2 * x @ x.T).clamp_min(0.0)
     kernel = torch.exp(-distances / distances.detach().mean().clamp_min(1e-12))

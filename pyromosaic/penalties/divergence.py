@@ -1,4 +1,4 @@
-"""Divergences between what different modalities say of cells."""
+"""Divergences between the posteriors from different modalities."""
 
 from collections.abc import Iterator, Mapping
 from itertools import combinations
@@ -16,13 +16,13 @@ from pyromosaic.posterior import Posterior
 class Jeffreys(Penalty):
     """Symmetric Kullback-Leibler divergence between the posteriors of every pair of modalities that a cell has.
 
-    ``KL(q_1 || q_2) + KL(q_2 || q_1)``, summed over latent dimensions and pairs, mean over the cells of the minibatch
-    (MultiVI, Methods).
+    It is ``KL(q_1 || q_2) + KL(q_2 || q_1)``, summed over latent dimensions and pairs, averaged over the cells of the
+    minibatch (MultiVI, Methods).
 
     Parameters
     ----------
     weight
-        What it is multiplied by; 1 in the paper.
+        Factor of the penalty in the loss; 1 in the paper.
     """
 
     name = "jeffreys"
@@ -40,13 +40,13 @@ class Jeffreys(Penalty):
 class MeanDistance(Penalty):
     """Euclidean distance between the posterior means of every pair of modalities that a cell has.
 
-    Summed over pairs, mean over the cells of the minibatch. It takes the place of `Jeffreys` in the reference
-    implementation of MultiVI under the name of a maximum mean discrepancy, which it is not; that is `MMD`.
+    It is summed over pairs and averaged over the cells of the minibatch. The reference implementation of MultiVI uses
+    it in place of `Jeffreys`, under the name of a maximum mean discrepancy, which it is not; see `MMD` for that.
 
     Parameters
     ----------
     weight
-        What it is multiplied by.
+        Factor of the penalty in the loss.
     """
 
     name = "mean_distance"
@@ -73,16 +73,16 @@ def in_common(posteriors: Mapping[str, Posterior]) -> Iterator[tuple[Posterior, 
 class MMD(Penalty):
     """Squared maximum mean discrepancy between the modalities' representations, over pairs of modalities.
 
-    Compares the posterior means of all cells that have one modality with those of all that have the other, so that
-    cells with a single modality take part. It assumes that both see the same mixture of cells: where they do not, a
-    large weight forces strangers together.
+    It compares the posterior means of all cells that have one modality with those of all cells that have the other.
+    Therefore it also uses cells with a single modality. It assumes that both modalities were measured in the same
+    mixture of cells. If they were not, a large weight forces unrelated cells together.
 
     Parameters
     ----------
     weight
-        What it is multiplied by.
+        Factor of the penalty in the loss.
     n_cells
-        So many cells of each modality are compared, the first of the minibatch: time grows with their square.
+        Number of cells of each modality that are compared, the first of the minibatch; time grows with its square.
 
     References
     ----------
@@ -113,12 +113,12 @@ def discrepancy(x: Tensor, y: Tensor) -> Tensor:
     Parameters
     ----------
     x, y
-        The two samples, shapes (n, d) and (m, d), each of two points at least.
+        The two samples, shapes (n, d) and (m, d), each with at least two points.
 
     Returns
     -------
     Tensor
-        A scalar, about 0 for samples of one distribution; it may be negative.
+        A scalar, about 0 for samples from the same distribution; it may be negative.
     """
     pooled = torch.cat([x, y])
     squares = pooled.square().sum(-1)

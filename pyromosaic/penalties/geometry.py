@@ -1,4 +1,4 @@
-"""Geometry: cells that are near each other by their measurements are to be near each other in the latent space."""
+"""Geometry: cells with similar measurements should be near each other in the latent space."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,17 +12,18 @@ from pyromosaic.posterior import Posterior
 
 
 class Geometry(Penalty):
-    """Minus the likeness of two kernels between the cells of a modality, of measurements and of posterior means.
+    """Minus the similarity of two kernels between the cells of a modality, of measurements and of posterior means.
 
-    Summed over modalities. Measurements are compared as the encoders see them. No matrix is larger than cells × cells:
-    distances come from inner products.
+    It is summed over modalities. Measurements are compared as the encoders see them. Distances come from inner
+    products, so no matrix is larger than cells × cells.
 
     Parameters
     ----------
     weight
-        What it is multiplied by.
+        Factor of the penalty in the loss.
     encoders
-        The guide's encoders, whose ``scaling`` prepares the measurements; None for those of the guide that gets it.
+        The encoders of the guide, whose ``scaling`` prepares the measurements; None uses those of the guide that gets
+        the penalty.
     likeness
         Function of (cells, features) and (cells, latent): `kernel_alignment`, or `row_cosine` as in scMODAL.
     """
@@ -40,7 +41,7 @@ class Geometry(Penalty):
         self.likeness = kernel_alignment if likeness is None else likeness
 
     def attach(self, modalities: Mapping[str, Any]) -> None:
-        """Take the guide's encoders, unless others were given."""
+        """Take the encoders of the guide, unless others were given."""
         if not self.given:
             self.encoders = {name: part.encoder for name, part in modalities.items()}
 
@@ -49,8 +50,8 @@ class Geometry(Penalty):
         unknown = [name for name in posteriors if name not in self.encoders]
         if unknown:
             raise ValueError(
-                f"a penalty of geometry compares modalities ({', '.join(map(repr, self.encoders))}); found posteriors "
-                f"of {unknown[0]!r}. In ContrastiveVI give it as penalties={{'modalities': [...]}}"
+                f"a Geometry penalty compares modalities ({', '.join(map(repr, self.encoders))}); found posteriors "
+                f"of {unknown[0]!r}. In ContrastiveVI, pass it as penalties={{'modalities': [...]}}"
             )
         likenesses = [
             self.likeness(self.encoders[name].scaling(minibatch.observed[name]), q.loc)
@@ -69,15 +70,15 @@ def squared_distances(x: Tensor) -> Tensor:
 def row_cosine(x: Tensor, z: Tensor, ceiling: float = 0.975) -> Tensor:
     """Mean cosine of the rows of two Gaussian kernels, each at most `ceiling` (scMODAL; Wang et al. 2025).
 
-    The squared widths are the numbers of columns. In many standardised dimensions all distances are about equal and
-    every row is above the ceiling, whatever z: it guards against collapse, and little else. See `kernel_alignment`.
+    The squared widths are the numbers of columns. In many standardised dimensions, all distances are about equal and
+    every row is above the ceiling, whatever z is. Then the term only prevents collapse. See `kernel_alignment`.
 
     Parameters
     ----------
     x, z
         Two representations of the same cells, shapes (n, p) and (n, q).
     ceiling
-        No gradient flows through rows that are more alike.
+        Largest cosine of a row; no gradient flows through rows above it.
 
     Returns
     -------
@@ -91,9 +92,9 @@ def row_cosine(x: Tensor, z: Tensor, ceiling: float = 0.975) -> Tensor:
 def kernel_alignment(x: Tensor, z: Tensor) -> Tensor:
     """Correlation of two Gaussian kernels over pairs of different cells, centred for every cell.
 
-    The squared widths are the mean squared distance, through which no gradient flows. 0 on average for representations
-    that have nothing to do with each other, 1 for the same up to scale, rotation and shift; 0 with fewer than four
-    cells.
+    The squared widths are the mean squared distance, through which no gradient flows. The value is 0 on average for
+    unrelated representations, and 1 for representations that are equal up to scale, rotation and shift. It is 0 with
+    fewer than four cells.
 
     Parameters
     ----------
