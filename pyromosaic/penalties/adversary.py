@@ -89,7 +89,7 @@ class Adversary(Penalty):
         return classes
 
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
-        """The penalty, a scalar, for draws of the posteriors; 0 if all cells are of one class.
+        """The penalty, a scalar, for draws of the posteriors; 0 while all cells seen are of one class.
 
         Parameters
         ----------

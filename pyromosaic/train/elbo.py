@@ -1,4 +1,4 @@
-"""The evidence lower bound of a mosaic: mean-field, always on the device, with the part of each site kept separately."""
+"""The evidence lower bound of a mosaic: mean-field, always on the device, with the part of each site kept apart."""
 
 from typing import Any
 
