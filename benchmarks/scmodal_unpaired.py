@@ -97,12 +97,12 @@ def steps(options: Namespace, seed: int, naive: bool) -> Figures:
     from pyromosaic.data import measured
     from pyromosaic.guidance import GuidanceGraph
     from pyromosaic.measurement import encoded
-    from pyromosaic.penalties import geometry
+    from pyromosaic.penalties import kernels
     from pyromosaic.train import MosaicELBO
 
     torch.set_num_threads(options.threads)
     if naive:
-        geometry.squared_distances = lambda x: (x.unsqueeze(1) - x).square().sum(-1)
+        kernels.squared_distances = lambda x: (x.unsqueeze(1) - x).square().sum(-1)
     adatas, _, table = load(options, seed)
     mosaic = as_mosaic(options, adatas)
     graph = GuidanceGraph.from_table(mosaic, table, drop_absent=True)
@@ -124,13 +124,13 @@ def steps(options: Namespace, seed: int, naive: bool) -> Figures:
     def whole() -> None:
         MosaicELBO().differentiable_loss(model.model, model.guide, minibatch).backward()
 
-    def kernels() -> None:
+    def geometry() -> None:
         term(encoded(model.guide.modalities, minibatch)[0], minibatch).backward()
 
     return {
         "seconds a step": seconds / options.timed_steps,
         "whole step: peak above the level before, MB": peak(whole),
-        "geometry and encoders: peak above the level before, MB": peak(kernels),
+        "geometry and encoders: peak above the level before, MB": peak(geometry),
         "peak memory of the process, MB": cost.peak_mb,
     }
 

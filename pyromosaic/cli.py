@@ -188,8 +188,8 @@ def demo(
 ) -> None:
     """Integrate packaged data: blood cells of four donors, one with RNA only, one with antibodies only, two with both.
 
-    Each modality is hidden in 200 cells, and its imputed values are compared with what was hidden. It takes about a
-    minute.
+    Each modality is hidden in 200 cells, and its imputed values are compared with what was hidden. It takes a
+    few minutes.
     """
     with _sentence(2, ValueError):
         for path in (out, figure):
@@ -382,7 +382,7 @@ def _metrics(mosaic: "Mosaic", latent: "pd.DataFrame", compared: "dict[str, tupl
         median = pd.Series(metrics.imputation_spearman(truth, values, per="feature")).median()
         rows[f"spearman_per_feature_{name}"] = (f"Spearman of {name}, median feature", median, "best 1, chance 0")
         detected = (truth > 0).mean()
-        if mosaic.modalities[name].spec.family == "bernoulli" and detected > 0:
+        if mosaic.modalities[name].spec.traits.binary and detected > 0:
             value = metrics.imputation_auprc(truth, values)
             reading = f"best 1, chance {detected:.2f}"
             rows[f"auprc_{name}"] = (f"AUPRC of {name}, all entries", value, reading)
@@ -414,7 +414,7 @@ def _draw(
     panels: dict[str, tuple[Any, np.ndarray, str]] = {}
     for name, (truth, values) in compared.items():
         spec, title = mosaic.modalities[name].spec, f"{name}, {len(values)} hidden cells"
-        if spec.family == "bernoulli":
+        if spec.traits.binary:
             open_share, expected = (np.atleast_2d(np.asarray(part.mean(axis=0))) for part in (truth > 0, values))
             panels[title] = (open_share, expected, "share of cells, by region")
         else:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from pyromosaic.data import Minibatch
-from pyromosaic.measurement import part_of
 
 
 class UncertainLinear(nn.Linear):
@@ -97,8 +96,8 @@ def learn_weights(model: nn.Module, guide: nn.Module, name: str, minibatches: It
     n
         Total number of cells that have the modality; the minibatches are a sample of them.
     """
-    part = part_of(model, name)
-    layers = [] if part is None else _layers(part.decoder)
+    story: Any = model
+    layers = _layers(story.modalities[name].decoder)
     inputs: dict[Any, Tensor] = {}
     outputs: dict[Any, Tensor] = {}
     n_seen = 0
@@ -120,6 +119,8 @@ def learn_weights(model: nn.Module, guide: nn.Module, name: str, minibatches: It
                 for site in prune_subsample_sites(trace).nodes.values()
                 if site["type"] == "sample"
             )
+            if not calls:  # the program does not use the decoder
+                return
             slopes = torch.autograd.grad(log_prob, [y for _, y in calls.values()], allow_unused=True)
         for (layer, (x, _)), slope in zip(calls.items(), slopes, strict=True):
             if slope is None:

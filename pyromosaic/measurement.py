@@ -15,9 +15,9 @@ from pyro import distributions as dist
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyromosaic.data import Minibatch, View
+from pyromosaic.data import Minibatch, Traits, View
 from pyromosaic.posterior import Posterior, alone
-from pyromosaic.program import Part, weighted
+from pyromosaic.program import Part, Slots, weighted
 
 
 @contextmanager
@@ -102,15 +102,23 @@ class Measurement(Part):
     Parameters
     ----------
     plates
-        Plates of the modality.
+        Of the modality.
     size
-        Fills in or draws the cell's size, see `pyromosaic.sizes.Size`.
+        Says the size of a cell in which the modality was not measured, see `pyromosaic.sizes.Size`. None if the
+        likelihood does not look at ``view.library``, which is then NaN in such cells.
     decoder
-        Maps latent variable and covariates to the predictors of the likelihood, see `pyromosaic.nn.Decoder`.
+        A module from the latent variable, shape (..., b, latent), and the `View` of the b cells to the likelihood's
+        predictors by name, each of shape (..., b, features). If it has a method ``start(biases)``, that is called with
+        what the likelihood's ``start`` returns. `pyromosaic.nn.Decoder` is one.
     likelihood
         Maps predictors to the observed site, see `pyromosaic.likelihoods.Likelihood`.
     n_private
         Dimension of the private latent variable ``z_<name>``, which the decoder reads after the shared one.
+
+    Raises
+    ------
+    ValueError
+        If there is no `size` and the likelihood's traits say that it needs one.
     """
 
     size: Any
@@ -118,9 +126,15 @@ class Measurement(Part):
     likelihood: Any
 
     def __init__(
-        self, plates: Plates, size: nn.Module, decoder: nn.Module, likelihood: nn.Module, n_private: int = 0
+        self, plates: Plates, size: nn.Module | None, decoder: nn.Module, likelihood: nn.Module, n_private: int = 0
     ) -> None:
         super().__init__()
+        traits = getattr(likelihood, "traits", None)
+        if size is None and isinstance(traits, Traits) and traits.sized:
+            raise ValueError(
+                f"modality {plates.name!r}: likelihood {type(likelihood).__name__} depends on the cell's size, as its "
+                "traits say; give the Measurement a pyromosaic.sizes.Size"
+            )
         self.plates, self.n_private = plates, n_private
         self.size, self.decoder, self.likelihood = size, decoder, likelihood
 
@@ -142,7 +156,7 @@ class Measurement(Part):
         """
         shared, own = z[..., view.rows, 0, :], None
         with self.plates.cells(minibatch):
-            view = self.size(shared, view)
+            view = view if self.size is None else self.size(shared, view)
             if self.n_private:
                 prior = dist.Normal(shared.new_zeros(len(view.rows), 1, self.n_private), 1.0).to_event(1)
                 with self.plates.own(kl_weight):
@@ -174,15 +188,16 @@ class MeasurementGuide(Part):
     plates
         Those of the `Measurement`.
     encoder
-        Maps measurements to mean and standard deviation of the shared latent variable, then of the private one; see
-        `pyromosaic.nn.Encoder`.
+        A module from the `View` of the b cells that have the modality to mean and standard deviation, each of shape
+        (b, n_latent + n_private): of the shared latent variable, then of the private one. `pyromosaic.nn.Encoder` is
+        one.
     n_latent, n_private
         Dimensions of these two.
     decoder
         Maps latent variables to the predictors of the posterior of the likelihood's latent variables; None if it has
         none.
     likelihood
-        The likelihood, which the model owns.
+        The likelihood, which the model owns; None if it has no latent variables of its own.
     size_encoder
         Maps measurements to the posterior of the log size relative to the count; None if the size is observed.
     """
@@ -298,12 +313,13 @@ def encoded(
 
 
 def part_of(program: nn.Module, name: str) -> Any:
-    """The part of a modality in a model or a guide; None if the program has no part with that name.
+    """The part of a modality in a model or a guide; None if a program of one's own has no such part.
 
     Examples
     --------
     >>> part_of(nn.Module(), "rna") is None
     True
     """
-    modalities = getattr(program, "modalities", {})
-    return modalities[name] if name in modalities else None
+    modalities = getattr(program, "modalities", None)
+    part = modalities[name] if isinstance(modalities, Slots | nn.ModuleDict) and name in modalities else None
+    return part if isinstance(part, Measurement | MeasurementGuide) else None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyromosaic.data import ModalitySchema, View
+from pyromosaic.data import DataKind, ModalitySchema, View
 from pyromosaic.laplace import UncertainLinear
 
 
@@ -52,6 +52,17 @@ def layers(
     return nn.Sequential(*modules)
 
 
+def log_scale(x: Tensor, data_kind: DataKind) -> Tensor:
+    """``log1p`` of counts and other values from 0; real values as they are.
+
+    Examples
+    --------
+    >>> log_scale(torch.tensor([0.0, 1.0]), "count")
+    tensor([0.0000, 0.6931])
+    """
+    return x if data_kind == "real" else torch.log1p(x)
+
+
 class InputScaling(nn.Module):
     """Measurements as the encoder sees them: size-normalised, on a log scale, standardised per feature.
 
@@ -94,6 +105,19 @@ class InputScaling(nn.Module):
     def forward(self, view: View) -> Tensor:
         """Scaled measurements, shape (b, features)."""
         return (self.transform(view) - self.mean).div_(self.sd)
+
+    def expected(self, mean: Tensor, view: View) -> Tensor:
+        """The same of what is expected of cells of median size, shape (b, features)."""
+        rate = view.exposure is not None and self.schema.spec.data_kind != "real"
+        x = view.rates(mean) if rate else log_scale(mean, self.schema.spec.data_kind)
+        return (x - self.mean) / self.sd
+
+    def measured(self, scaled: Tensor, view: View) -> Tensor:
+        """The measurements of which these are the scaled values, in cells of the view's sizes, shape (b, features)."""
+        x = scaled * self.sd + self.mean
+        if self.schema.spec.data_kind == "real":
+            return x
+        return x.expm1().clamp_min(0.0) * (view.library / self.schema.library)
 
 
 class Encoder(nn.Module):

@@ -147,6 +147,9 @@ def _itself(parameter: Tensor) -> Tensor:
 class Program(Part):
     """A model or a guide: a `pyro.nn.PyroModule` called with a minibatch and a KL weight.
 
+    A subclass defines ``forward(self, minibatch, kl_weight=1.0)``; `pyromosaic.models.MosaicModel` says which sites it
+    makes. The KL weight grows from 0 to 1 while training warms up, and is for `pyromosaic.measurement.cells`.
+
     Parameters stay local to the module whatever Pyro's ``module_local_params`` setting is elsewhere in the process, so
     several models, and a user's own programs, never share parameters by accident.
 
@@ -157,7 +160,8 @@ class Program(Part):
     Parameters
     ----------
     name
-        What the names of parameters begin with, so that those of a guide are not taken for the model's.
+        What the names of parameters begin with: ``"guide"`` for a guide, so that its parameters are not taken for the
+        model's.
     """
 
     def __init__(self, name: str = "") -> None:

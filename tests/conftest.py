@@ -76,16 +76,19 @@ def shared_data():
 def mdata():
     """A small mosaic: 24 cells with RNA (12 genes) and 24 with antibodies (5 proteins), 16 cells in common."""
 
-    def modality(first, n_features, prefix, batches):
+    age = np.random.default_rng(0).normal(40, 10, 32)
+
+    def modality(first, n_features, prefix):
         generator = np.random.default_rng(n_features)
         counts = generator.poisson(0.4, (24, n_features)).astype(np.float32)
         counts[:, 0] += 1  # no empty cell
+        here = slice(first, first + 24)
         obs = pd.DataFrame(
             {
-                "batch": pd.Categorical(np.resize(batches, 24)),
-                "sex": np.resize(["f", "m", "m"], 24),
-                "age": generator.normal(40, 10, 24),
-                "celltype": np.resize(["B", "T", "unknown", "NK"], 24),
+                "batch": pd.Categorical(np.repeat(["a", "b", "c"], [8, 16, 8])[here]),
+                "sex": np.resize(["f", "m", "m"], 32)[here],
+                "age": age[here],
+                "celltype": np.resize(["B", "T", "unknown", "NK"], 32)[here],
                 "size": generator.uniform(1, 5, 24),
             },
             index=[f"cell{i}" for i in range(first, first + 24)],
@@ -93,4 +96,4 @@ def mdata():
         var = pd.DataFrame(index=[f"{prefix}{i}" for i in range(n_features)])
         return anndata.AnnData(sparse.csr_matrix(counts), obs, var, uns={"origin": "simulated"})
 
-    return MuData({"rna": modality(0, 12, "gene", ["a", "b"]), "adt": modality(8, 5, "protein", ["b", "c"])})
+    return MuData({"rna": modality(0, 12, "gene"), "adt": modality(8, 5, "protein")})

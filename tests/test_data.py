@@ -242,15 +242,17 @@ def test_specification_of_a_modality(mdata):
 
 
 def test_cells_without_a_modality_know_its_columns_from_elsewhere(mdata):
-    # cell0 to cell7 have RNA only, in batches a and b; antibodies were measured in b and c.
+    # cell0 to cell7 have RNA only; antibodies were measured in b and c.
+    mdata["rna"].obs["batch"] = np.repeat(["a", "b", "b"], [3, 5, 16])
     codes = Mosaic.from_mudata(mdata, batch_key="batch").modalities["adt"].codes[:8, 0]
-    assert codes.tolist() == [-1, 0] * 4
+    assert codes.tolist() == [-1] * 3 + [0] * 5
     for adata in mdata.mod.values():
         adata.obs["lane"] = "own"
     mdata.obs["lane"] = "whole"
-    own = Mosaic.from_mudata(mdata, categorical_covariates=("lane",))
+    with pytest.warns(UserWarning, match="'lane' of cell 'cell0' is 'own' in modality 'rna' and 'whole' in the obs of"):
+        own = Mosaic.from_mudata(mdata, categorical_covariates=("lane",))
     assert own.schema["rna"].categories == {"lane": ("own",)}
-    del mdata["rna"].obs["lane"]
+    del mdata["rna"].obs["lane"], mdata["adt"].obs["lane"]
     assert Mosaic.from_mudata(mdata, categorical_covariates=("lane",)).schema["rna"].categories == {"lane": ("whole",)}
 
 
@@ -265,7 +267,7 @@ def test_numbered_batches_have_the_same_names_with_and_without_holes():
 def test_labels_come_from_the_modality_that_knows():
     adatas = {
         "rna": make(names(0, 4), kind=["B", "?", None, "T"]),
-        "adt": make(names(1, 5), kind=["NK", None, "B", "?"]),
+        "adt": make(names(1, 5), kind=["NK", None, "T", "?"]),
     }
     mosaic = Mosaic.from_anndata(adatas, match_cells=True, label_key="kind", unlabelled="?")
     assert mosaic.labels().astype(object).fillna("?").tolist() == ["B", "NK", "?", "T", "?"]
@@ -500,9 +502,9 @@ def test_absent_modality_of_a_mudata_and_categories_it_never_saw(mdata, register
     assert_allclose(to_predict(mosaic, np.arange(2), ("adt",)).decoded["adt"].one_hot(), [[0.5, 0.5], [1, 0]])
     # A column that only the absent modality's schema asks for.
     schema = Mosaic.from_mudata(
-        mdata, {"rna": "nb", "adt": ModalitySpec("nb", None, "batch", ("sex",), ("age",), "size")}
+        mdata, {"rna": "nb", "adt": ModalitySpec("nb", None, "batch", ("sex",), ("age",), "celltype")}
     ).schema
-    bare = MuData({"rna": make(names(0, 3), 12, prefix="gene", size="not a label of the model")})
+    bare = MuData({"rna": make(names(0, 3), 12, prefix="gene", celltype="not a label of the model")})
     adt = Mosaic.from_mudata(bare, schema=schema).modalities["adt"]
     assert_array_equal(adt.codes, -1)
     assert_array_equal(adt.continuous, 0)
@@ -519,13 +521,13 @@ def test_data_that_do_not_fit_the_schema(mdata, registered):
     def column(key, value):
         def change(query):
             query["adt"].obs[key] = query["adt"].obs[key].astype(object)
-            query["adt"].obs.loc["cell9", key] = value
+            query["adt"].obs.loc["cell30", key] = value
 
         return change
 
-    fails(["'adt'", "'cell9'", "batch", "'d'", "'b', 'c'"], column("batch", "d"))
-    fails(["'adt'", "'cell9'", "sex", "'x'"], column("sex", "x"))
-    fails(["'adt'", "'cell9'", "label", "'DC'", "'unknown'"], column("celltype", "DC"))
+    fails(["'adt'", "'cell30'", "batch", "'d'", "'b', 'c'"], column("batch", "d"))
+    fails(["'adt'", "'cell30'", "sex", "'x'"], column("sex", "x"))
+    fails(["'adt'", "'cell30'", "label", "'DC'", "'unknown'"], column("celltype", "DC"))
 
     def genes(wanted):
         def change(query):
@@ -720,7 +722,10 @@ def test_finding_cells(registered):
 @pytest.fixture
 def rare():
     """500 cells with RNA, 5 of them with antibodies, and one cell with antibodies alone in its batch."""
-    adatas = {"rna": make(names(0, 500), batch="a"), "adt": make([*names(495, 500), "lone"], batch=["b"] * 5 + ["c"])}
+    adatas = {
+        "rna": make(names(0, 500), batch=["a"] * 495 + ["b"] * 5),
+        "adt": make([*names(495, 500), "lone"], batch=["b"] * 5 + ["c"]),
+    }
     return Mosaic.from_anndata(adatas, match_cells=True, batch_key="batch")
 
 
@@ -802,14 +807,13 @@ def test_measured_minibatch(registered, mdata):
 
 
 def test_prediction_for_every_cell(registered):
-    index = np.array([30, 2, 3, 12])
+    index = np.array([30, 2, 3, 12])  # batches c, a, a, b; no antibodies were measured in a
     batch = to_predict(registered, index, ("adt",))
     assert (len(batch), batch.scale) == (4, 1)
     assert set(batch.observed) == {"rna", "adt"}
     view = batch.decoded["adt"]
     assert view.rows.tolist() == [0, 1, 2, 3]
-    # Own batches: cell30 b, cell2 (RNA, batch a: no antibodies were measured there), cell3 b, cell12 b.
-    assert_array_equal(view.one_hot(), [[1, 0], [0.5, 0.5], [1, 0], [1, 0]])
+    assert_array_equal(view.one_hot(), [[0, 1], [0.5, 0.5], [0.5, 0.5], [1, 0]])
     own = registered.modalities["adt"].library[index]
     assert np.isnan(own).tolist() == [False, True, True, False]
     assert_allclose(view.library[:, 0], own)
@@ -947,7 +951,7 @@ def test_single_modalities(shared_data, file, n_cells, likelihood):
 
 def test_a_column_is_found_for_every_cell_even_when_added_later():
     rna = anndata.AnnData(np.ones((3, 2), np.float32), obs=pd.DataFrame({"kind": ["a", "b", "a"]}, index=list("xyz")))
-    adt = anndata.AnnData(np.ones((2, 2), np.float32), obs=pd.DataFrame({"kind": ["b", "c"]}, index=list("zw")))
+    adt = anndata.AnnData(np.ones((2, 2), np.float32), obs=pd.DataFrame({"kind": ["a", "c"]}, index=list("zw")))
     mosaic = Mosaic.from_anndata({"rna": rna, "adt": adt}, match_cells=True)
     assert mosaic.column("kind").tolist() == ["a", "b", "a", "c"]
     rna.obs["later"] = [1, 2, 3]

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from pyromosaic import DiagVI, ModalitySpec, Mosaic, pbmc_mosaic, protein_gene_links
+from pyromosaic import DiagVI, ModalitySpec, Mosaic, linkage, pbmc_mosaic, protein_gene_links
 from pyromosaic.guidance import GuidanceGraph, shared_scores
 
 pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph is thin")
@@ -141,7 +141,7 @@ def test_bad_graphs_are_refused_in_one_sentence(mosaic):
             lambda: GuidanceGraph.from_table(mosaic, pd.DataFrame({"gene": ["A"], "adt": ["a"]})),
             "a column for each of at least 2 modalities, out of 'rna', 'adt'; found the columns 'gene', 'adt'",
         ),
-        (lambda: GuidanceGraph.from_edges(mosaic, link, weight=1.5), r"lies in \(0, 1\]; found 1.5"),
+        (lambda: GuidanceGraph.from_edges(mosaic, link, weight=1.5), r"above 0 and up to 1; found 1.5"),
         (lambda: GuidanceGraph.from_edges(mosaic, link, weight=0.0), r"lies in \(0, 1\]; found 0"),
         (lambda: GuidanceGraph.from_edges(mosaic, link, weight=np.nan), r"lies in \(0, 1\]; found nan"),
         (lambda: GuidanceGraph.from_edges(mosaic, link, sign=0), "is 1 or -1; found 0"),
@@ -213,3 +213,18 @@ def test_shared_scores_do_not_see_pairs():
         scores.append(shared_scores(mosaic, graph, 5))
     np.testing.assert_allclose(scores[0][:300], scores[1][:300], atol=1e-3)
     np.testing.assert_allclose(scores[0][300:][order], scores[1][300:], atol=1e-3)
+
+
+def test_links_are_understood_in_every_form():
+    data = pbmc_mosaic()
+    mosaic = Mosaic.from_mudata(data)
+    table = protein_gene_links().rename(columns={"gene": "rna", "protein": "adt"})
+    links = linkage.links_from_table(mosaic, ("rna", "adt"), table)
+    graph = GuidanceGraph.of(links, mosaic)
+    assert graph.edges.tolist() == GuidanceGraph.from_table(mosaic, table, drop_absent=True).edges.tolist()
+    found = [linkage.cca(mosaic, ("rna", "adt"), given, n_components=3) for given in (links, graph, table)]
+    columns = ["rna", "adt", "weight", "sign"]
+    used = [link.links.pairs[columns].sort_values(columns, ignore_index=True) for link in found]
+    assert len(used[0]) == 74 and used[1].equals(used[0]) and used[2].equals(used[0])
+    with pytest.raises(ValueError, match="no modality 'atac'"):
+        linkage.cca(mosaic, ("rna", "atac"), graph)

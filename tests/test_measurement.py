@@ -161,6 +161,17 @@ def test_options_of_a_subclass_are_kept(mosaic, tmp_path):
     assert type(again).__name__ == "Fixed"
 
 
+def test_a_loaded_model_is_in_evaluation_mode_throughout(mosaic, tmp_path):
+    class Added(MultiVI):
+        def __init__(self, data, **options):
+            super().__init__(data, **options)
+            self.guide.extra = torch.nn.Dropout(0.5)
+
+    Added(mosaic, **SMALL).save(tmp_path / "added")
+    again = Added.load(tmp_path / "added")
+    assert not any(part.training for program in (again.model, again.guide) for part in program.modules())
+
+
 def test_options_of_earlier_versions_are_refused_by_their_new_name(mosaic):
     links = pd.DataFrame({"rna": ["rna_0", "rna_1"], "adt": ["adt_0", "adt_1"]})
     for kind, old, new in (
@@ -170,6 +181,22 @@ def test_options_of_earlier_versions_are_refused_by_their_new_name(mosaic):
     ):
         with pytest.raises(TypeError, match=f"{kind.__name__} calls the option '{old}' '{new}' now"):
             kind(mosaic, links, **{old: 2})
+
+
+@pytest.mark.filterwarnings("ignore:the shared latent space explains only")
+@pytest.mark.parametrize("kind", [MultiVI, DiagVI, ScModal])
+def test_the_history_counts_private_divergences_once(kind, mosaic):
+    links = pd.DataFrame({"rna": ["rna_0", "rna_1"], "adt": ["adt_0", "adt_1"]})
+    linked = {} if kind is MultiVI else {"graph": links, "linkage": None}
+    found = {}
+    for weight in (0.0, 1.0, 4.0):
+        model = kind(mosaic, n_private=2, private_kl=weight, **linked, **SMALL)
+        model.train(1, learning_rate=0.0, gradient_clip=0.0, validation=0.0, batch_size=1000, **QUIET)
+        found[weight] = model.history.iloc[0]
+    assert found[1.0]["train_z_rna"] > 0 == found[0.0]["train_z_rna"]
+    for column in ("train_z_rna", "train_z_adt", "train_elbo"):
+        assert found[4.0][column] == pytest.approx(found[1.0][column], rel=1e-4)
+    assert found[4.0]["train_objective"] > found[1.0]["train_objective"]
 
 
 # Penalties
@@ -258,7 +285,7 @@ class BareGuide(Program):
 
 class BareModel(MosaicModel):
     def __init__(self, data, *, seed=0):
-        with self._construction(data, seed) as schema:
+        with self.construction(data, seed) as schema:
             self.model, self.guide = Bare(schema), BareGuide(schema)
 
 

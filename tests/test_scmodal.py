@@ -26,7 +26,7 @@ from pyromosaic.penalties import (
     mutual_neighbors,
     row_cosine,
 )
-from pyromosaic.penalties.geometry import squared_distances
+from pyromosaic.penalties.kernels import squared_distances
 from pyromosaic.train import MosaicELBO
 from pyromosaic.train.plan import Optimisation, Plan
 

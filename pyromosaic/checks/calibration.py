@@ -1,6 +1,8 @@
 """Calibration: whether true values lie among a model's draws as they should."""
 
 import copy
+from collections.abc import Iterator
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -27,6 +29,7 @@ from pyromosaic.measurement import encoded_once
 from pyromosaic.models.asking import CHUNK_ENTRIES
 from pyromosaic.models.mosaic_model import Cells, MosaicModel
 from pyromosaic.tasks import inference_mode
+from pyromosaic.train import minimise
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -145,25 +148,16 @@ def fit_guide(
         return
     owned = {id(parameter) for parameter in model.parameters()}
     parameters = [parameter for parameter in guide.parameters() if id(parameter) not in owned]
-    device = parameters[0].device
-    optimiser = torch.optim.Adam(parameters, lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, n_steps)
-    minibatches = loader(mosaic, index, batch_size, seed)
-    step = 0
-    while step < n_steps:
-        for minibatch in minibatches:
+    device, minibatches = parameters[0].device, loader(mosaic, index, batch_size, seed)
+
+    def losses() -> Iterator[Tensor]:
+        for minibatch in chain.from_iterable(repeat(minibatches)):
             minibatch = minibatch.to(device)
             simulated = drawn_minibatch(model, minibatch, draw_prior(model, minibatch, shared))
-            optimiser.zero_grad()
             inferred = infer(guide, simulated, shared)
-            loss = -log_weight(explain(model, simulated, inferred), inferred, simulated).mean()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 10.0)
-            optimiser.step()
-            schedule.step()
-            step += 1
-            if step == n_steps:
-                break
+            yield -log_weight(explain(model, simulated, inferred), inferred, simulated).mean()
+
+    minimise(losses(), parameters, learning_rate, n_steps, gradient_clip=10.0)
 
 
 def quantities(found: poutine.Trace, minibatch: Minibatch, of: Quantity) -> dict[str, tuple[Tensor, Tensor]]:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from pyromosaic.checks.cells import BLOCK, blocks, draw_prior, shared_variables, without_penalties
 from pyromosaic.data import Minibatch, Mosaic
-from pyromosaic.measurement import encoded_once
+from pyromosaic.measurement import encoded_once, part_of
 from pyromosaic.models.mosaic_model import Cells, MosaicModel
+from pyromosaic.nn import log_scale
 from pyromosaic.tasks import inference_mode
 from pyromosaic.tasks.prediction import run
 
@@ -204,12 +205,7 @@ def _leading(mosaic: Mosaic, name: str) -> np.ndarray:
     """Numbers of the features that vary most."""
     modality = mosaic.modalities[name]
     counts = modality.tensor(modality.sample()).to_dense()
-    return np.sort(np.argsort(-_scaled(counts, modality.spec.data_kind).var(0).numpy())[:N_LEADING])
-
-
-def _scaled(x: Tensor, data_kind: str) -> Tensor:
-    """Measurements on the scale on which correlations are taken."""
-    return x if data_kind == "real" else torch.log1p(x)
+    return np.sort(np.argsort(-log_scale(counts, modality.spec.data_kind).var(0).numpy())[:N_LEADING])
 
 
 def _add(
@@ -219,16 +215,16 @@ def _add(
     sums: dict[Key, Any] = {}
     whole = {}
     for name, view in minibatch.decoded.items():
-        spec, likelihood = model.schema[name].spec, model._likelihood(name)
+        spec = model.schema[name].spec
         x = (drawn[name] > 0).double() if spec.traits.binary else drawn[name].double()
         sums |= {(name, "n"): len(x), (name, "sum"): x.sum(0), (name, "squares"): x.square().sum(0)}
         if spec.data_kind != "real":
             sums |= {(name, "zeros"): (x == 0).sum(0), (name, "size"): [x.sum(1)]}
-        if spec.traits.background:
+        likelihood: Any = getattr(part_of(model.model, name), "likelihood", None)
+        if spec.traits.background and hasattr(likelihood, "background"):
             background = likelihood.cell_factor(view) * likelihood.background(view)[0].exp()
             sums[name, "background"] = (x <= background).sum(0)
-        size = torch.log1p(x.sum(1, keepdim=True)) if spec.data_kind != "real" else x.sum(1, keepdim=True)
-        values = torch.cat([_scaled(x, spec.data_kind), size], dim=1)
+        values = log_scale(torch.cat([x, x.sum(1, keepdim=True)], dim=1), spec.data_kind)
         # Cells without the modality are NaN, and so are their products.
         whole[name] = values.new_full((len(minibatch), values.shape[1]), torch.nan).index_copy(0, view.rows, values)
     for key, (first, second, _) in pairs.items():

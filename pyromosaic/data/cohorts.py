@@ -1,12 +1,12 @@
 """Cohorts: which cells are background and which are target, for models that contrast the two."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyromosaic.data.tables import look_up, words
+from pyromosaic.data.tables import word
 
 if TYPE_CHECKING:
     from pyromosaic.data.mosaic import Mosaic
@@ -43,19 +43,16 @@ class Cohorts:
     def codes(self, mosaic: "Mosaic") -> np.ndarray:
         """Group number of every cell, shape (N,): 0 background, 1, 2, … target groups, -1 neither."""
         codes = np.full(mosaic.n_cells, NEITHER, dtype=np.int64)
-        column = None if self.key is None else look_up(mosaic.tables, self.key, mosaic.obs_names)
-        if column is not None:
+        if self.key is not None and mosaic.has_column(self.key):
+            column = mosaic.words(self.key)
             for code, values in enumerate(self.values):
-                codes[words(column).isin(values).to_numpy()] = code
+                codes[column.isin(list(map(word, values))).to_numpy()] = code
         return codes
 
 
-def from_column(
-    mosaic: "Mosaic", key: str, background: str | Sequence[str], target: str | Sequence[str] | None
-) -> tuple[Cohorts, np.ndarray]:
+def from_column(mosaic: "Mosaic", key: str, background: Any, target: Any) -> tuple[Cohorts, np.ndarray]:
     """Cohorts by the values of a column of `obs`, and the group number of every cell."""
-    column = mosaic.column(key)
-    there = tuple(sorted(words(column.dropna()).unique()))
+    there = tuple(sorted(mosaic.words(key).dropna().unique()))
     controls = _words(background)
     targets = tuple(v for v in there if v not in controls) if target is None else _words(target)
     for value in (*controls, *targets):
@@ -91,5 +88,6 @@ def from_cells(mosaic: "Mosaic", background: Any, target: Any) -> tuple[Cohorts,
     return Cohorts(None, tuple(groups), tuple(() for _ in groups)), codes
 
 
-def _words(values: str | Sequence[str]) -> tuple[str, ...]:
-    return (values,) if isinstance(values, str) else tuple(map(str, values))
+def _words(values: Any) -> tuple[str, ...]:
+    several = isinstance(values, Iterable) and not isinstance(values, str)
+    return tuple(map(word, values)) if several else (word(values),)

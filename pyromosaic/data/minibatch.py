@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyromosaic.data.mosaic import Modality, Mosaic
 from pyromosaic.data.spec import ModalitySchema
+from pyromosaic.data.tables import word
 
 
 @dataclass
@@ -220,7 +221,7 @@ def to_predict(
     index: np.ndarray,
     decode: tuple[str, ...],
     encode: Sequence[str] | None = None,
-    batch: str | None = None,
+    batch: object = None,
     library: float | np.ndarray | None = None,
 ) -> Minibatch:
     """Minibatch in which the model predicts modalities for every cell, whether they were measured in it or not.
@@ -285,7 +286,8 @@ def to_predict(
     return Minibatch(seen.index, len(index), observed, views, seen.groups)
 
 
-def _batch_code(name: str, modality: Modality, batch: str) -> int:
+def _batch_code(name: str, modality: Modality, batch: object) -> int:
+    batch = word(batch)
     batches = modality.schema.categories[modality.spec.batch_key] if modality.spec.batch_key else ()
     if batch not in batches:
         raise ValueError(f"modality {name!r} has no batch {batch!r}; its batches: {', '.join(batches) or 'none'}")

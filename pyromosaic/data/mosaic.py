@@ -10,7 +10,17 @@ import pandas as pd
 from pyromosaic.data.cohorts import Cohorts, from_cells, from_column
 from pyromosaic.data.matrix import is_readable
 from pyromosaic.data.spec import ModalitySpec, Schema
-from pyromosaic.data.tables import WHOLE, Table, look_up
+from pyromosaic.data.tables import (
+    WHOLE,
+    Table,
+    contradictions,
+    find,
+    look_up,
+    readings,
+    warn_of,
+    warn_of_not_known,
+    words,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -18,6 +28,7 @@ if TYPE_CHECKING:
 from pyromosaic.data.modality import Modality
 from pyromosaic.data.registration import (
     _absent,
+    _check_vocabularies,
     _columns,
     _columns_of,
     _first_duplicate,
@@ -28,6 +39,7 @@ from pyromosaic.data.registration import (
     _specifications,
     _with_batches,
     _words,
+    unlabelled,
 )
 
 
@@ -122,6 +134,9 @@ class Mosaic:
     def column(self, key: str) -> pd.Series:
         """A column of the user's `obs` for every cell, from the first table that knows it; missing where none does.
 
+        The modalities' tables come first, in their order, then that of the whole. The word for "not known" that
+        registration was told for labels is missing.
+
         Parameters
         ----------
         key
@@ -132,11 +147,43 @@ class Mosaic:
         ------
         ValueError
             If no table has such a column.
+
+        Warns
+        -----
+        UserWarning
+            If two tables say different things of a cell.
         """
-        column = look_up(self.tables, key, self.obs_names)
+        found = readings(self.tables, key, self.obs_names, self._unlabelled(key))
+        warn_of(contradictions(found))
+        column = look_up(found)
         if column is None:
             raise ValueError(f"no obs has a column {key!r}; there are {_columns_of(self.tables, self.tables)}")
         return column
+
+    def has_column(self, key: str) -> bool:
+        """Whether any of the user's tables has such a column."""
+        return bool(readings(self.tables, key, self.obs_names))
+
+    def words(self, key: str) -> pd.Series:
+        """A column as the words by which cells are grouped; missing where `column` is.
+
+        Parameters
+        ----------
+        key
+            As for `column`.
+
+        Warns
+        -----
+        UserWarning
+            If a word usually means "not known", and registration was not told that it does.
+        """
+        column = words(self.column(key))
+        warn_of_not_known(column, f"column {key!r}")
+        return column
+
+    def _unlabelled(self, key: str) -> set[str]:
+        """The words for "not known" that registration was told for a column."""
+        return unlabelled({name: m.spec for name, m in self.modalities.items()}, key)
 
     def with_cohorts(self, key: str | None = None, *, background: Any, target: Any = None) -> "Mosaic":
         """The same mosaic with its cells divided into a background cohort and one or several target groups.
@@ -173,8 +220,11 @@ class Mosaic:
             cohorts, groups = from_cells(self, background, target)
         return replace(self, cohorts=cohorts, groups=groups)
 
-    def find(self, cells: Sequence[str] | np.ndarray | pd.Index | None) -> np.ndarray:
+    def find(self, cells: Sequence[str] | np.ndarray | pd.Index | pd.Series | None) -> np.ndarray:
         """Numbers of cells, given by names, by numbers or by a mask (None: all).
+
+        A pandas mask is matched by the names in its index, whatever their order; cells that it does not name are not
+        asked for. An array has no names and is taken by position.
 
         Raises
         ------
@@ -183,25 +233,7 @@ class Mosaic:
         """
         if cells is None:
             return np.arange(self.n_cells)
-        wanted = np.atleast_1d(cells)
-        if wanted.size == 0:
-            raise ValueError("no cell was asked for; give names, numbers or a mask with at least one cell")
-        if wanted.dtype == bool:
-            if wanted.shape != (self.n_cells,):
-                raise ValueError(f"the mask has shape {wanted.shape}; the mosaic has {self.n_cells} cells")
-            if not wanted.any():
-                raise ValueError("no cell was asked for; give names, numbers or a mask with at least one cell")
-            return np.flatnonzero(wanted)
-        if np.issubdtype(wanted.dtype, np.integer):
-            if wanted.min() < 0 or wanted.max() >= self.n_cells:
-                raise ValueError(
-                    f"cell numbers run from 0 to {self.n_cells - 1}; found {wanted.min()} to {wanted.max()}"
-                )
-            return wanted.astype(np.int64)
-        numbers = self.obs_names.get_indexer(pd.Index(wanted))
-        if (numbers < 0).any():
-            raise ValueError(f"cell {str(wanted[numbers < 0][0])!r} is not in the mosaic")
-        return numbers.astype(np.int64)
+        return find(self.obs_names, cells, "cell", "the mosaic")
 
     @classmethod
     def from_mudata(
@@ -218,7 +250,8 @@ class Mosaic:
         Parameters
         ----------
         mdata
-            The data. Columns are looked up in the modality's `obs`, then in `mdata.obs`.
+            The data. Columns are looked up in the modality's `obs`, then in the other modalities', then in
+            `mdata.obs`.
         modalities
             The modalities to use, each with a `ModalitySpec` or the name of its likelihood. By default all of them,
             with the likelihood that goes with their name (``"rna"``: ``"nb"``, ``"atac"``: ``"bernoulli"``,
@@ -390,6 +423,8 @@ class Mosaic:
             known = {name: _with_batches(m, read[name].cells, columns[name]) for name, m in known.items()}
         average = new_batches == "average"
         registered = {n: _modality(n, s, read[n], cells, columns[n], known.get(n), average) for n, s in specs.items()}
+        if schema is None:
+            _check_vocabularies(registered)
         mosaic = cls(cells, registered, tables)
         if schema is not None and schema.cohorts is not None:
             return replace(mosaic, cohorts=schema.cohorts, groups=schema.cohorts.codes(mosaic))

@@ -1,5 +1,6 @@
 """From the user's tables and matrices to registered modalities, checked on the way."""
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,20 @@ import pandas as pd
 
 from pyromosaic.data.matrix import DENSE_ABOVE, Matrix, check_values
 from pyromosaic.data.spec import DATA_KINDS, LIKELIHOOD_BY_NAME, ModalitySchema, ModalitySpec, Schema
-from pyromosaic.data.tables import WHOLE, Table, codes, look_up, words
+from pyromosaic.data.tables import (
+    WHOLE,
+    Contradiction,
+    Reading,
+    Table,
+    codes,
+    contradictions,
+    look_up,
+    readings,
+    warn_of,
+    warn_of_not_known,
+    word,
+    words,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -113,18 +127,27 @@ def _columns(
 ) -> dict[str, pd.DataFrame]:
     """For each modality its columns over all cells of the mosaic.
 
-    A cell's value is looked up in the modality's own columns, then in those of the whole, then in another modality's
-    of the same name: so a cell that lacks the modality still knows its batch. Only sizes are each modality's own. An
-    absent modality needs no columns.
+    A cell's value is looked up in the modality's own columns, then in another modality's of the same name, then in
+    those of the whole: so a cell that lacks the modality still knows its batch. Only sizes are each modality's own.
+    An absent modality needs no columns.
     """
     found: dict[str, pd.DataFrame] = {}
+    read: dict[tuple[str, str], list[Reading]] = {}  # each column once, sizes once a modality
+    batch_keys = [spec.batch_key for spec in specs.values()]
     for name, spec in specs.items():
         wanted = [*spec.categorical, *spec.continuous_covariates]
         wanted += [k for k in (spec.label_key, spec.size_factor_key) if k is not None]
         columns = {}
         for key in wanted:
-            places = [t for t in tables if key != spec.size_factor_key or t.modality in (name, WHOLE)]
-            column = look_up(places, key, cells, name)
+            own = name if key == spec.size_factor_key else WHOLE
+            places = [t for t in tables if own == WHOLE or t.modality in (name, WHOLE)]
+            if (key, own) not in read:
+                read[key, own] = readings(places, key, cells, unlabelled(specs, key))
+                said = contradictions(read[key, own])
+                if key in spec.continuous_covariates:  # what is measured may differ by modality
+                    said = [each for each in said if each.second.modality == WHOLE]
+                _check_agreement(said, [n for n, k in zip(specs, batch_keys, strict=True) if k == key])
+            column = look_up(read[key, own], name)
             if column is None and name not in absent:
                 raise ValueError(
                     f"modality {name!r}: no obs has a column {key!r}; there are {_columns_of(places, tables)}"
@@ -132,6 +155,58 @@ def _columns(
             columns[key] = pd.Series(None, cells, dtype=object) if column is None else column
         found[name] = pd.DataFrame(columns, index=cells)
     return found
+
+
+def unlabelled(specs: Mapping[str, ModalitySpec], key: str) -> set[str]:
+    """The words for "not known" that registration was told for a column."""
+    labels = {name: spec for name, spec in specs.items() if spec.label_key is not None}
+    return {
+        word(spec.unlabelled)
+        for name, spec in labels.items()
+        if str(spec.label_key).removeprefix(f"{name}:") == key.removeprefix(f"{name}:")
+    }
+
+
+def _check_agreement(said: list[Contradiction], modalities_with_this_batch: Collection[str]) -> None:
+    """Refuse a cell that two modalities place in different batches: it is two cells. Warn of other contradictions."""
+    for each in said:
+        if each.first.modality in modalities_with_this_batch and each.second.modality in modalities_with_this_batch:
+            raise ValueError(
+                f"{each}: one name stands for two cells, or two words for one batch; make the names differ (by the "
+                "sample, say), or the words equal. Columns that differ by modality on purpose need different names"
+            )
+    warn_of(said)
+
+
+def _check_vocabularies(modalities: Mapping[str, Modality]) -> None:
+    """Warn where modalities use one column with words that do not meet, or that differ by capital letters alone."""
+    for key in dict.fromkeys(k for m in modalities.values() for k in m.schema.categories):
+        used = {name: set(m.schema.categories[key]) for name, m in modalities.items() if key in m.schema.categories}
+        everywhere = set().union(*used.values())
+        spelled: dict[str, set[str]] = {}
+        for each in everywhere:
+            spelled.setdefault(each.casefold(), set()).add(each)
+        for same in spelled.values():
+            if len(same) > 1:
+                warnings.warn(
+                    f"column {key!r} has the values {_words(sorted(same))}, which are taken for different ones; if "
+                    "they are not, make them equal",
+                    stacklevel=2,
+                )
+        for name, own in used.items():
+            others = set().union(*(words for other, words in used.items() if other != name))
+            if others and not own & others:
+                warnings.warn(
+                    f"column {key!r} has no value in common between modality {name!r} ({_some(own)}) and others "
+                    f"({_some(others)}): what {name!r} would be in their cells is an average over its values. If they "
+                    "are other words for the same, make them equal",
+                    stacklevel=2,
+                )
+                break
+
+
+def _some(names: Collection[str]) -> str:
+    return _words(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
 
 
 def _columns_of(places: Sequence[Table], tables: Sequence[Table]) -> str:
@@ -190,6 +265,7 @@ def _modality(
                 "every cell needs a value"
             )
         found = words(values)
+        warn_of_not_known(found[present], f"modality {name!r}: column {key!r}")
         if known is None:
             categories[key] = tuple(sorted(found[present].unique()))
         else:
@@ -275,7 +351,7 @@ def _labels(
     if spec.label_key is None:
         return np.full(len(cells), -1, dtype=np.int64), ()
     found = words(table[spec.label_key])
-    found = found.where(found != spec.unlabelled)
+    warn_of_not_known(found, f"modality {name!r}: column {spec.label_key!r}")
     names = known.labels if known else tuple(sorted(found.dropna().unique()))
     unseen = present & (found.notna() & ~found.isin(names)).to_numpy()
     if unseen.any():

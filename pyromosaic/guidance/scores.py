@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 
 from pyromosaic.data import Mosaic
-from pyromosaic.guidance.graph import GuidanceGraph
 from pyromosaic.linkage import cca
+from pyromosaic.links import GuidanceGraph
 
 
 def linked_scores(linkage: Any, mosaic: Mosaic, graph: GuidanceGraph | None, n_components: int) -> np.ndarray:

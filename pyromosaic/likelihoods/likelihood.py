@@ -38,6 +38,17 @@ class Likelihood(PyroModule):
     ----------
     schema
         The modality.
+
+    Attributes
+    ----------
+    data_kind
+        Numbers that the data are checked to be: ``"count"``, ``"nonnegative"`` or ``"real"``.
+    traits
+        More than that: whether the cell's size matters, how groups of cells are compared; see `pyromosaic.data.Traits`.
+    predictors
+        Names of what the decoder is to say, each for every cell and feature.
+    posterior_predictors
+        The same for a decoder in the guide, for the `posterior` of latent variables of the likelihood's own.
     """
 
     family: ClassVar[str] = ""  # the name that `pyromosaic.ModalitySpec` takes; empty for a likelihood of one's own

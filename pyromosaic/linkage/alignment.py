@@ -16,7 +16,6 @@ from pyromosaic.linkage.canonical import (
     crossfit_correlations,
     shuffled_covariances,
 )
-from pyromosaic.linkage.links import Links, links_from_table
 from pyromosaic.linkage.matching import (
     Correspondence,
     assignment,
@@ -28,6 +27,7 @@ from pyromosaic.linkage.preprocess import (
     Standardiser,
 )
 from pyromosaic.linkage.rounds import Match, Pair, Side
+from pyromosaic.links import GuidanceGraph, Links, links_of
 
 #: Ways of matching cells by similarity.
 MATCHES: Mapping[str, Match] = {"transport": transport, "mutual": mutual_nearest, "assignment": assignment}
@@ -189,7 +189,7 @@ def link_recovery(found: pd.DataFrame, held_out: Links) -> tuple[float, float]:
 def cca(
     mosaic: Mosaic,
     modalities: tuple[str, str],
-    links: pd.DataFrame | Links | None = None,
+    links: pd.DataFrame | Links | GuidanceGraph | None = None,
     *,
     match: Literal["transport", "mutual", "assignment"] | Match = "transport",
     start: Literal["links", "diagonal", "geometry"] | None = None,
@@ -219,7 +219,8 @@ def cca(
     modalities
         Names of the two modalities.
     links
-        Linked features: a table (see `links_from_table`) or `Links`. Without any, cells are matched by geometry.
+        Linked features: a table (see `links_from_table`), `Links`, or a `GuidanceGraph`. Without any, cells are matched
+        by geometry.
     match
         ``"transport"`` (entropic optimal transport on the cosine: soft), ``"mutual"`` (mutual nearest neighbours),
         ``"assignment"`` (one to one), or a function that maps similarities and weights to a plan, such as
@@ -295,8 +296,7 @@ def cca(
             f"n_components must be between 1 and {smallest}, the number of principal components; found {n_components}"
         )
     if links is not None:
-        links = links if isinstance(links, Links) else links_from_table(mosaic, modalities, links)
-        links = _varying(links, mosaic, first, second)
+        links = _varying(links_of(links, mosaic, modalities), mosaic, first, second)
     pair = Pair(
         (first, second),
         _linked(links, mosaic, first, second),

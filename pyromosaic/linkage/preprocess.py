@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy import sparse
-from sklearn.neighbors import NearestNeighbors
 
 from pyromosaic.data.mosaic import Modality
+from pyromosaic.neighbors import nearest
 
 
 def group_means(groups: np.ndarray, values: Any, n_groups: int) -> Any:
@@ -226,8 +226,8 @@ class Smoother:
     @classmethod
     def fit(cls, x: np.ndarray, n_neighbors: int) -> "Smoother":
         """Find the nearest neighbours by Euclidean distance of `x`, cells × components."""
-        k = min(n_neighbors, len(x) - 1)
-        neighbors = NearestNeighbors(n_neighbors=k).fit(x).kneighbors(return_distance=False)
+        _, neighbors = nearest(x, n_neighbors)
+        k = neighbors.shape[1]
         pointers = np.arange(len(x) + 1) * k
         weights = sparse.csr_array((np.full(neighbors.size, 1 / k), neighbors.ravel(), pointers), shape=(len(x),) * 2)
         return cls(weights)

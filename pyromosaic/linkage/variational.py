@@ -17,8 +17,8 @@ from pyromosaic.data import Mosaic
 from pyromosaic.fusion import Posterior, ProductFusion, presence
 from pyromosaic.linkage.alignment import Linkage, cca, scores_table
 from pyromosaic.linkage.canonical import Canonical, canonical_variables
-from pyromosaic.linkage.links import Links
 from pyromosaic.linkage.matching import Correspondence
+from pyromosaic.links import GuidanceGraph, Links
 from pyromosaic.program import Program
 
 #: For each modality the positions of its cells in the minibatch, shape (b,), and their values, shape (b, variables).
@@ -296,7 +296,7 @@ def implied_covariance(model: VariationalCCAModel, n_draws: int = 20_000) -> np.
 def variational_cca(
     mosaic: Mosaic,
     modalities: tuple[str, str],
-    links: pd.DataFrame | Links | None = None,
+    links: pd.DataFrame | Links | GuidanceGraph | None = None,
     *,
     n_hidden: int = 0,
     ridge: float = 0.2,
@@ -424,14 +424,8 @@ def train(
     numpy.ndarray
         The bound at each step, in nats per cell.
     """
-    optimizer = torch.optim.Adam([*model.parameters(), *guide.parameters()], learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
-    bound, elbo = TraceMeanField_ELBO(), []
-    for minibatch in minibatches:
-        optimizer.zero_grad()
-        loss = bound.differentiable_loss(model, guide, *minibatch)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        elbo.append(-loss.item())
-    return np.array(elbo)
+    from pyromosaic.train import minimise  # beside Lightning, which is slow to import
+
+    bound = TraceMeanField_ELBO()
+    losses = (bound.differentiable_loss(model, guide, *minibatch) for minibatch in minibatches)
+    return -minimise(losses, [*model.parameters(), *guide.parameters()], learning_rate, n_steps)

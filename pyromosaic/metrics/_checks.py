@@ -1,11 +1,41 @@
 """What the measures accept: each check returns the array to work with or says in one sentence what is wrong."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
+
+from pyromosaic.data.tables import in_order, warn_of_not_known, words
+
+
+def aligned(names: Sequence[str], *tables: Any, axes: Sequence[str] = ("rows", "columns")) -> tuple[Any, ...]:
+    """Return tables as arrays in the order of the first, by names of rows and columns where both have names.
+
+    Pandas objects and AnnData have names; lists and arrays have none, and are taken as they are.
+    """
+    arranged = []
+    for what, table in zip(names, tables, strict=True):
+        values = table
+        for axis, rows_or_columns in enumerate(("rows", "columns")):
+            own, of = _names(table, axis), _names(tables[0], axis)
+            if rows_or_columns in axes and own is not None and of is not None and not own.equals(of):
+                order = in_order(own, of, f"`{what}`", f"`{names[0]}`")
+                rows = values if hasattr(values, "obs_names") else values.iloc
+                values = rows[order] if axis == 0 else rows[:, order]
+        arranged.append(values.X if hasattr(values, "obs_names") else values)
+    return tuple(arranged)
+
+
+def _names(table: Any, axis: int) -> pd.Index | None:
+    """Names of a table's rows (0) or columns (1); None if it has none."""
+    if hasattr(table, "obs_names"):
+        return (table.obs_names, table.var_names)[axis]
+    if isinstance(table, pd.DataFrame) or (isinstance(table, pd.Series) and axis == 0):
+        return table.axes[axis]
+    return None
 
 
 def as_finite(values: ArrayLike, name: str) -> NDArray[np.floating]:
@@ -35,6 +65,7 @@ def as_latent_pair(
     x: ArrayLike, y: ArrayLike, names: tuple[str, str] = ("x", "y")
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return two sets of latents of one space, refusing one matrix given twice."""
+    x, y = aligned(names, x, y, axes=("columns",))
     first, second = as_latent(x, names[0]), as_latent(y, names[1])
     if first.shape[1] != second.shape[1]:
         raise ValueError(
@@ -50,6 +81,7 @@ def as_latent_pair(
 
 def as_copies(x: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return two latents of the same cells, row by row."""
+    x, y = aligned(("x", "y"), x, y)
     first, second = as_latent_pair(x, y)
     if len(first) != len(second):
         raise ValueError(
@@ -64,6 +96,8 @@ def as_copies(x: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDArray[
 def as_labels(labels: Any, n_cells: int, name: str) -> NDArray[np.object_]:
     """Return one label a cell, none missing."""
     array = np.asarray(labels, dtype=object)
+    if array.ndim == 2 and array.shape[1] == 1 and isinstance(labels, pd.DataFrame):
+        array = array[:, 0]
     if array.shape != (n_cells,):
         raise ValueError(f"`{name}` has shape {array.shape}; {n_cells} cells need one label each.")
     n_missing = np.count_nonzero(pd.isna(array))
@@ -71,6 +105,7 @@ def as_labels(labels: Any, n_cells: int, name: str) -> NDArray[np.object_]:
         raise ValueError(
             f"`{name}` lacks the label of {n_missing} of {n_cells} cells; leave out cells without a label."
         )
+    warn_of_not_known(words(pd.Series(array)), f"`{name}`")
     return array
 
 

@@ -7,8 +7,9 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial.distance import cdist
 
-from pyromosaic.metrics._checks import as_copies, as_labels, as_latent, as_latent_pair, check_number
+from pyromosaic.metrics._checks import aligned, as_copies, as_labels, as_latent, as_latent_pair, check_number
 from pyromosaic.metrics.neighbors import nearest_neighbors
+from pyromosaic.neighbors import vote
 
 
 def foscttm(
@@ -219,17 +220,16 @@ def label_transfer_accuracy(
     1.0
 
     """
+    reference, reference_labels = aligned(
+        ("reference", "reference_labels"), reference, reference_labels, axes=("rows",)
+    )
+    query, query_labels = aligned(("query", "query_labels"), query, query_labels, axes=("rows",))
     reference, query = as_latent_pair(reference, query, ("reference", "query"))
     known = as_labels(reference_labels, len(reference), "reference_labels")
     wanted = as_labels(query_labels, len(query), "query_labels")
     codes, labels = pd.factorize(known)
-    neighbors = codes[nearest_neighbors(reference, n_neighbors, query)]
-    rows = np.arange(len(query))
-    votes = np.zeros((len(query), len(labels)), dtype=np.intp)
-    np.add.at(votes, (rows[:, None], neighbors), 1)
-    # The first neighbour whose label has the most votes settles equal votes.
-    winner = np.argmax(votes[rows[:, None], neighbors] == votes.max(axis=1, keepdims=True), axis=1)
-    return float(np.mean(labels[neighbors[rows, winner]] == wanted))
+    winners, _ = vote(codes[nearest_neighbors(reference, n_neighbors, query)])
+    return float(np.mean(labels[winners] == wanted))
 
 
 def label_transfer_both_ways(
@@ -261,7 +261,7 @@ def label_transfer_both_ways(
     >>> label_transfer_both_ways([[0.0], [1.0]], ["B", "T"], [[0.1], [0.9]], ["B", "T"])
     LabelTransfer(x_to_y=1.0, y_to_x=1.0)
     """
-    x, y = as_latent(x, "x"), as_latent(y, "y")
+    as_latent(x, "x"), as_latent(y, "y")
     return LabelTransfer(
         x_to_y=label_transfer_accuracy(x, x_labels, y, y_labels, n_neighbors),
         y_to_x=label_transfer_accuracy(y, y_labels, x, x_labels, n_neighbors),

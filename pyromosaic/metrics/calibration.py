@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from pyromosaic.metrics._checks import as_finite, check_number, check_same_shape
+from pyromosaic.metrics._checks import aligned, as_finite, check_number, check_same_shape
 
 
 def interval_coverage(truth: ArrayLike, lower: ArrayLike, upper: ArrayLike) -> float:
@@ -35,6 +35,7 @@ def interval_coverage(truth: ArrayLike, lower: ArrayLike, upper: ArrayLike) -> f
     0.75
 
     """
+    truth, lower, upper = aligned(("truth", "lower", "upper"), truth, lower, upper)
     truth, lower, upper = as_finite(truth, "truth"), as_finite(lower, "lower"), as_finite(upper, "upper")
     check_same_shape(truth, lower, ("truth", "lower"))
     check_same_shape(truth, upper, ("truth", "upper"))
@@ -77,6 +78,7 @@ def reliability_curve(confidence: ArrayLike, correct: ArrayLike, n_bins: int = 1
     1    0.5    1.0         0.9       1.0  2
 
     """
+    confidence, correct = aligned(("confidence", "correct"), confidence, correct)
     confidence, correct = as_finite(confidence, "confidence"), as_finite(correct, "correct")
     check_same_shape(confidence, correct, ("confidence", "correct"))
     low, high = np.min(confidence), np.max(confidence)
@@ -169,6 +171,7 @@ def error_by_uncertainty(error: ArrayLike, uncertainty: ArrayLike, n_bins: int =
     1          0.6           10.0  2
 
     """
+    error, uncertainty = aligned(("error", "uncertainty"), error, uncertainty)
     error, uncertainty = as_finite(error, "error"), as_finite(uncertainty, "uncertainty")
     check_same_shape(error, uncertainty, ("error", "uncertainty"))
     if np.min(uncertainty) < 0:

@@ -10,7 +10,7 @@ from sklearn.decomposition import PCA, TruncatedSVD
 from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.metrics import average_precision_score
 
-from pyromosaic.metrics._checks import as_counts, as_finite, as_sparse, check_number, check_same_shape
+from pyromosaic.metrics._checks import aligned, as_counts, as_finite, as_sparse, check_number, check_same_shape
 from pyromosaic.metrics.neighbors import nearest_neighbors
 
 
@@ -57,6 +57,7 @@ def imputation_spearman(
     """
     if per not in ("all", "cell", "feature"):
         raise ValueError(f"`per` is {per!r}; 'all', 'cell' or 'feature' is accepted.")
+    truth, imputed = aligned(("truth", "imputed"), truth, imputed)
     truth, imputed = as_sparse(truth, "truth"), as_finite(imputed, "imputed")
     check_same_shape(truth, imputed, ("truth", "imputed"))
     if per == "all":
@@ -115,6 +116,7 @@ def imputation_auprc(truth: Any, probability: ArrayLike) -> float:
     0.8333333333333333
 
     """
+    truth, probability = aligned(("truth", "probability"), truth, probability)
     detected, probability = (as_counts(truth, "truth") > 0).toarray(), as_finite(probability, "probability")
     check_same_shape(detected, probability, ("truth", "probability"))
     if not detected.any():

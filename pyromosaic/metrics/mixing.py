@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from pyromosaic.metrics._checks import as_labels, as_latent
+from pyromosaic.metrics._checks import aligned, as_labels, as_latent
 from pyromosaic.metrics.neighbors import nearest_neighbors
 
 
@@ -38,6 +38,7 @@ def label_purity(latent: ArrayLike, labels: Any, n_neighbors: int = 15) -> float
     0.8
 
     """
+    latent, labels = aligned(("latent", "labels"), latent, labels, axes=("rows",))
     latent = as_latent(latent, "latent")
     return _share_of_own(latent, as_labels(labels, len(latent), "labels"), n_neighbors)
 
@@ -84,6 +85,7 @@ def modality_enrichment(latent: ArrayLike, groups: Any, n_neighbors: int = 15) -
     2.0
 
     """
+    latent, groups = aligned(("latent", "groups"), latent, groups, axes=("rows",))
     latent = as_latent(latent, "latent")
     groups = as_labels(groups, len(latent), "groups")
     shares = pd.Series(groups).value_counts(normalize=True)

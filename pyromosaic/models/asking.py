@@ -1,6 +1,6 @@
 """Methods of a trained model about measurements: denoise, impute, draw, and compare groups of cells."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -424,7 +424,8 @@ class Asking(TrainedModel):
         mosaic = self._data(data)
         name = next(iter(self.schema.modalities)) if modality is None else modality
         value = self._compared(name, protein_foreground)
-        wanted = None if features is None else list(dict.fromkeys(features))
+        columns = pd.unique(self._features(name, features))
+        wanted = None if features is None else [self.schema[name].features[column] for column in columns]
         question = Question(name, value, None, wanted, library=self._unit_size(name), n_samples=1, data=mosaic)
 
         def draw(cells: np.ndarray, batch: str | None, seed: int) -> np.ndarray:
@@ -437,7 +438,7 @@ class Asking(TrainedModel):
                 draw,
                 draw,
                 mosaic.modalities[name],
-                self._features(name, wanted),
+                columns,
                 mode=mode,
                 delta=delta,
                 fdr=fdr,
@@ -469,7 +470,8 @@ class Asking(TrainedModel):
 
     def _expected(self, question: Question, batch: str | Sequence[str] | None) -> pd.DataFrame:
         """Mean of a quantity over posterior draws and over batches, each batch with the same draws."""
-        batches = [batch] if batch is None or isinstance(batch, str) else list(batch)
+        several = isinstance(batch, Iterable) and not isinstance(batch, str)
+        batches: list[object] = list(batch) if several else [batch]  # type: ignore[arg-type]
         if not batches:
             raise ValueError(
                 "the list of batches to average over is empty; give at least one batch, or None for the "

@@ -46,8 +46,30 @@ class TrainedModel:
         return model
 
     @contextmanager
-    def _construction(self, data: Mosaic | Schema, seed: int) -> Iterator[Schema]:
-        """Construct with a seed and local parameters; afterwards set start values from the data, if there are any."""
+    def construction(self, data: Mosaic | Schema, seed: int) -> Iterator[Schema]:
+        """Where a subclass builds ``self.model`` and ``self.guide``.
+
+        Inside, networks start from `seed`, and parameters belong to this model alone. At the end the guide gets a
+        posterior of the global latent variables, if the model has any; start values are taken from the data, if there
+        are any; and both programs are put in evaluation mode.
+
+        Parameters
+        ----------
+        data
+            What the constructor was given: a mosaic, or the `Schema` of data to come (as in `load` and `adapt`).
+        seed
+            Seed of the start values.
+
+        Yields
+        ------
+        Schema
+            The modalities. Take all shapes from it: with a `Schema` there are no data yet.
+
+        Raises
+        ------
+        TypeError
+            If ``self.model`` or ``self.guide`` is not there at the end, or is no `pyromosaic.program.Program`.
+        """
         self.mosaic = self.arranged(data) if isinstance(data, Mosaic) else None
         self.schema = data.schema if isinstance(data, Mosaic) else data
         check_names(self.schema)
@@ -56,6 +78,13 @@ class TrainedModel:
         with torch.random.fork_rng(), pyro.settings.context(module_local_params=True):
             torch.manual_seed(seed)
             yield self.schema
+            for part in ("model", "guide"):
+                found = vars(self).get(part)
+                if not isinstance(found, Program):
+                    raise TypeError(
+                        f"{type(self).__name__} builds self.{part}, a pyromosaic.program.Program, inside "
+                        f"`with self.construction(data, seed)`; found {type(found).__name__}"
+                    )
             self.guide.match(self.model)
         if self.mosaic is not None:
             with torch.no_grad():
@@ -98,9 +127,11 @@ class TrainedModel:
         for name, modality in mosaic.modalities.items():
             part = part_of(self.model, name)
             if part is not None and modality.present.any():
-                cells, latent = self.explaining_size(mosaic, modality.sample())
-                view = measured(mosaic, cells).observed[name].to(self._device)
-                part.size.fit(torch.from_numpy(latent).to(self._device), view)
+                cells = modality.sample()
+                if part.size is not None:
+                    cells, latent = self.explaining_size(mosaic, cells)
+                    view = measured(mosaic, cells).observed[name].to(self._device)
+                    part.size.fit(torch.from_numpy(latent).to(self._device), view)
                 parts = np.array_split(cells, -(-len(cells) // 256))
                 minibatches = (measured(mosaic, part).to(self._device) for part in parts)
                 with inference_mode(self.model, self.guide, seed=0):
@@ -248,11 +279,13 @@ class TrainedModel:
 
     @property
     def _fusion(self) -> Fusion | None:
-        return getattr(self.guide, "fusion", None)
+        fusion = getattr(self.guide, "fusion", None)
+        return fusion if isinstance(fusion, Fusion) else None
 
     @property
     def _device(self) -> torch.device:
-        return next(self.guide.parameters()).device
+        parameters = (p.device for program in (self.guide, self.model) for p in program.parameters())
+        return next(parameters, torch.device("cpu"))
 
 
 def _options(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

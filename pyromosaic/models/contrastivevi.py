@@ -302,7 +302,7 @@ class ContrastiveVI(Contrasting):
             raise ValueError(f'salient must be "shared" or "own"; found {salient!r}')
         if isinstance(salient_prior, str) and salient_prior != "ard":
             raise ValueError(f'salient_prior must be "ard" or a module; found {salient_prior!r}')
-        with self._construction(data, seed) as schema:
+        with self.construction(data, seed) as schema:
             targets = tuple(range(1, len(cohorts_of(schema).names)))
             own = tuple((f"s_{cohorts_of(schema).names[code]}", (code,)) for code in targets)
             parts: Parts = (("s", targets),) if salient == "shared" else own

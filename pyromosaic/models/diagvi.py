@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch, Mosaic, Schema, measured, separate
 from pyromosaic.fusion import Fusion, fusion_of, presence
-from pyromosaic.guidance import GuidanceGraph, linked_scores
+from pyromosaic.guidance import linked_scores
 from pyromosaic.labels import Labels, check_labels
 from pyromosaic.likelihoods import likelihoods_of
-from pyromosaic.measurement import MeasurementGuide, cells, encoded
-from pyromosaic.models.embedded import Embedded, LinkedMeasurement, LinkedPlates, Weights, directed
+from pyromosaic.links import GuidanceGraph
+from pyromosaic.measurement import MeasurementGuide, Plates, cells, encoded
+from pyromosaic.models.embedded import Embedded, LinkedMeasurement, Weights, directed
 from pyromosaic.models.mosaic_model import Cells, Preset
 from pyromosaic.nn import Decoder, Encoder, GraphEncoder, InnerProductDecoder
 from pyromosaic.penalties import Anchors, Classifier, Penalty, Pull, Scores, Sinkhorn, apply, attached, with_given
@@ -205,7 +206,7 @@ class DiagVI(Embedded):
         Class or function that makes the network of each modality; it takes the arguments of `pyromosaic.nn.Encoder` or
         `pyromosaic.nn.InnerProductDecoder`, which are the defaults.
     private_kl
-        Weight of the divergences of the private variables.
+        Weight of the divergences of the private variables. The ELBO in the history counts them once.
     lam_data, lam_kl, lam_graph, lam_sinkhorn, lam_anchors, lam_pull, lam_class
         Weights of the likelihoods, of the divergence of the shared variable, of the graph (its likelihood and its
         divergence), of the Sinkhorn divergence, of the anchors, of the pull to the linkage scores, and of the
@@ -289,7 +290,7 @@ class DiagVI(Embedded):
         if n_latent < 1 or n_private < 0:
             raise ValueError(f"n_latent must be at least 1 and n_private at least 0; found {n_latent} and {n_private}")
         self.pairing = pairing
-        with self._construction(data, seed) as schema:
+        with self.construction(data, seed) as schema:
             self.graph = GuidanceGraph.of(graph, schema)
             self._keep(graph=self.graph.to_json(), linkage=linkage if isinstance(linkage, str) else None)
             self.linkage = linkage
@@ -329,7 +330,7 @@ class DiagVI(Embedded):
             per_feature = {name: m.n_features if kl_per_feature else 1 for name, m in modalities.items()}
             weights = Weights(lam_graph, {name: lam_kl / n for name, n in per_feature.items()})
             plates = {
-                name: LinkedPlates(name, m.n_features, lam_data, private_kl / per_feature[name], balanced=True)
+                name: Plates(name, m.n_features, lam_data, private_kl / per_feature[name], balanced=True)
                 for name, m in modalities.items()
             }
             edges, strength, sign = directed(self.graph)

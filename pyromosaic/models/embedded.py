@@ -13,10 +13,9 @@ from pyro import poutine
 from torch import Tensor
 
 from pyromosaic.data import Minibatch, View
-from pyromosaic.guidance import GuidanceGraph
-from pyromosaic.measurement import Measurement, Plates
+from pyromosaic.links import GuidanceGraph
+from pyromosaic.measurement import Measurement
 from pyromosaic.models.mosaic_model import MosaicModel
-from pyromosaic.program import weighted
 from pyromosaic.tasks import inference_mode
 
 
@@ -40,17 +39,6 @@ class Weights:
         """Plate of the feature embeddings; their divergence enters as the mean over features over their number."""
         scale = minibatch.n_cells * self.graph / n_features**2
         with poutine.scale(scale=scale), pyro.plate("features", n_features, dim=-1):
-            yield
-
-
-@dataclass(frozen=True)
-class LinkedPlates(Plates):
-    """Plates in which the divergence of the private variable counts in the history as in the objective."""
-
-    @contextmanager
-    def own(self, kl_weight: float) -> Iterator[None]:
-        """Weight of the private latent variable."""
-        with weighted(kl_weight), poutine.scale(scale=self.private):
             yield
 
 

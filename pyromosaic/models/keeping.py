@@ -133,7 +133,7 @@ class Keeping(TrainedModel):
             model = cls(schema, **options, **others)
             for part in ("model", "guide"):
                 state = {k.removeprefix(f"{part}."): v for k, v in weights.items() if k.startswith(f"{part}.")}
-                getattr(model, part).load_state_dict(state)
+                getattr(model, part).eval().load_state_dict(state)  # also what a subclass added to them
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"the description and the weights in {directory} do not fit together: {error}") from error
         history = content["history"]
@@ -175,10 +175,10 @@ class Keeping(TrainedModel):
         return Mosaic.from_mudata(data, schema=self.schema, new_batches=new_batches)
 
     def adapt(self, data: Any, n_epochs: int = 50, **training: Any) -> Self:
-        """Make a copy of the model that also knows the batches of new cells; only their parameters are fitted.
+        """A copy of the model that knows the batches of new cells too; only what belongs to these is fitted.
 
-        All other parameters stay as they are, so results for cells of known batches do not change. The new cells do not
-        need to have all modalities.
+        All other parameters stay as they are, so nothing that the model says of cells of known batches changes. A model
+        without parameters of batches is not fitted at all. The new cells need not have all modalities.
 
         Parameters
         ----------
@@ -213,17 +213,21 @@ class Keeping(TrainedModel):
             mosaic = Mosaic.from_anndata(data, match_cells=True, schema=self.schema, new_batches="add")
         else:
             mosaic = Mosaic.from_mudata(data, schema=self.schema, new_batches="add")
+        if mosaic.schema == self.schema:
+            raise ValueError("the data have no batch that is new to the model; use register(data) instead")
         adapted = type(self)(mosaic.schema, **deepcopy(self.options))
-        adapted.model.to(self._device)
-        adapted.guide.to(self._device)
+        adapted.model.to(self._device).eval()
+        adapted.guide.to(self._device).eval()
         with torch.no_grad():
             of_model, of_guide = (
                 carry_over(getattr(self, part), getattr(adapted, part), self.schema, mosaic.schema)
                 for part in ("model", "guide")
             )
-        if not of_model and not of_guide:
-            raise ValueError("the data have no batch that is new to the model; use register(data) instead")
-        adapted.mosaic = mosaic
+        adapted.mosaic, adapted.history = mosaic, self.history.copy()
+        fresh = of_model.keys() & dict(adapted.model.named_parameters()).keys()
+        fresh |= of_guide.keys() & dict(adapted.guide.named_parameters()).keys()
+        if not fresh:
+            return adapted
         with only(adapted.model, of_model), only(adapted.guide, of_guide):
             adapted.train(n_epochs, **{"learning_rate": 1e-2, "weight_decay": 0.0, "kl_warmup_epochs": 0} | training)
         return adapted

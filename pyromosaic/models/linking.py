@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from pyromosaic.data import Mosaic, measured
-from pyromosaic.guidance import GuidanceGraph
+from pyromosaic.links import GuidanceGraph
 from pyromosaic.models.mosaic_model import MosaicModel
+from pyromosaic.neighbors import nearest
 from pyromosaic.penalties import Cycle, Scores
 from pyromosaic.tasks import inference_mode
 
@@ -72,8 +72,7 @@ class Linking(MosaicModel):
             values = self.linked_features(mosaic, a, b, graph)
             for near, far in ((a, b), (b, a)):
                 cells, others = (np.flatnonzero(mosaic.modalities[name].present) for name in (near, far))
-                search = NearestNeighbors(n_neighbors=min(n_neighbors, len(others))).fit(z[others])
-                means = values[others[search.kneighbors(z[cells], return_distance=False)]].mean(1)
+                means = values[others[nearest(z[others], n_neighbors, z[cells])[1]]].mean(1)
                 r.append(_correlations(values[cells], means))
         return float(np.concatenate(r).mean())
 

@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 import torch
 from pyro import poutine
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from pyromosaic.data import Mosaic
 from pyromosaic.models.base import TrainedModel
+from pyromosaic.neighbors import nearest, vote
 from pyromosaic.tasks import inference_mode
 from pyromosaic.tasks.question import Cells
 
@@ -158,8 +158,8 @@ class Locating(TrainedModel):
         """
         query = self.get_latent_representation(cells, modality=modality)
         distance, rows, reference = self._neighbours(query, to, n_neighbors)
-        among = NearestNeighbors(n_neighbors=min(n_neighbors, len(reference) - 1)).fit(reference.to_numpy())
-        usual = np.quantile(among.kneighbors()[0].mean(axis=1), 0.95)
+        among, _ = nearest(reference.to_numpy(), n_neighbors)
+        usual = np.quantile(among.mean(axis=1), 0.95)
         relative = distance.mean(axis=1) / usual
         columns = {"nearest": reference.index.to_numpy()[rows[:, 0]], "distance": relative, "alone": relative > 1}
         return pd.DataFrame(columns, index=query.index)
@@ -178,7 +178,7 @@ class Locating(TrainedModel):
         cells
             Cells of `to`: names, positions or a mask; None for all.
         n_neighbors
-            Number of neighbours that vote; neighbours without a label do not vote.
+            Number of cells that vote; those without a label, or with the word for "not known", do not.
 
         Returns
         -------
@@ -194,17 +194,14 @@ class Locating(TrainedModel):
         >>> model.transfer_labels("celltype", "rna", to="adt", n_neighbors=5).columns.tolist()
         ['prediction', 'confidence']
         """
-        labels = self._data(None).column(key)
+        labels = self._data(None).words(key)
         known = labels.notna().to_numpy() & self._data(None).modalities[modality].present
         if not known.any():
             raise ValueError(f"no cell of modality {modality!r} has a value in column {key!r}")
         query = self.get_latent_representation(cells, modality=to)
         _, rows, reference = self._neighbours(query, modality, n_neighbors, np.flatnonzero(known))
-        codes, names = pd.factorize(labels[reference.index].astype(str))
-        votes = np.zeros((len(query), len(names)))
-        np.add.at(votes, (np.arange(len(query))[:, None], codes[rows]), 1 + 1e-6 * np.linspace(1, 0, rows.shape[1]))
-        best = votes.argmax(axis=1)
-        confidence = np.round(votes.max(axis=1)) / rows.shape[1]
+        codes, names = pd.factorize(labels[reference.index])
+        best, confidence = vote(codes[rows])
         return pd.DataFrame({"prediction": np.asarray(names)[best], "confidence": confidence}, index=query.index)
 
     def _neighbours(
@@ -212,6 +209,5 @@ class Locating(TrainedModel):
     ) -> tuple[np.ndarray, np.ndarray, pd.DataFrame]:
         """Distances and rows of the nearest cells of a modality, and these cells' latent variables."""
         reference = self.get_latent_representation(cells, modality=modality)
-        search = NearestNeighbors(n_neighbors=min(n_neighbors, len(reference))).fit(reference.to_numpy())
-        distance, rows = search.kneighbors(query.to_numpy())
+        distance, rows = nearest(reference.to_numpy(), n_neighbors, query.to_numpy())
         return distance, rows, reference

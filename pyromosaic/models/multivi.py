@@ -168,9 +168,8 @@ class MultiVI(MosaicModel):
         Number of private latent dimensions of each modality, or a dictionary with the number for some modalities; 0 as
         in the paper. See `get_shared_share`.
     private_kl
-        Weight of the divergence of the private variables, relative to that of z. With weight 1 and `left_out` 0, the
-        private variables tend to absorb variation that should be shared. The ELBO in the history contains their
-        divergence with this weight; above 1 it is still a lower bound of the evidence.
+        Weight of their divergence, relative to that of z. At 1, and with `left_out` 0, the private variables tend to
+        swallow what should be shared. The ELBO in the history counts their divergence once.
     jeffreys
         Weight of the symmetric divergence between the posteriors of a cell's modalities; 1 in the paper. If None, it is
         the number of features of all modalities divided by 10,000, at most 0.2.
@@ -253,7 +252,7 @@ class MultiVI(MosaicModel):
         penalties: Sequence[Penalty] = (),
         seed: int = 0,
     ) -> None:
-        with self._construction(data, seed) as schema:
+        with self.construction(data, seed) as schema:
             modalities = schema.modalities
             jeffreys, left_out = agreement_weights(schema, jeffreys, left_out)
             if covariate_embedding < 0:

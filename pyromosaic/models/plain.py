@@ -82,10 +82,7 @@ class MeanSquare(Likelihood):
 
     def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
         """The point, batch shape (..., b, features)."""
-        x = predictors["loc"] * self.scaling.sd + self.scaling.mean
-        if self.schema.spec.data_kind != "real":
-            x = x.expm1().clamp_min(0.0) * (view.library / self.schema.library)
-        return dist.Delta(x)
+        return dist.Delta(self.scaling.measured(predictors["loc"], view))
 
     def seen(self, predictors: Predictors) -> Tensor:
         """Expected measurements as an encoder sees them: ``loc`` itself."""

@@ -24,8 +24,9 @@ from torch.nn.functional import normalize
 from pyromosaic.attention import AttentionEncoder
 from pyromosaic.data import Minibatch, Mosaic, Schema, separate
 from pyromosaic.fusion import MeanFusion, presence
-from pyromosaic.guidance import GuidanceGraph, linked_scores
+from pyromosaic.guidance import linked_scores
 from pyromosaic.likelihoods import Likelihood, likelihoods_of
+from pyromosaic.links import GuidanceGraph
 from pyromosaic.measurement import Measurement, MeasurementGuide, Plates, cells, encoded
 from pyromosaic.models.linking import Linking
 from pyromosaic.models.mosaic_model import Preset
@@ -169,7 +170,7 @@ class ScModal(Linking):
     n_private
         Dimension of the private latent space of each modality. With 0, as in the reference, all variation is shared.
     private_kl
-        Weight of the divergences of the private variables.
+        Weight of the divergences of the private variables. The ELBO in the history counts them once.
     n_hidden, n_encoder_layers, dropout, encode_covariates
         Shape of the encoders, and whether they see batch and covariates.
     encoder
@@ -292,7 +293,7 @@ class ScModal(Linking):
                 raise ValueError(f"unknown option {value!r}; accepted: {', '.join(map(repr, known))}")
         if isinstance(linkage, str) and linkage not in ("cca", "features"):
             raise ValueError(f'linkage must be "cca", "features", a table of scores, or None; found {linkage!r}')
-        with self._construction(data, seed) as schema:
+        with self.construction(data, seed) as schema:
             modalities, width = schema.modalities, n_latent + n_private
             if len(modalities) < 2:
                 raise ValueError(f"alignment needs at least 2 modalities; found {', '.join(map(repr, modalities))}")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyromosaic.data import Minibatch
 from pyromosaic.penalties.divergence import MMD
+from pyromosaic.penalties.kernels import dependence
 from pyromosaic.penalties.penalty import Penalty
 from pyromosaic.posterior import Posterior
 
@@ -79,15 +80,4 @@ class Dependence(Penalty):
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
         """The penalty, a scalar; 0 with fewer than three cells."""
         first, second = (q.loc for q in posteriors.values())
-        if len(first) < 3:
-            return first.new_zeros(())
-        a, b = _centred_kernel(first), _centred_kernel(second)
-        return (a * b).sum() / (a.square().sum() * b.square().sum()).clamp_min(1e-24).sqrt()  # they may have collapsed
-
-
-def _centred_kernel(x: Tensor) -> Tensor:
-    """Centred Gaussian kernel between all rows: rows and columns sum to zero."""
-    squares = x.square().sum(-1)
-    distances = (squares.unsqueeze(-1) + squares - 2 * x @ x.T).clamp_min(0.0)
-    kernel = torch.exp(-distances / distances.detach().mean().clamp_min(1e-12))
-    return kernel - kernel.mean(0) - kernel.mean(1, keepdim=True) + kernel.mean()
+        return dependence(first, second)

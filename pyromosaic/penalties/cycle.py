@@ -67,8 +67,5 @@ class Cycle(Penalty):
             return own
         with poutine.block(), AtMean():
             mean = poutine.trace(likelihood).get_trace(name, predictors, view).nodes[name]["value"]
-        scaling = self.encoders[name].scaling
-        if view.exposure is not None:
-            return (view.rates(mean) - scaling.mean) / scaling.sd
-        x = mean if self.schema[name].spec.data_kind == "real" else torch.log1p(mean)  # of a cell of median size
-        return (x - scaling.mean) / scaling.sd
+        seen: Tensor = self.encoders[name].scaling.expected(mean, view)
+        return seen

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from itertools import combinations
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyromosaic.data import Minibatch
+from pyromosaic.penalties.kernels import discrepancy
 from pyromosaic.penalties.penalty import Penalty
 from pyromosaic.posterior import Posterior
 
@@ -102,51 +101,3 @@ class MMD(Penalty):
             if len(a) > 1 and len(b) > 1:
                 total = total + discrepancy(a, b)
         return total
-
-
-def discrepancy(x: Tensor, y: Tensor) -> Tensor:
-    """Unbiased squared maximum mean discrepancy of two samples, (n, d) and (m, d), by Gaussian kernels of four widths.
-
-    The squared widths are 1, 1/2, 1/4 and 1/8 of the mean squared distance in the pooled sample, through which no
-    gradient flows.
-
-    Parameters
-    ----------
-    x, y
-        The two samples, shapes (n, d) and (m, d), each with at least two points.
-
-    Returns
-    -------
-    Tensor
-        A scalar, about 0 for samples from the same distribution; it may be negative.
-    """
-    pooled = torch.cat([x, y])
-    squares = pooled.square().sum(-1)
-    distances = torch.addmm(squares.unsqueeze(-1) + squares, pooled, pooled.T, alpha=-2).clamp_min(0.0)
-    width = distances.detach().mean().clamp_min(1e-12)  # representations may all be the same
-    kernel: Tensor = _FourKernels.apply(distances, width)
-    n, m = len(x), len(y)
-    within = torch.block_diag(x.new_ones(n, 1), y.new_ones(m, 1))
-    (of_x, between), (_, of_y) = within.T @ kernel @ within / 4
-    return (of_x - n) / (n * (n - 1)) + (of_y - m) / (m * (m - 1)) - 2 * between / (n * m)
-
-
-class _FourKernels(torch.autograd.Function):
-    """Sum of Gaussian kernels of four widths, and its derivative by the squared distances, formed together."""
-
-    @staticmethod
-    def forward(ctx: Any, distances: Tensor, width: Tensor) -> Tensor:
-        kernel = torch.exp(distances / -width)
-        total, slope = kernel.clone(), kernel.clone()
-        for power in (2, 4, 8):
-            kernel.square_()  # the kernel of half the squared width
-            total.add_(kernel)
-            slope.add_(kernel, alpha=power)
-        ctx.save_for_backward(slope.div_(-width))
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (slope,) = ctx.saved_tensors
-        return gradient * slope, None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyromosaic.data import Minibatch
+from pyromosaic.penalties.kernels import kernel_alignment
 from pyromosaic.penalties.penalty import Penalty
 from pyromosaic.posterior import Posterior
 
@@ -58,71 +59,3 @@ class Geometry(Penalty):
             for name, q in posteriors.items()
         ]
         return -torch.stack(likenesses).sum()
-
-
-def squared_distances(x: Tensor) -> Tensor:
-    """Squared Euclidean distances between the rows of (n, d), shape (n, n)."""
-    squares = x.square().sum(-1)
-    distances = (squares.unsqueeze(-1) + squares - 2 * x @ x.T).clamp_min(0.0)
-    return distances * (1 - torch.eye(len(x), dtype=x.dtype, device=x.device))
-
-
-def row_cosine(x: Tensor, z: Tensor, ceiling: float = 0.975) -> Tensor:
-    """Mean cosine of the rows of two Gaussian kernels, each at most `ceiling` (scMODAL; Wang et al. 2025).
-
-    The squared widths are the numbers of columns. In many standardised dimensions, all distances are about equal and
-    every row is above the ceiling, whatever z is. Then the term only prevents collapse. See `kernel_alignment`.
-
-    Parameters
-    ----------
-    x, z
-        Two representations of the same cells, shapes (n, p) and (n, q).
-    ceiling
-        Largest cosine of a row; no gradient flows through rows above it.
-
-    Returns
-    -------
-    Tensor
-        A scalar, from 0 to `ceiling`.
-    """
-    a, b = (torch.exp(-squared_distances(values) / (2 * values.shape[-1])) for values in (x, z))
-    return torch.nn.functional.cosine_similarity(a, b, dim=-1).clamp_max(ceiling).mean()
-
-
-def kernel_alignment(x: Tensor, z: Tensor) -> Tensor:
-    """Correlation of two Gaussian kernels over pairs of different cells, centred for every cell.
-
-    The squared widths are the mean squared distance, through which no gradient flows. The value is 0 on average for
-    unrelated representations, and 1 for representations that are equal up to scale, rotation and shift. It is 0 with
-    fewer than four cells.
-
-    Parameters
-    ----------
-    x, z
-        Two representations of the same cells, shapes (n, p) and (n, q).
-
-    Returns
-    -------
-    Tensor
-        A scalar, at most 1.
-
-    References
-    ----------
-    Song et al., Feature selection via dependence maximization, JMLR 2012 (the unbiased estimate); Cortes et al.,
-    Algorithms for learning kernels based on centered alignment, JMLR 2012.
-    """
-    if len(x) < 4:
-        return z.new_zeros(())
-    a, b = _centred_pairs(x), _centred_pairs(z)
-    return (a * b).sum() / (a.square().sum() * b.square().sum()).clamp_min(1e-24).sqrt()  # they may have collapsed
-
-
-def _centred_pairs(x: Tensor) -> Tensor:
-    """Gaussian kernel of pairs of different cells, diagonal and row sums zero (U-centring)."""
-    n = len(x)
-    distances = squared_distances(x)
-    width = distances.detach().sum() / (n * (n - 1))
-    others = 1 - torch.eye(n, dtype=x.dtype, device=x.device)
-    kernel = torch.exp(-distances / width.clamp_min(1e-12)) * others
-    rows = kernel.sum(-1) / (n - 2)
-    return (kernel - rows - rows.unsqueeze(-1) + kernel.sum() / ((n - 1) * (n - 2))) * others

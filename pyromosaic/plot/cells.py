@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from pyromosaic.metrics import imputation_spearman
+from pyromosaic.metrics._checks import aligned
 
 if TYPE_CHECKING:
     pass
@@ -159,6 +160,7 @@ def imputation(
     ('antibodies', 'Spearman 1.00')
     """
     ax = axes_of(ax)
+    truth, imputed = aligned(("truth", "imputed"), truth, imputed)
     spearman = imputation_spearman(truth, imputed)
     x, y = np.ravel(truth.toarray() if hasattr(truth, "toarray") else truth), np.ravel(imputed)
     low, high = min(x.min(), y.min()), max(x.max(), y.max())

@@ -14,6 +14,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from pyromosaic.data import Modality, ModalitySchema, Mosaic
+from pyromosaic.data.tables import word
 from pyromosaic.data.traits import EffectScale
 
 Scale = EffectScale
@@ -245,8 +246,8 @@ def contrasts(
     groupby: str | None = None,
     group1: object = None,
     group2: object = None,
-    cells1: Sequence[str] | np.ndarray | pd.Index | None = None,
-    cells2: Sequence[str] | np.ndarray | pd.Index | None = None,
+    cells1: Sequence[str] | np.ndarray | pd.Index | pd.Series | None = None,
+    cells2: Sequence[str] | np.ndarray | pd.Index | pd.Series | None = None,
 ) -> list[Contrast]:
     """The groups to compare, by a column of `obs` or by their cells.
 
@@ -290,15 +291,14 @@ def contrasts(
     else:
         if cells2 is not None or (group1 is None and group2 is not None):
             raise ValueError("a second group needs a first one: group2 goes with group1, cells2 with cells1")
-        column = mosaic.column(str(groupby))
-        known = column.notna().to_numpy()
-        words = column.where(column.isna(), column.astype(str)).to_numpy()
+        column = mosaic.words(str(groupby))
+        known, words = column.notna().to_numpy(), column.to_numpy()
         values = sorted(set(words[known]))
         for group in (group1, group2):
-            if group is not None and str(group) not in values:
+            if group is not None and word(group) not in values:
                 raise ValueError(f"column {groupby!r} has no value {group!r}; it has {', '.join(map(repr, values))}")
-        names = values if group1 is None else [str(group1)]
-        other = "rest" if group2 is None else str(group2)
+        names = values if group1 is None else [word(group1)]
+        other = "rest" if group2 is None else word(group2)
         chosen = [
             Contrast(
                 name,

@@ -9,13 +9,14 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyromosaic.data import Minibatch, ModalitySchema, Mosaic, to_predict
+from pyromosaic.data.tables import find
 
 #: Cells by names, numbers or a mask; None for all.
-Cells = Sequence[str] | np.ndarray | pd.Index | None
+Cells = Sequence[str] | np.ndarray | pd.Index | pd.Series | None
 
 
 def columns_of(name: str, schema: ModalitySchema, features: Sequence[str] | None) -> np.ndarray:
-    """Numbers of a modality's features, given by names; None for all.
+    """Numbers of a modality's features, given by names or a mask; None for all.
 
     Raises
     ------
@@ -29,13 +30,9 @@ def columns_of(name: str, schema: ModalitySchema, features: Sequence[str] | None
     >>> columns_of("rna", schema, ["rna_3", "rna_1"])
     array([3, 1])
     """
-    known = pd.Index(schema.features)
     if features is None:
-        return np.arange(len(known))
-    columns = known.get_indexer(pd.Index(features))
-    if (columns < 0).any():
-        raise ValueError(f"modality {name!r} has no feature {str(np.asarray(features)[columns < 0][0])!r}")
-    return columns.astype(np.int64)
+        return np.arange(schema.n_features)
+    return find(pd.Index(schema.features), features, "feature", f"modality {name!r}", numbers=False)
 
 
 def portions(index: np.ndarray, size: int = 1024) -> Iterator[np.ndarray]:
@@ -91,7 +88,7 @@ class Question:
     cells: Cells = None
     features: Sequence[str] | None = None
     encode: Sequence[str] | None = None
-    batch: str | None = None
+    batch: object = None
     library: float | None = None
     n_samples: int | None = None
     weights: bool = False
@@ -99,6 +96,10 @@ class Question:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.encode, str):
+            object.__setattr__(self, "encode", (self.encode,))
+        if self.encode is not None and len(self.encode) == 0:
+            raise ValueError("there is no modality to infer from; give one at least, or None for all that a cell has")
         if self.n_samples is not None and self.n_samples < 1:
             raise ValueError(f"n_samples is at least 1; found {self.n_samples}")
 

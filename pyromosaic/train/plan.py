@@ -150,7 +150,7 @@ class Plan(lightning.LightningModule):
         terms, latent = self.elbo.terms, self.elbo.latent
         n = len(minibatch)
         share = n / minibatch.n_cells  # each term stands for n_cells cells
-        values = [term * (share / latent.get(name, 1.0)) for name, term in terms.items()]
+        values = [term * (share / (latent.get(name) or 1.0)) for name, term in terms.items()]  # 0 stays 0
         # Modalities, and so sites, may be missing from a minibatch.
         sums, key = self._sums.setdefault(part, {}), (*terms, "objective")
         sums[key] = sums.get(key, 0.0) + torch.stack([*values, loss * n])

@@ -188,6 +188,10 @@ def test_dispersion_is_checked():
     for spec, message in [
         ({"likelihood": "nb", "dispersion": "cell"}, "found 'cell'"),
         ({"likelihood": "bernoulli", "dispersion": "gene-batch", "batch_key": "b"}, "'bernoulli' has no inverse"),
+        (
+            {"likelihood": "multinomial", "dispersion": "gene-batch", "batch_key": "b"},
+            "'multinomial' has no inverse dispersion to be 'gene-batch'",
+        ),
         ({"likelihood": "nb", "dispersion": "gene-batch"}, "takes a batch_key"),
         ({"likelihood": "nb", "dispersion": "gene-label"}, "takes a label_key"),
     ]:

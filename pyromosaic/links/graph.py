@@ -17,7 +17,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from pyromosaic.data import Mosaic, Schema
-from pyromosaic.linkage import Linkage, links_by_overlap
+from pyromosaic.data.tables import in_order
+from pyromosaic.links.pairs import Links, check_strength, links_by_overlap, links_from_table
 
 FEW = 20  # linked features of a modality below which its graph is thin
 
@@ -77,18 +78,13 @@ class GuidanceGraph:
         if edges.ndim != 2 or len(edges) != 2 or edges.shape[1] != len(weight) or weight.shape != sign.shape:
             raise ValueError(
                 f"a graph needs two nodes, one weight and one sign per edge; found shapes {edges.shape}, "
-                f"{weight.shape} "
-                f"and {sign.shape}"
+                f"{weight.shape} and {sign.shape}"
             )
         if edges.size and (edges.dtype.kind not in "iu" or edges.min() < 0 or edges.max() >= n):
             raise ValueError(
                 f"nodes must be integers from 0 to {n - 1}, one per feature; found {edges.min()} to {edges.max()}"
             )
-        if not ((weight > 0) & (weight <= 1)).all():
-            wrong = weight[~((weight > 0) & (weight <= 1))][0]
-            raise ValueError(f"the weight of an edge must lie in (0, 1]; found {wrong:g}")
-        if not np.isin(sign, (-1, 1)).all():
-            raise ValueError(f"the sign of an edge must be 1 or -1; found {sign[~np.isin(sign, (-1, 1))][0]:g}")
+        check_strength(weight, sign)
         edges = np.sort(edges.astype(np.int64), axis=0)
         table = pd.DataFrame({"i": edges[0], "j": edges[1], "weight": weight, "sign": sign})
         table = table[table["i"] != table["j"]]
@@ -212,7 +208,7 @@ class GuidanceGraph:
         --------
         >>> import pandas as pd
         >>> from pyromosaic import Mosaic, pbmc_mosaic, protein_gene_links
-        >>> from pyromosaic.guidance import GuidanceGraph
+        >>> from pyromosaic.links import GuidanceGraph
         >>> mosaic = Mosaic.from_mudata(pbmc_mosaic())
         >>> table = protein_gene_links().rename(columns={"gene": "rna", "protein": "adt"})
         >>> GuidanceGraph.from_table(mosaic, table, drop_absent=True)
@@ -268,7 +264,7 @@ class GuidanceGraph:
         --------
         >>> import warnings
         >>> from pyromosaic import Mosaic, pbmc_mosaic
-        >>> from pyromosaic.guidance import GuidanceGraph
+        >>> from pyromosaic.links import GuidanceGraph
         >>> mosaic = Mosaic.from_mudata(pbmc_mosaic())
         >>> edges = [(("rna", "CD8A"), ("adt", "cd8")), (("rna", "CD8A"), ("adt", "cd4.1"))]
         >>> with warnings.catch_warnings(action="ignore"):  # these are few
@@ -363,7 +359,7 @@ class GuidanceGraph:
         a, b
             The modalities of the rows and columns of the matrix, in their order of features.
         matrix
-            Dense or sparse, features of `a` × features of `b`.
+            Dense or sparse, features of `a` × features of `b`; a table is matched by its names.
         weighted
             Whether the absolute values are weights; if not, all weights are 1.
 
@@ -373,6 +369,10 @@ class GuidanceGraph:
             If the shape does not fit.
         """
         features = _features(data)
+        if isinstance(matrix, pd.DataFrame):
+            rows = in_order(matrix.index, pd.Index(features[a]), "the matrix of links", f"modality {a!r}")
+            columns = in_order(matrix.columns, pd.Index(features[b]), "the matrix of links", f"modality {b!r}")
+            matrix = matrix.to_numpy()[np.ix_(rows, columns)]
         entries = coo_array(matrix)
         if entries.shape != (len(features[a]), len(features[b])):
             raise ValueError(
@@ -387,7 +387,7 @@ class GuidanceGraph:
         return cls(features, edges, np.abs(values) if weighted else np.ones(len(values)), np.sign(values))
 
     @classmethod
-    def from_linkage(cls, data: Mosaic | Schema, linkage: Linkage, level: float = 0.05) -> "GuidanceGraph":
+    def from_linkage(cls, data: Mosaic | Schema, linkage: Any, level: float = 0.05) -> "GuidanceGraph":
         """Link the features of two modalities that correlate beyond chance over cells matched without known links.
 
         Parameters
@@ -395,7 +395,7 @@ class GuidanceGraph:
         data
             The registered data, or their schema.
         linkage
-            Result of `pyromosaic.linkage.cca`.
+            The `pyromosaic.linkage.Linkage` that `cca` found.
         level
             See `pyromosaic.linkage.Linkage.feature_links`; the weight of an edge is the absolute correlation.
         """
@@ -427,8 +427,8 @@ class GuidanceGraph:
         Parameters
         ----------
         graph
-            A `GuidanceGraph`, a table for `from_table`, the result of `to_json`, a `torch_geometric.data.Data`, or None
-            for `from_names`.
+            A `GuidanceGraph`, `Links`, a table for `from_table`, what `to_json` gave, a `torch_geometric.data.Data`, or
+            None for `from_names`.
         data
             The registered data, or their schema.
 
@@ -439,8 +439,8 @@ class GuidanceGraph:
         """
         if graph is None:
             return cls.from_names(data)
-        if isinstance(graph, pd.DataFrame):
-            return cls.from_table(data, graph)
+        if isinstance(graph, pd.DataFrame | Links):
+            return cls.from_table(data, graph.pairs if isinstance(graph, Links) else graph)
         if isinstance(graph, Mapping):
             edges = np.array(graph["edges"], dtype=np.int64).reshape(2, -1)
             with warnings.catch_warnings(action="ignore"):  # the user was warned when the graph was made
@@ -449,14 +449,21 @@ class GuidanceGraph:
             return cls.from_data(data, graph)
         if not isinstance(graph, cls):
             raise ValueError(
-                f"found a graph of type {type(graph).__name__}; accepted: GuidanceGraph, pandas.DataFrame, "
-                "torch_geometric.data.Data, or None for equal names"
+                f"found a graph of type {type(graph).__name__}; accepted: GuidanceGraph, Links, "
+                "pandas.DataFrame, torch_geometric.data.Data, or None for equal names"
             )
         if graph.features != _features(data):
             raise ValueError(
                 "the guidance graph was made for other features; build it from the data that you give to the model"
             )
         return graph
+
+
+def links_of(links: pd.DataFrame | Links | GuidanceGraph, mosaic: Mosaic, modalities: tuple[str, str]) -> Links:
+    """The links of two modalities in whatever form they are given; raises as `links_from_table` does."""
+    if isinstance(links, Links):
+        return links
+    return links_from_table(mosaic, modalities, links if isinstance(links, pd.DataFrame) else links.links(*modalities))
 
 
 def _features(data: Mosaic | Schema) -> dict[str, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""Linked features: which features of two modalities carry information about each other."""
+"""Links of two modalities: from a table, by name, or by where features lie on the genome."""
 
 import re
 from dataclasses import dataclass
@@ -92,12 +92,7 @@ def links_from_table(mosaic: Mosaic, modalities: tuple[str, str], table: pd.Data
     pairs = pd.DataFrame({m: table[c].astype(str).to_numpy() for m, c in zip(modalities, columns, strict=True)})
     for name in ("weight", "sign"):
         pairs[name] = table[name].to_numpy(dtype=float) if name in table else 1.0
-    for name, fits, accepted in (
-        ("weight", pairs["weight"].between(0, 1, inclusive="right"), "above 0 and up to 1"),
-        ("sign", pairs["sign"].isin([-1, 1]), "1 or -1"),
-    ):
-        if not fits.all():
-            raise ValueError(f"the {name} of a link must be {accepted}; found {pairs[name][~fits].iloc[0]:g}")
+    check_strength(pairs["weight"].to_numpy(), pairs["sign"].to_numpy())
     pairs = pairs.drop_duplicates(list(modalities))
     complete = pairs[modalities[0]].isin(features[0]) & pairs[modalities[1]].isin(features[1])
     if not complete.any():
@@ -106,6 +101,26 @@ def links_from_table(mosaic: Mosaic, modalities: tuple[str, str], table: pd.Data
             f"{len(features[0])} of {modalities[0]!r} and the {len(features[1])} of {modalities[1]!r}"
         )
     return Links(pairs[complete].reset_index(drop=True), int((~complete).sum()))
+
+
+def check_strength(weight: np.ndarray, sign: np.ndarray) -> None:
+    """See that weights and signs of links are in range.
+
+    Raises
+    ------
+    ValueError
+        With the first that is not.
+
+    Examples
+    --------
+    >>> check_strength(np.array([0.5, 1.0]), np.array([1, -1]))
+    """
+    for name, values, fits, accepted in (
+        ("weight", weight, (weight > 0) & (weight <= 1), "above 0 and up to 1"),
+        ("sign", sign, np.isin(sign, (-1, 1)), "1 or -1"),
+    ):
+        if not fits.all():
+            raise ValueError(f"the {name} of a link is {accepted}; found {values[~fits][0]:g}")
 
 
 def links_by_name(mosaic: Mosaic, modalities: tuple[str, str]) -> Links:
