@@ -15,7 +15,7 @@ from pyromosaic import ContrastiveVI, DiagVI, ModalitySpec, Mosaic, MultiVI, ScM
 from pyromosaic.data.matrix import Matrix
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:the shared latent space explains only"),  # of models that are hardly trained
+    pytest.mark.filterwarnings("ignore:the shared latent space carries only"),  # of models that are hardly trained
     pytest.mark.filterwarnings("ignore:the guidance graph has few links"),
 ]
 

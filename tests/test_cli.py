@@ -254,7 +254,7 @@ def test_modalities_whose_names_say_nothing_or_are_taken(folder, no_training, da
         mudata.MuData({"rna": data["rna"], "rna_imputed": data["adt"]}).write("data.h5mu")
     outcome = integrate("--likelihood", "rna_imputed=nb")
     assert outcome.exit_code == 2
-    assert "has a modality 'rna_imputed' already" in outcome.stderr
+    assert "already has a modality 'rna_imputed'" in outcome.stderr
 
 
 def test_hiding_needs_something_to_impute_from(folder, no_training, data):

@@ -583,8 +583,8 @@ def test_what_is_learnt_does_not_depend_on_order_or_hidden_columns(data):
 def test_bad_input_is_refused_in_one_sentence(mosaic, graph, data):
     cases = [
         ({"prior": "student"}, 'prior must be "normal", "mixture" or a module; found \'student\''),
-        ({"lam_sinkhorn": -1.0}, "a penalty's weight is at least 0; found -1"),
-        ({"lam_graph": -1.0}, "lam_graph is at least 0; found -1"),
+        ({"lam_sinkhorn": -1.0}, "the weight of a penalty must be at least 0; found -1"),
+        ({"lam_graph": -1.0}, "lam_graph must be at least 0; found -1"),
         ({"n_private": -1}, "n_private at least 0; found 4 and -1"),
         ({"blur": -1.0}, "blur is above 0, or None; found -1"),
     ]

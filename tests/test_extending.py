@@ -377,8 +377,8 @@ class Vector(Moments):
         ({"likelihood": Beta}, r"site 'rna' of the model, Beta of shape \(\d+, 30\), accepts Interval.*is \d"),
         ({"likelihood": OneShort}, r"site rna dim -1, 30 vs 29"),
         ({"likelihood": WrongHead}, r"the model fails after site .*: KeyError: 'scale'"),
-        ({"penalties": [Moments(), Moments()]}, "site 'penalty/moments' of the guide is there twice"),
-        ({"penalties": [Vector()]}, r"site 'penalty/moments' of the guide is to be a scalar; found shape \(3,\)"),
+        ({"penalties": [Moments(), Moments()]}, "site 'penalty/moments' of the guide occurs twice"),
+        ({"penalties": [Vector()]}, r"site 'penalty/moments' of the guide must be a scalar; found shape \(3,\)"),
     ],
 )
 def test_a_wrong_extension_is_refused_by_its_site_before_training(name, options, message, data):

@@ -142,8 +142,8 @@ def test_bad_graphs_are_refused_in_one_sentence(mosaic):
             "a column for each of at least 2 modalities, out of 'rna', 'adt'; found the columns 'gene', 'adt'",
         ),
         (lambda: GuidanceGraph.from_edges(mosaic, link, weight=1.5), r"above 0 and up to 1; found 1.5"),
-        (lambda: GuidanceGraph.from_edges(mosaic, link, weight=0.0), r"lies in \(0, 1\]; found 0"),
-        (lambda: GuidanceGraph.from_edges(mosaic, link, weight=np.nan), r"lies in \(0, 1\]; found nan"),
+        (lambda: GuidanceGraph.from_edges(mosaic, link, weight=0.0), "above 0 and up to 1; found 0"),
+        (lambda: GuidanceGraph.from_edges(mosaic, link, weight=np.nan), "above 0 and up to 1; found nan"),
         (lambda: GuidanceGraph.from_edges(mosaic, link, sign=0), "is 1 or -1; found 0"),
         (lambda: GuidanceGraph.from_edges(mosaic, link * 2, sign=[1, -1]), "'A' and 'a' is given with both signs"),
         (
@@ -156,11 +156,11 @@ def test_bad_graphs_are_refused_in_one_sentence(mosaic):
         ),
         (
             lambda: GuidanceGraph.from_data(mosaic, data(edge_index=torch.tensor([[0], [7]]), num_nodes=7)),
-            "numbers from 0 to 6, one a feature; found 0 to 7",
+            "integers from 0 to 6, one per feature; found 0 to 7",
         ),
         (
             lambda: GuidanceGraph.from_data(mosaic, data(edge_index=torch.tensor([[0], [-1]]), num_nodes=7)),
-            "numbers from 0 to 6, one a feature; found -1",
+            "integers from 0 to 6, one per feature; found -1",
         ),
         (
             lambda: GuidanceGraph.from_data(

@@ -183,7 +183,7 @@ def test_options_of_earlier_versions_are_refused_by_their_new_name(mosaic):
             kind(mosaic, links, **{old: 2})
 
 
-@pytest.mark.filterwarnings("ignore:the shared latent space explains only")
+@pytest.mark.filterwarnings("ignore:the shared latent space carries only")
 @pytest.mark.parametrize("kind", [MultiVI, DiagVI, ScModal])
 def test_the_history_counts_private_divergences_once(kind, mosaic):
     links = pd.DataFrame({"rna": ["rna_0", "rna_1"], "adt": ["adt_0", "adt_1"]})

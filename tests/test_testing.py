@@ -21,7 +21,7 @@ from pyromosaic.testing import QUESTIONS, ModelError, check_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the guidance graph has few links"),
-    pytest.mark.filterwarnings("ignore:the shared latent space explains only"),  # after two epochs
+    pytest.mark.filterwarnings("ignore:the shared latent space carries only"),  # after two epochs
 ]
 LINKS = pd.DataFrame({"rna": [f"rna_{i}" for i in range(6)], "adt": [f"adt_{i}" for i in range(6)]})
 SMALL = {"n_latent": 3, "n_hidden": 16}
