@@ -586,7 +586,7 @@ def test_bad_input_is_refused_in_one_sentence(mosaic, graph, data):
         ({"lam_sinkhorn": -1.0}, "the weight of a penalty must be at least 0; found -1"),
         ({"lam_graph": -1.0}, "lam_graph must be at least 0; found -1"),
         ({"n_private": -1}, "n_private at least 0; found 4 and -1"),
-        ({"blur": -1.0}, "blur is above 0, or None; found -1"),
+        ({"blur": -1.0}, "blur must be above 0, or None; found -1"),
     ]
     for options, sentence in cases:
         with pytest.raises(ValueError, match=sentence):

@@ -724,7 +724,7 @@ def test_bad_input_is_answered_in_one_sentence(mosaic, graph, data):
             small(mosaic, graph, **wrong)
     with pytest.raises(ValueError, match="refresh_every must be a number of epochs"):
         small(mosaic, graph, refresh_every=-1)
-    with pytest.raises(ValueError, match="linkage is"):
+    with pytest.raises(ValueError, match="linkage must be"):
         small(mosaic, graph, linkage="labels")
     with pytest.raises(ValueError, match="weights must be at least 0"):
         small(mosaic, graph, lam_data=-1.0)
