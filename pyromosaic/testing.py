@@ -15,7 +15,7 @@ from pyro import poutine
 
 from pyromosaic import checks
 from pyromosaic.data import Mosaic, to_predict
-from pyromosaic.data.tables import look_up
+from pyromosaic.data.tables import look_up, readings
 from pyromosaic.models import MosaicModel
 from pyromosaic.tasks import Estimate, inference_mode
 
@@ -450,7 +450,7 @@ def _tables(mosaic: Mosaic, batch: str | None = None) -> dict[str, anndata.AnnDa
             continue
         names, spec = mosaic.obs_names[cells], modality.spec
         keys = dict.fromkeys(str(k) for table in mosaic.tables for k in table.obs if ":" not in str(k))
-        obs = pd.DataFrame({key: look_up(mosaic.tables, key, names, name) for key in keys}, index=names)
+        obs = pd.DataFrame({key: look_up(readings(mosaic.tables, key, names), name) for key in keys}, index=names)
         if batch is not None and spec.batch_key is not None:
             obs[spec.batch_key] = batch
         values = modality.read(cells)
