@@ -1,8 +1,8 @@
 """Priors of the latent variable: callables from a minibatch to a distribution.
 
-Any `torch.nn.Module` whose call returns a distribution with batch shape (B, 1) or () and event shape (latent,) can
-take their place. It may draw what the distribution depends on by `pyro.sample` (inside the plate of cells), and have
-global latent variables, see `pyromosaic.program.Program`.
+You can use any `torch.nn.Module` whose call returns a distribution with batch shape (B, 1) or () and event shape
+(latent,). It may draw variables by `pyro.sample` (inside the plate of cells), and have global latent variables, see
+`pyromosaic.program.Program`.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ class StandardNormal(nn.Module):
     Parameters
     ----------
     n_latent
-        Width of the latent space.
+        Dimension of the latent space.
 
     Examples
     --------
@@ -46,14 +46,14 @@ class StandardNormal(nn.Module):
 
 
 class StudentT(nn.Module):
-    """Independent Student's t in every latent dimension: cells far from the rest cost less than under a normal.
+    """Independent Student's t in every latent dimension; outlying cells cost less than under a normal.
 
     Parameters
     ----------
     n_latent
-        Width of the latent space.
+        Dimension of the latent space.
     df
-        Degrees of freedom; the fewer, the heavier the tails.
+        Degrees of freedom; smaller values give heavier tails.
 
     Examples
     --------
@@ -80,15 +80,15 @@ class StudentT(nn.Module):
 
 
 class ARD(nn.Module):
-    """Automatic relevance determination: ``Normal(0, scale_k)`` in latent dimension k, its scale learnt.
+    """Automatic relevance determination: ``Normal(0, scale_k)`` in latent dimension k, with a learnt scale.
 
-    A dimension that the data do not need ends with a scale near 0, provided that what decodes it cannot make up for a
-    small scale by large weights (`pyromosaic.nn.unit_columns`).
+    A dimension that the data do not need ends with a scale near 0, provided that the decoder cannot compensate a small
+    scale by large weights (`pyromosaic.nn.unit_columns`).
 
     Parameters
     ----------
     n_latent
-        Width of the latent space, an upper bound of what is needed.
+        Dimension of the latent space, an upper bound on the number of needed dimensions.
 
     References
     ----------
@@ -113,15 +113,15 @@ class ARD(nn.Module):
 
 
 class GaussianMixture(nn.Module):
-    """Mixture of diagonal normals, ``sum_l pi_l Normal(m_l, diag(s_l^2))``, its parameters learnt (DiagVI).
+    """Mixture of diagonal normals, ``sum_l pi_l Normal(m_l, diag(s_l^2))``, with learnt parameters (DiagVI).
 
-    With labels there is a component a label. A cell whose label is known belongs to its component all but surely; a
-    cell without a label may belong to any, so partly labelled data are the normal case.
+    With labels, there is one component per label. A cell with a known label belongs almost certainly to the component
+    of the label; a cell without a label may belong to any component. Therefore data may be partly labelled.
 
     Parameters
     ----------
     n_latent
-        Width of the latent space.
+        Dimension of the latent space.
     n_components
         Number of components, if there are no labels.
     labels
@@ -163,15 +163,15 @@ class GaussianMixture(nn.Module):
 class VampPrior(nn.Module):
     """Mixture of the posteriors of pseudo-cells, whose measurements are learnt.
 
-    ``p(z) = sum_k pi_k q(z | u_k)``, with the encoder that infers z from one modality: the prior is where posteriors
-    are. It is made from the encoder of a model that is there, and takes the place of that model's prior.
+    ``p(z) = sum_k pi_k q(z | u_k)``, with the encoder that infers z from one modality. The prior therefore lies where
+    the posteriors are. Make it from the encoder of an existing model, and replace the prior of that model by it.
 
     Parameters
     ----------
     encoder
-        A modality's, ``model.guide.modalities["rna"].encoder`` say.
+        Encoder of a modality, e.g. ``model.guide.modalities["rna"].encoder``.
     n_latent
-        Width of the latent space.
+        Dimension of the latent space.
     n_components
         Number of pseudo-cells.
 

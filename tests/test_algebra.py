@@ -16,7 +16,7 @@ from pyromosaic.measurement import encoded
 from pyromosaic.penalties import MMD, Adversary, Classifier, Jeffreys, MeanDistance, Sinkhorn
 from pyromosaic.train import MosaicELBO
 
-pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph is thin")
+pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph has few links")
 ALONE = {"jeffreys": 0.0, "mmd": 0.0, "left_out": 0.0}
 SIZE = {"n_latent": 4, "n_hidden": 16}
 

@@ -16,7 +16,7 @@ from pyromosaic.data.matrix import Matrix
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the shared latent space explains only"),  # of models that are hardly trained
-    pytest.mark.filterwarnings("ignore:the guidance graph is thin"),
+    pytest.mark.filterwarnings("ignore:the guidance graph has few links"),
 ]
 
 # A model whose posterior is known: x ~ Normal(W z + b, sigma), z ~ Normal(0, I), W with orthogonal columns
@@ -136,7 +136,7 @@ def test_ranks_of_counts_are_randomised():
     halves = pd.Series(np.where(np.arange(4000) < 1000, "a", "b"), name="half")
     by = ranks.coverage((0.9,), by=halves)
     assert list(by["n"]) == [1000, 3000] and by.index.names == ["variable", "half", "level"]
-    with pytest.raises(ValueError, match="levels lie between 0 and 1"):
+    with pytest.raises(ValueError, match="levels must lie between 0 and 1"):
         ranks.coverage((90,))
 
 
@@ -237,7 +237,7 @@ def test_statistics_are_those_of_the_data(counts):
     assert_allclose(found, expected, atol=1e-5)
     table = check.table
     assert (table["lower"] <= table["upper"]).all() and table["p_value"].between(1 / 6, 1).all()
-    with pytest.raises(ValueError, match="links have no pair of features"):
+    with pytest.raises(ValueError, match="no pair in links has both features"):
         checks.predictive_check(model, links=links[2:])
 
 
@@ -343,9 +343,9 @@ def test_points_have_no_posterior_to_check():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: checks.predictive_check(m, n_samples=0), "n_samples is at least 1"),
-        (lambda m: checks.held_out_log_likelihood(m, n_samples=0), "n_samples is at least 1"),
-        (lambda m: checks.simulation_based_calibration(m, of="size"), 'ranked is "latent", "mean" or "effect"'),
+        (lambda m: checks.predictive_check(m, n_samples=0), "n_samples must be at least 1"),
+        (lambda m: checks.held_out_log_likelihood(m, n_samples=0), "n_samples must be at least 1"),
+        (lambda m: checks.simulation_based_calibration(m, of="size"), 'of must be "latent", "mean" or "effect"'),
         (lambda m: checks.predictive_check(m, [0]), "in 1 of the cells"),
     ],
 )

@@ -24,7 +24,7 @@ from pyromosaic.penalties import Penalty
 from pyromosaic.priors import StudentT, VampPrior
 from pyromosaic.program import SiteError, check
 
-pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph is thin")
+pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph has few links")
 LINKS = pd.DataFrame({"rna": [f"rna_{i}" for i in range(6)], "adt": [f"adt_{i}" for i in range(6)]})
 MODELS = ("MultiVI", "DiagVI", "ContrastiveVI", "ScModal")
 
@@ -263,7 +263,7 @@ def test_a_likelihood_of_the_users_own_is_learnt_and_saved(methylation, tmp_path
     model.save(tmp_path)
     again = MultiVI.load(tmp_path, mdata, BetaBinomial=BetaBinomial)
     pd.testing.assert_frame_equal(again.get_normalized_expression("meth"), found)
-    with pytest.raises(ValueError, match="give BetaBinomial again"):
+    with pytest.raises(ValueError, match="pass BetaBinomial=<object> to load"):
         MultiVI.load(tmp_path)
 
 

@@ -9,7 +9,7 @@ import torch
 from pyromosaic import DiagVI, ModalitySpec, Mosaic, linkage, pbmc_mosaic, protein_gene_links
 from pyromosaic.guidance import GuidanceGraph, shared_scores
 
-pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph is thin")
+pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph has few links")
 
 
 def make(**features) -> Mosaic:
@@ -172,7 +172,7 @@ def test_bad_graphs_are_refused_in_one_sentence(mosaic):
                     num_nodes=7,
                 ),
             ),
-            "do not number its nodes",
+            "do not match its nodes",
         ),
         (lambda: GuidanceGraph.from_data(mosaic, data(num_nodes=7)), "found none"),
         (lambda: GuidanceGraph.from_matrix(mosaic, "rna", "adt", np.ones((3, 4))), "accepted: 4 features of 'rna' × 3"),
@@ -195,7 +195,7 @@ def test_a_thin_graph_is_warned_about_with_counts():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         GuidanceGraph.from_names(mosaic)
-    with pytest.warns(UserWarning, match="thin: it links 3 of 40 rna features, 3 of 30 adt features"):
+    with pytest.warns(UserWarning, match="few links: it links 3 of 40 rna features, 3 of 30 adt features"):
         GuidanceGraph.from_table(mosaic, pd.DataFrame({"rna": names[:3], "adt": names[:3]}))
 
 

@@ -19,7 +19,7 @@ from pyromosaic.penalties import MMD, Geometry, Jeffreys, Penalty
 from pyromosaic.priors import ARD, GaussianMixture
 from pyromosaic.program import Program
 
-pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph is thin")
+pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph has few links")
 SMALL = {"n_latent": 3, "n_hidden": 8}
 QUIET = {"progress_bar": False}
 
@@ -179,7 +179,7 @@ def test_options_of_earlier_versions_are_refused_by_their_new_name(mosaic):
         (DiagVI, "lam_private", "private_kl"),
         (ScModal, "n_layers", "n_encoder_layers"),
     ):
-        with pytest.raises(TypeError, match=f"{kind.__name__} calls the option '{old}' '{new}' now"):
+        with pytest.raises(TypeError, match=f"the option '{old}' of {kind.__name__} was renamed; use '{new}'"):
             kind(mosaic, links, **{old: 2})
 
 
@@ -248,7 +248,7 @@ def test_latent_sizes_mean_the_same_in_all_models(mosaic):
             nodes = pyro.poutine.trace(model.guide).get_trace(minibatch).nodes
             sites.append([name for name in nodes if name.endswith("_library")])
     assert sites == [["rna_library"]] * 2 + [["rna_library", "adt_library"]] * 2
-    with pytest.raises(ValueError, match='library is "observed" or "latent"; found \'known\''):
+    with pytest.raises(ValueError, match='library must be "observed" or "latent"; found \'known\''):
         MultiVI(mosaic, library={"rna": "known"})
     with pytest.raises(KeyError, match="there is no modality 'atac'"):
         MultiVI(mosaic, library={"atac": "latent"})
@@ -296,7 +296,7 @@ def test_a_program_without_parts_trains_and_says_what_it_cannot_answer(data, tmp
     assert model.get_latent_representation().shape == (mosaic.n_cells, 2)
     assert np.isfinite(model.get_imputed_values("rna", n_samples=3).mean.to_numpy()).all()
     assert model.posterior_predictive_sample("rna", n_samples=2).shape == (2, mosaic.n_cells, 20)
-    with pytest.raises(ValueError, match="the program has no likelihood of modality 'rna' to ask"):
+    with pytest.raises(ValueError, match="the program has no likelihood for modality 'rna'"):
         model.get_normalized_expression("rna")
     model.save(tmp_path / "bare")
     pd.testing.assert_frame_equal(

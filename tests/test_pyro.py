@@ -19,7 +19,7 @@ from pyromosaic.likelihoods import NB
 from pyromosaic.priors import GaussianMixture
 from pyromosaic.train import MosaicELBO
 
-pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph is thin")
+pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph has few links")
 LINKS = pd.DataFrame({"rna": [f"rna_{i}" for i in range(6)], "adt": [f"adt_{i}" for i in range(6)]})
 MODELS = ("MultiVI", "DiagVI", "ContrastiveVI", "ScModal")
 
@@ -239,7 +239,7 @@ def test_posterior_of_global_variables_is_returned_saved_and_loaded(data, automa
         model.save(tmp_path)
         again = MultiVI.load(tmp_path, Scaled=Scaled)
         pd.testing.assert_frame_equal(again.get_global_posterior(20), model.get_global_posterior(20))
-        with pytest.raises(ValueError, match="give Scaled again"):
+        with pytest.raises(ValueError, match="pass Scaled=<object> to load"):
             MultiVI.load(tmp_path)
 
 

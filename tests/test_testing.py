@@ -20,7 +20,7 @@ from pyromosaic.program import Program
 from pyromosaic.testing import QUESTIONS, ModelError, check_model
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:the guidance graph is thin"),
+    pytest.mark.filterwarnings("ignore:the guidance graph has few links"),
     pytest.mark.filterwarnings("ignore:the shared latent space explains only"),  # after two epochs
 ]
 LINKS = pd.DataFrame({"rna": [f"rna_{i}" for i in range(6)], "adt": [f"adt_{i}" for i in range(6)]})

@@ -1,4 +1,4 @@
-"""What all models share: a Pyro program with its data, built and trained."""
+"""Base of all models: a Pyro program with its data, built and trained."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ RENAMED: Mapping[str, str] = {"n_layers": "n_encoder_layers", "lam_private": "pr
 
 
 class Preset(NamedTuple):
-    """Named choices: options of a model's constructor, and of its `train`."""
+    """A named set of options: for the constructor of a model, and for its `train`."""
 
     options: Mapping[str, Any]
     training: Mapping[str, Any]
@@ -40,7 +40,7 @@ class TrainedModel:
     options: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Note the options of the outermost constructor, a subclass's for example, to rebuild the model from."""
+        """Record the options of the outermost constructor (e.g. of a subclass), to rebuild the model from them."""
         model = super().__new__(cls)
         model.options = _options(cls, args, kwargs)
         return model
@@ -93,7 +93,7 @@ class TrainedModel:
         self.guide.eval()
 
     def _keep(self, **options: Any) -> None:
-        """Save these values in place of what options were given as."""
+        """Save these values instead of the given options."""
         self.options |= {name: value for name, value in options.items() if name in self.options}
 
     def arranged(self, mosaic: Mosaic) -> Mosaic:
@@ -123,7 +123,7 @@ class TrainedModel:
         return loader(mosaic, cells, batch_size, seed, n_workers)
 
     def finish(self, mosaic: Mosaic) -> None:
-        """Learn how sure decoders are, and how a cell's size depends on z, for cells in which it was not measured."""
+        """Fit the uncertainty of decoders, and how size depends on z, for cells without the modality."""
         for name, modality in mosaic.modalities.items():
             part = part_of(self.model, name)
             if part is not None and modality.present.any():
@@ -138,7 +138,7 @@ class TrainedModel:
                     learn_weights(self.model, self.guide, name, minibatches, int(modality.present.sum()))
 
     def explaining_size(self, mosaic: Mosaic, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of these cells those to learn sizes from, and draws of what explains them (as predicting does)."""
+        """The cells from which sizes are learnt, and draws of the variables that explain them (as in prediction)."""
         return cells, self._latent(mosaic, cells, "z", sample=True)
 
     def _latent(
@@ -182,24 +182,24 @@ class TrainedModel:
         Parameters
         ----------
         n_epochs
-            Passes over the training cells.
+            Number of passes over the training cells.
         batch_size
             Largest number of cells in a minibatch.
         learning_rate, weight_decay, kl_warmup_epochs, schedule, gradient_clip
             See `pyromosaic.train.Optimisation`.
         validation, test
-            Shares of the cells kept out of training, drawn within each pattern of modalities. Validation cells are
-            looked at some 20 times in the run and at its end, in every epoch if training may stop early.
+            Shares of the cells that are kept out of training, drawn within each pattern of modalities. Validation cells
+            are evaluated about 20 times in the run and at its end, or in every epoch if training may stop early.
         early_stopping
             Stop after this many epochs without a better validation ELBO (or, with ``monitor="reconstruction"``, a
-            better likelihood), and return to the best.
+            better likelihood), and restore the parameters of the best epoch.
         seed
             Seed of split, order of minibatches and noise.
         n_workers
-            Processes that read minibatches ahead; 0 reads in the process itself.
+            Number of processes that read minibatches ahead; 0 reads in the main process.
         **trainer
-            ``monitor``, ``progress_bar``, ``logger``, ``callbacks``, ``checkpoint_dir``, ``resume_from``, and what
-            `lightning.pytorch.Trainer` takes (``accelerator``, ``devices``, ``strategy``, …).
+            ``monitor``, ``progress_bar``, ``logger``, ``callbacks``, ``checkpoint_dir``, ``resume_from``, and the
+            arguments of `lightning.pytorch.Trainer` (``accelerator``, ``devices``, ``strategy``, …).
 
         Raises
         ------
@@ -220,7 +220,7 @@ class TrainedModel:
         """
         mosaic = self._data(None)
         if n_epochs < 1 or batch_size < 1:
-            raise ValueError(f"n_epochs and batch_size are at least 1; found {n_epochs} and {batch_size}")
+            raise ValueError(f"n_epochs and batch_size must be at least 1; found {n_epochs} and {batch_size}")
         self.split = split(mosaic, validation, test, seed)
         train = self.loader(mosaic, self.split.train, batch_size, seed, n_workers)
         # In no order, so that each minibatch holds all populations.
@@ -256,9 +256,9 @@ class TrainedModel:
     def _data(self, data: Mosaic | None) -> Mosaic:
         mosaic = self.mosaic if data is None else data
         if mosaic is None:
-            raise ValueError("the model has no data: give some, data=model.register(mdata) say")
+            raise ValueError("the model has no data; pass some, e.g. data=model.register(mdata)")
         if mosaic.schema != self.schema:
-            raise ValueError("the data were not registered for this model: model.register(mdata) does that")
+            raise ValueError("the data were not registered for this model; call model.register(mdata) first")
         mosaic = self.arranged(mosaic)
         if self._fusion is not None:
             self._fusion.meet(mosaic)
@@ -272,8 +272,8 @@ class TrainedModel:
         part = part_of(self.model, modality)
         if part is None:
             raise ValueError(
-                f"the program has no likelihood of modality {modality!r} to ask: none of its `modalities` is a "
-                "pyromosaic.measurement.Measurement of that name"
+                f"the program has no likelihood for modality {modality!r}: none of its `modalities` is a "
+                "pyromosaic.measurement.Measurement with that name"
             )
         return part.likelihood
 
@@ -293,7 +293,7 @@ def _options(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dic
     constructor = signature(cls.__init__)  # type: ignore[misc]
     for old, new in RENAMED.items():
         if old in kwargs and old not in constructor.parameters and new in constructor.parameters:
-            raise TypeError(f"{cls.__name__} calls the option {old!r} {new!r} now")
+            raise TypeError(f"the option {old!r} of {cls.__name__} was renamed; use {new!r}")
     bound = constructor.bind_partial(None, *args, **kwargs)
     bound.apply_defaults()
     options: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Saved models: the version of their form, and how those of an earlier version are read."""
+"""Versions of the format of saved models, and how to read earlier versions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,16 +25,16 @@ PARTS = {
 def upgraded(
     content: Mapping[str, Any], weights: Mapping[str, Tensor], schema: Schema
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Options and weights of a saved model in the present format.
+    """Options and weights of a saved model in the current format.
 
     Parameters
     ----------
     content
-        What ``model.json`` holds.
+        Content of ``model.json``.
     weights
-        By name.
+        Weights by name.
     schema
-        Of the model.
+        Schema of the model.
 
     Examples
     --------

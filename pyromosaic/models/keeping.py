@@ -1,4 +1,4 @@
-"""Keeping a model: saved and loaded without any code, and given new cells."""
+"""Save and load a model without any code, and give it new cells."""
 
 import json
 from collections.abc import Mapping
@@ -19,22 +19,22 @@ from pyromosaic.models.query import carry_over, only
 
 
 class Keeping(TrainedModel):
-    """What is done with a model as a whole; see `pyromosaic.models.MosaicModel`."""
+    """Methods that save, load and adapt a model; see `pyromosaic.models.MosaicModel`."""
 
     def save(self, directory: str | Path, overwrite: bool = False) -> None:
-        """Write the model: weights in safetensors, everything else in JSON.
+        """Save the model: weights as safetensors, everything else as JSON.
 
         Parameters
         ----------
         directory
-            Where to; made if it does not exist.
+            Directory to write to; it is created if it does not exist.
         overwrite
-            Replace a model that is there.
+            Replace an existing model.
 
         Raises
         ------
         FileExistsError
-            If a model is there and `overwrite` is False.
+            If the directory holds a model and `overwrite` is False.
 
         Examples
         --------
@@ -49,7 +49,7 @@ class Keeping(TrainedModel):
         """
         directory = Path(directory)
         if (directory / "model.json").exists() and not overwrite:
-            raise FileExistsError(f"{directory} holds a model already; overwrite=True replaces it")
+            raise FileExistsError(f"{directory} already holds a model; pass overwrite=True to replace it")
         directory.mkdir(parents=True, exist_ok=True)
         weights = {
             f"{k}.{n}": t.contiguous() for k in ("model", "guide") for n, t in getattr(self, k).state_dict().items()
@@ -75,23 +75,23 @@ class Keeping(TrainedModel):
 
     @classmethod
     def load(cls, directory: str | Path, data: Any = None, **objects: Any) -> Self:
-        """Read a saved model; no code in the files is run.
+        """Load a saved model; no code from the files is run.
 
         Parameters
         ----------
         directory
-            What `save` wrote.
+            Directory that `save` wrote.
         data
-            A MuData or a dictionary of AnnData, registered and checked against the model's schema (features are put in
-            its order), or a `Mosaic` that was registered with it; None for no data.
+            A MuData or a dictionary of AnnData, which is registered and checked against the schema of the model
+            (features are put in its order); or a `Mosaic` that was registered with that schema; None for no data.
         **objects
-            The objects, such as priors, that the model was constructed with; and the classes of likelihoods of your
-            own, by their names.
+            The objects, such as priors, that the model was constructed with; and your own classes of likelihoods, by
+            their names.
 
         Raises
         ------
         ValueError
-            If the files are missing, damaged, or not those of such a model, or the data do not fit.
+            If the files are missing, damaged, or of another class of model, or if the data do not fit.
 
         Examples
         --------
@@ -111,7 +111,7 @@ class Keeping(TrainedModel):
             version, name = content["format"], content["class"]
             weights = load_file(directory / "weights.safetensors")
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise ValueError(f"{directory} does not hold a whole saved model: {error}") from error
+            raise ValueError(f"{directory} does not hold a complete saved model: {error}") from error
         if version not in READ:
             raise ValueError(
                 f"{directory} was saved in format {version}; this version of pyromosaic reads formats "
@@ -122,7 +122,8 @@ class Keeping(TrainedModel):
         missing = [key for key in content["objects"] if key not in objects]
         if missing:
             raise ValueError(
-                f"the saved model was constructed with objects of the user's: give {', '.join(missing)} again"
+                "the saved model was constructed with your own objects; pass "
+                f"{', '.join(f'{name}=<object>' for name in missing)} to load()"
             )
         try:
             likelihoods = {k: v for k, v in objects.items() if isinstance(v, type) and issubclass(v, Likelihood)}
@@ -151,13 +152,13 @@ class Keeping(TrainedModel):
         data
             The data.
         new_batches
-            ``"average"``: cells of batches that the model has not seen are treated as an average of those it has. See
-            also `adapt`.
+            ``"average"``: cells of batches that the model has not seen are treated as an average of the known batches.
+            See also `adapt`.
 
         Raises
         ------
         ValueError
-            If features, batches or labels are not those of the model.
+            If features, batches or labels differ from those of the model.
 
         Examples
         --------
@@ -182,16 +183,16 @@ class Keeping(TrainedModel):
         Parameters
         ----------
         data
-            A MuData, or a dictionary of AnnData (cells matched by name); the data of the new model.
+            A MuData, or a dictionary of AnnData (cells matched by name); they become the data of the new model.
         n_epochs
-            Passes over the new cells.
+            Number of passes over the new cells.
         **training
             Further arguments of `train`; the learning rate is 0.01 by default.
 
         Raises
         ------
         ValueError
-            If no batch is new, or features or labels are not those of the model.
+            If no batch is new, or features or labels differ from those of the model.
 
         References
         ----------
@@ -213,7 +214,7 @@ class Keeping(TrainedModel):
         else:
             mosaic = Mosaic.from_mudata(data, schema=self.schema, new_batches="add")
         if mosaic.schema == self.schema:
-            raise ValueError("the data have no batch that is new to the model: register(data) is all they need")
+            raise ValueError("the data have no batch that is new to the model; use register(data) instead")
         adapted = type(self)(mosaic.schema, **deepcopy(self.options))
         adapted.model.to(self._device).eval()
         adapted.guide.to(self._device).eval()

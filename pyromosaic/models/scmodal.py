@@ -1,8 +1,8 @@
 """scMODAL: modalities measured in different cells, aligned by adversaries, anchors, a latent cycle and geometry.
 
 After Wang et al., scMODAL: a general deep learning framework for comprehensive single-cell multi-omics data alignment
-with feature links (2025): an adversarial auto-encoder, whose terms are here parts of a Pyro program. Beyond it:
-posteriors and likelihoods of the measurements themselves, private latent variables, anchors by canonical correlation,
+with feature links (2025). The original is an adversarial autoencoder; here its terms are parts of a Pyro program. This
+version adds posteriors, likelihoods of the measurements, private latent variables, anchors by canonical correlation,
 and a geometry term that does not saturate.
 """
 
@@ -93,23 +93,11 @@ ENCODERS: Mapping[str, Callable[..., nn.Module]] = {"layers": Encoder, "attentio
 
 
 class ScModalModel(Program):
-    """The generative story.
+    """The generative model.
 
-    Each cell has a latent variable z, and one more, z_<modality>, for what only its modality can see. The modality is
-    decoded from both and the cell's batch and covariates, and its likelihood gives the measurements.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> from pyro import poutine
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 25}, patterns=["rna", "adt"])[0])
-    >>> links = pd.DataFrame({"rna": mosaic.schema["rna"].features[:25], "adt": mosaic.schema["adt"].features})
-    >>> model, minibatch = ScModal(mosaic, links, n_latent=3), measured(mosaic, mosaic.find(None))
-    >>> trace = poutine.trace(model.model).get_trace(minibatch)
-    >>> trace.nodes["z"]["fn"].event_shape, trace.observation_nodes
-    (torch.Size([3]), ['rna', 'adt'])
+    Each cell has a latent variable z and a private one, z_<modality>, for variation that only its modality measures.
+    The modality is decoded from both and the cell's batch and covariates, and its likelihood generates the
+    measurements.
     """
 
     def __init__(self, prior: nn.Module, modalities: Mapping[str, Measurement]) -> None:
@@ -121,7 +109,8 @@ class ScModalModel(Program):
     def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> Tensor:
         """``z, z_m ~ Normal(0, I)``, ``x_m ~ likelihood_m(decoder_m(z, z_m, batch))`` for each modality m.
 
-        The paper's decoders (Methods), with likelihoods. Sites: ``z``, ``z_<modality>``, one of each modality's name.
+        The paper's decoders (Methods), with likelihoods. Sites: ``z``, ``z_<modality>``, and one named after each
+        modality.
         """
         with cells(minibatch, kl_weight, self.balanced):
             z = pyro.sample("z", self.prior(minibatch))
@@ -131,23 +120,10 @@ class ScModalModel(Program):
 
 
 class ScModalGuide(Program):
-    """The inference story.
+    """The variational posterior.
 
     Each modality is encoded to a normal posterior of z and of the private variable, or to a point. Penalties align the
-    modalities in z. Likelihoods with latent variables of their own have a decoder for their posteriors.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> from pyro import poutine
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 25}, patterns=["rna", "adt"])[0])
-    >>> links = pd.DataFrame({"rna": mosaic.schema["rna"].features[:25], "adt": mosaic.schema["adt"].features})
-    >>> model, minibatch = ScModal(mosaic, links, n_latent=3), measured(mosaic, mosaic.find(None))
-    >>> trace = poutine.trace(model.guide).get_trace(minibatch)
-    >>> trace.nodes["z"]["fn"].event_shape, "penalty/geometry" in trace.nodes
-    (torch.Size([3]), True)
+    modalities in z. If a likelihood has latent variables, a separate decoder gives their posteriors.
     """
 
     def __init__(
@@ -184,66 +160,68 @@ class ScModal(Linking):
     Parameters
     ----------
     data
-        The registered data, or the `Schema` of data to come, at least two modalities. Cells with several modalities
-        are taken apart: each measurement is a cell of its own, named ``"modality:cell"``.
+        The registered data, or only their `Schema`, with at least two modalities. Cells with several modalities are
+        split: each measurement becomes a separate cell, named ``"modality:cell"``.
     graph
-        Linked features, for `linkage`: a `pyromosaic.guidance.GuidanceGraph`, a table of links (one column a
-        modality), or None to link features of equal names.
+        Linked features, for `linkage`: a `pyromosaic.guidance.GuidanceGraph`, a table of links (one column per
+        modality), or None to link features with equal names.
     n_latent
-        Width of the shared latent space, in which modalities are aligned and cells are returned.
+        Dimension of the shared latent space, in which modalities are aligned and which is returned.
     n_private
-        Width of each modality's private latent space; 0, as in the reference, makes all that a modality can see shared.
+        Dimension of the private latent space of each modality. With 0, as in the reference, all variation is shared.
     private_kl
-        Weight of the private variables' divergences. The ELBO in the history counts them once.
+        Weight of the divergences of the private variables. The ELBO in the history counts them once.
     n_hidden, n_encoder_layers, dropout, encode_covariates
         Shape of the encoders, and whether they see batch and covariates.
     encoder
-        ``"layers"``, fully connected ones; ``"attention"``, an `AttentionEncoder`; or what makes the
-        network of each modality, with the arguments of `pyromosaic.nn.Encoder`.
+        ``"layers"`` has fully connected layers; ``"attention"`` is an `AttentionEncoder`; or a class or function that
+        makes the network of each modality and takes the arguments of `pyromosaic.nn.Encoder`.
     decoder
-        What makes the network of each modality, with the arguments of `pyromosaic.nn.Decoder`, which it is by default.
+        Class or function that makes the network of each modality; it takes the arguments of `pyromosaic.nn.Decoder`,
+        which is the default.
     prior
-        Callable module from a minibatch to the prior of z; by default a standard normal.
+        Module that maps a minibatch to the prior of z; by default a standard normal.
     deterministic
-        The reference's program in place of a probabilistic one: plain networks of one hidden layer of `n_hidden`
-        units; z a point, under a flat prior; mean squares of log-normalised, standardised measurements in place of
-        likelihoods of the measurements.
+        Use the program of the reference instead of a probabilistic one: plain networks with one hidden layer of
+        `n_hidden` units; z is a point under a flat prior; mean squares of log-normalised, standardised measurements
+        replace the likelihoods.
     pairs
-        Modalities that are aligned with each other: ``"chain"``, each with the next in the order of the data; or
-        ``"all"``.
+        Pairs of modalities to align: ``"chain"`` aligns each with the next in the order of the data; ``"all"`` aligns
+        all pairs.
     linkage
-        What anchors are found by: ``"cca"``, scores that all modalities share, computed from the graph's links before
-        training; ``"features"``, linked features themselves, as the reference does; a table of scores of your own, a
-        row a cell; or None for no anchors.
+        How to find anchors: ``"cca"`` by scores in one space for all modalities, computed before training from the
+        links of the graph; ``"features"`` by the linked features themselves, as in the reference; or by a table of
+        scores that you give, with one row per cell. None uses no anchors.
     n_neighbors
-        Anchors are mutually among so many nearest in the minibatch.
+        Two cells are anchors if each is among the `n_neighbors` nearest cells of the other in the minibatch.
     refresh_every
-        After every so many epochs anchors are sought anew, by the mean of two cosines: of the linkage's scores and of
-        the current posterior means. 0 to keep to the linkage.
+        Search for new anchors after every `refresh_every` epochs, by the mean of two cosine similarities: of the
+        linkage scores and of the current posterior means. With 0, anchors come from the linkage only.
     lam_data, lam_adversary, lam_cycle, lam_anchors, lam_pull, lam_geometry
         Weights of the likelihoods and of the penalties: `Discriminator`, `Cycle`, `Anchors`, `Pull` (to shared
         scores) and `Geometry` of `pyromosaic.penalties`.
     n_adversary_steps
-        Steps of the discriminators for each step of all else.
+        Number of steps of the discriminators for each step of the other parameters.
     geometry
         ``"alignment"`` (`kernel_alignment`), or ``"cosine"`` (`row_cosine`) as in the reference.
     penalties
-        Further penalties, see `pyromosaic.penalties`.
+        Additional penalties, see `pyromosaic.penalties`.
     seed
-        Seed of the networks' start values.
+        Seed for the initial weights of the networks.
 
     Attributes
     ----------
     presets
-        Other choices by name. ``"reference"``: those of scMODAL, except for minibatches (there 500 cells of each data
-        set drawn with replacement; here portions of all cells), scaling (there linked features of two modalities have
-        one target size, and values are cut off at 10), weight decay (there added to the gradient), and discriminators
-        that take their steps from one optimiser each. Nothing is uncertain there: imputed values have no spread.
+        Named sets of options. ``"reference"`` has the options of scMODAL. These things still differ: minibatches (there
+        500 cells of each data set, drawn with replacement; here parts of all cells), scaling (there linked features of
+        two modalities have one target size, and values are clipped at 10), weight decay (there added to the gradient),
+        and the discriminators, which here have one optimiser each. This preset is deterministic: imputed values have no
+        spread.
 
     Raises
     ------
     ValueError
-        In one sentence, if an option is out of range, a modality has a single cell, or features to find anchors by are
+        If an option is out of range, a modality has a single cell, or the features that are needed to find anchors are
         missing.
 
     Examples
@@ -303,22 +281,22 @@ class ScModal(Linking):
         seed: int = 0,
     ) -> None:
         if n_latent < 1 or n_private < 0:
-            raise ValueError(f"n_latent is at least 1 and n_private at least 0; found {n_latent} and {n_private}")
+            raise ValueError(f"n_latent must be at least 1 and n_private at least 0; found {n_latent} and {n_private}")
         if lam_data < 0 or private_kl < 0:
-            raise ValueError(f"weights are at least 0; found lam_data={lam_data} and private_kl={private_kl}")
+            raise ValueError(f"weights must be at least 0; found lam_data={lam_data} and private_kl={private_kl}")
         if deterministic and n_private:
-            raise ValueError(f"a deterministic program has no private variables: n_private is 0; found {n_private}")
+            raise ValueError(f"a deterministic program has no private variables: set n_private=0; found {n_private}")
         if refresh_every < 0:
-            raise ValueError(f"refresh_every is a number of epochs, at least 0; found {refresh_every}")
+            raise ValueError(f"refresh_every must be a number of epochs, at least 0; found {refresh_every}")
         for value, known in ((pairs, PAIRS), (geometry, LIKENESS), (encoder, ENCODERS)):
             if isinstance(value, str) and value not in known:
-                raise ValueError(f"there is no choice {value!r}; accepted: {', '.join(map(repr, known))}")
+                raise ValueError(f"unknown option {value!r}; accepted: {', '.join(map(repr, known))}")
         if isinstance(linkage, str) and linkage not in ("cca", "features"):
-            raise ValueError(f'linkage is "cca", "features", a table of scores, or None; found {linkage!r}')
+            raise ValueError(f'linkage must be "cca", "features", a table of scores, or None; found {linkage!r}')
         with self.construction(data, seed) as schema:
             modalities, width = schema.modalities, n_latent + n_private
             if len(modalities) < 2:
-                raise ValueError(f"alignment takes at least 2 modalities; found {', '.join(map(repr, modalities))}")
+                raise ValueError(f"alignment needs at least 2 modalities; found {', '.join(map(repr, modalities))}")
             self.linkage, self.n_private, self.n_latent = linkage, n_private, n_latent
             self.by_features = isinstance(linkage, str) and linkage == "features"
             self.graph = GuidanceGraph.of(graph, schema) if isinstance(linkage, str) else None
@@ -393,18 +371,18 @@ class ScModal(Linking):
             )
 
     def arranged(self, mosaic: Mosaic) -> Mosaic:
-        """Every measurement a cell of its own."""
+        """Make every measurement a separate cell."""
         return separate(mosaic)
 
     def check_data(self, mosaic: Mosaic) -> None:
-        """Refuse a modality of fewer than two cells."""
+        """Refuse a modality with fewer than two cells."""
         for name, modality in mosaic.modalities.items():
             n = int(modality.present.sum())
             if n < 2:
                 raise ValueError(f"modality {name!r} has {n} cell{'s' * (n != 1)}; accepted: at least 2 to align")
 
     def train(self, n_epochs: int = 150, *, callbacks: Iterable[Callback] = (), **options: Any) -> None:
-        """Find what cells are matched by, then fit the parameters; see `MosaicModel.train`."""
+        """Find the scores by which cells are matched, then fit the parameters; see `MosaicModel.train`."""
         mosaic = self._data(None)
         if self.linkage is not None:
             if not self.by_features and not self.scores:

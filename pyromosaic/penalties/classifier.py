@@ -15,28 +15,17 @@ from pyromosaic.posterior import Posterior
 class Classifier(Penalty):
     """Cross-entropy of a linear classifier on posterior means (DiagVI).
 
-    Mean over the labelled cells of a modality (of a cohort), sum over modalities; cells without a label take no part.
+    It is the mean over the labelled cells of a modality (or cohort), summed over modalities; cells without a label are
+    ignored.
 
     Parameters
     ----------
     weight
-        What it is multiplied by.
+        Factor of the penalty in the loss.
     labels
         The labels.
     n_latent
-        Width of the latent space.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50}, types=3)[0], label_key="celltype")
-    >>> classifier = Classifier(1.0, Labels(mosaic.schema), n_latent=5)
-    >>> q = Posterior(torch.arange(60), torch.zeros(60, 5), torch.ones(60, 5))
-    >>> bool(classifier({"rna": q}, measured(mosaic, mosaic.find(None))) > 0)
-    True
-    >>> classifier.probabilities(torch.zeros(60, 5)).shape
-    torch.Size([60, 3])
+        Dimension of the latent space.
     """
 
     name = "classifier"
@@ -63,10 +52,10 @@ class Classifier(Penalty):
         return torch.softmax(self.logits(z) / self.temperature, dim=-1)
 
     def calibrate(self, z: Tensor, known: Tensor) -> None:
-        """Choose the temperature by cells with known labels that took no part in training.
+        """Choose the temperature by cells with known labels that were not used in training.
 
-        The temperature that makes their labels likeliest, out of 1/4 to 4 (Guo et al., On calibration of modern neural
-        networks, ICML 2017).
+        It is the temperature from 1/4 to 4 under which their labels are most likely (Guo et al., On calibration of
+        modern neural networks, ICML 2017).
         """
         temperatures = torch.logspace(-2, 2, 41, base=2.0, device=z.device)
         entropies = [cross_entropy(self.logits(z) / t, known) for t in temperatures]

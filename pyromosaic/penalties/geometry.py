@@ -1,4 +1,4 @@
-"""Geometry: cells that are near each other by their measurements are to be near each other in the latent space."""
+"""Geometry: cells with similar measurements should be near each other in the latent space."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,30 +13,20 @@ from pyromosaic.posterior import Posterior
 
 
 class Geometry(Penalty):
-    """Minus the likeness of two kernels between the cells of a modality, of measurements and of posterior means.
+    """Minus the similarity of two kernels between the cells of a modality, of measurements and of posterior means.
 
-    Summed over modalities. Measurements are compared as the encoders see them. No matrix is larger than cells × cells:
-    distances come from inner products.
+    It is summed over modalities. Measurements are compared as the encoders see them. Distances come from inner
+    products, so no matrix is larger than cells × cells.
 
     Parameters
     ----------
     weight
-        What it is multiplied by.
+        Factor of the penalty in the loss.
     encoders
-        The guide's encoders, whose ``scaling`` prepares the measurements; None for those of the guide that gets it.
+        The encoders of the guide, whose ``scaling`` prepares the measurements; None uses those of the guide that gets
+        the penalty.
     likeness
         Function of (cells, features) and (cells, latent): `kernel_alignment`, or `row_cosine` as in scMODAL.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50})[0])
-    >>> model, minibatch = MultiVI(mosaic), measured(mosaic, mosaic.find(None))
-    >>> scaled = model.guide.modalities["rna"].encoder.scaling(minibatch.observed["rna"])
-    >>> q = Posterior(torch.arange(60), scaled, torch.ones_like(scaled))  # the very geometry of the measurements
-    >>> round(Geometry(1.0, {"rna": model.guide.modalities["rna"].encoder})({"rna": q}, minibatch).item(), 3)
-    -1.0
     """
 
     name = "geometry"
@@ -52,7 +42,7 @@ class Geometry(Penalty):
         self.likeness = kernel_alignment if likeness is None else likeness
 
     def attach(self, modalities: Mapping[str, Any]) -> None:
-        """Take the guide's encoders, unless others were given."""
+        """Take the encoders of the guide, unless others were given."""
         if not self.given:
             self.encoders = {name: part.encoder for name, part in modalities.items()}
 
@@ -61,8 +51,8 @@ class Geometry(Penalty):
         unknown = [name for name in posteriors if name not in self.encoders]
         if unknown:
             raise ValueError(
-                f"a penalty of geometry compares modalities ({', '.join(map(repr, self.encoders))}); found posteriors "
-                f"of {unknown[0]!r}. In ContrastiveVI give it as penalties={{'modalities': [...]}}"
+                f"a Geometry penalty compares modalities ({', '.join(map(repr, self.encoders))}); found posteriors "
+                f"of {unknown[0]!r}. In ContrastiveVI, pass it as penalties={{'modalities': [...]}}"
             )
         likenesses = [
             self.likeness(self.encoders[name].scaling(minibatch.observed[name]), q.loc)
