@@ -150,7 +150,8 @@ def faults(kind, mosaic, **options):
     report = found.value.report
     wrong = report.loc[report["outcome"] == "wrong", "finding"]
     for question, finding in wrong.items():
-        assert f"- {question}: {finding.rstrip('.')}. Needed: " in str(found.value)
+        (need,) = (q.need for q in QUESTIONS if question in (q.words, *(f"{q.words} {m}" for m in ("rna", "adt"))))
+        assert f"- {question}: {finding.rstrip('.')}. Needed: {need}" in str(found.value)
     return wrong, str(found.value)
 
 
