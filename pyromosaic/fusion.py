@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -353,7 +354,7 @@ def _hashes(names: pd.Index) -> np.ndarray:
     return pd.util.hash_array(np.asarray(names, dtype=object)).view(np.int64)
 
 
-def agreement_weights(schema: Schema, jeffreys: float | None, left_out: float | None) -> tuple[float, float]:
+def agreement_weights(schema: Schema, jeffreys: Any, left_out: float | None) -> tuple[Any, float]:
     """What makes the posteriors of a cell's modalities agree: as given, or else by the number of features.
 
     By default a ten-thousandth for each feature, `jeffreys` up to 0.2 and `left_out` up to 0.1. The fewer the features,

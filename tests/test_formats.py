@@ -59,5 +59,5 @@ def test_other_formats_are_refused(tmp_path):
         (tmp_path / file).write_bytes((SAVED / "multivi" / file).read_bytes())
     content = json.loads((tmp_path / "model.json").read_text())
     (tmp_path / "model.json").write_text(json.dumps(content | {"format": 3}))
-    with pytest.raises(ValueError, match="saved in format 3; this version of pyromosaic reads formats 4 and 5"):
+    with pytest.raises(ValueError, match="saved in format 3; this version of pyromosaic reads formats 4, 5, 6"):
         MultiVI.load(tmp_path)

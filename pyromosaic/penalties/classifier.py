@@ -21,10 +21,8 @@ class Classifier(Penalty):
     ----------
     weight
         What it is multiplied by.
-    labels
-        The labels.
-    n_latent
-        Width of the latent space.
+    labels, n_latent
+        The labels, and width of the latent space; left out where this is the option of a model.
 
     Examples
     --------
@@ -42,8 +40,13 @@ class Classifier(Penalty):
     name = "classifier"
     temperature: Tensor
 
-    def __init__(self, weight: float, labels: Labels, n_latent: int) -> None:
+    needed = ("labels", "n_latent")
+
+    def __init__(self, weight: float = 1.0, labels: Labels | None = None, n_latent: int | None = None) -> None:
         super().__init__(weight)
+        self.complete = labels is not None and n_latent is not None
+        if labels is None or n_latent is None:
+            return
         self.labels = labels
         self.logits = nn.Linear(n_latent, len(labels))
         self.register_buffer("temperature", torch.ones(()))

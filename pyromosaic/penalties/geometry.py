@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from pyromosaic.data import Minibatch
-from pyromosaic.penalties.kernels import kernel_alignment
+from pyromosaic.penalties.kernels import kernel_alignment, row_cosine
 from pyromosaic.penalties.penalty import Penalty
 from pyromosaic.posterior import Posterior
+
+LIKENESS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"alignment": kernel_alignment, "cosine": row_cosine}
 
 
 class Geometry(Penalty):
@@ -25,7 +27,8 @@ class Geometry(Penalty):
     encoders
         The guide's encoders, whose ``scaling`` prepares the measurements; None for those of the guide that gets it.
     likeness
-        Function of (cells, features) and (cells, latent): `kernel_alignment`, or `row_cosine` as in scMODAL.
+        ``"alignment"`` (`kernel_alignment`), ``"cosine"`` (`row_cosine`) as in scMODAL, or a function of (cells,
+        features) and (cells, latent).
 
     Examples
     --------
@@ -43,17 +46,19 @@ class Geometry(Penalty):
 
     def __init__(
         self,
-        weight: float,
+        weight: float = 1.0,
         encoders: Mapping[str, Any] | None = None,
-        likeness: Callable[[Tensor, Tensor], Tensor] | None = None,
+        likeness: str | Callable[[Tensor, Tensor], Tensor] = "alignment",
     ) -> None:
         super().__init__(weight)
-        self.encoders, self.given = dict(encoders or {}), encoders is not None  # the guide owns their parameters
-        self.likeness = kernel_alignment if likeness is None else likeness
+        self.encoders, self.found = dict(encoders or {}), encoders is None  # the guide owns their parameters
+        if isinstance(likeness, str) and likeness not in LIKENESS:
+            raise ValueError(f"there is no likeness {likeness!r}; accepted: {', '.join(map(repr, LIKENESS))}")
+        self.likeness = LIKENESS[likeness] if isinstance(likeness, str) else likeness
 
     def attach(self, modalities: Mapping[str, Any]) -> None:
         """Take the guide's encoders, unless others were given."""
-        if not self.given:
+        if self.found:
             self.encoders = {name: part.encoder for name, part in modalities.items()}
 
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
