@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -287,8 +288,8 @@ def _hashes(names: pd.Index) -> np.ndarray:
     return pd.util.hash_array(np.asarray(names, dtype=object)).view(np.int64)
 
 
-def agreement_weights(schema: Schema, jeffreys: float | None, left_out: float | None) -> tuple[float, float]:
-    """Weights that make the posteriors of a cell's modalities agree: as given, or by the number of features.
+def agreement_weights(schema: Schema, jeffreys: Any, left_out: float | None) -> tuple[Any, float]:
+    """What makes the posteriors of a cell's modalities agree: as given, or else by the number of features.
 
     By default, both are the number of features divided by 10,000, `jeffreys` at most 0.2 and `left_out` at most 0.1.
     With few features, the likelihood is weak compared with fixed weights, which then make the posterior, and therefore

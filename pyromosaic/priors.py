@@ -12,16 +12,17 @@ from pyro import distributions as dist
 from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch, View
+from pyromosaic.described import Described
 from pyromosaic.labels import Labels
 
 
-class StandardNormal(nn.Module):
+class StandardNormal(Described):
     """Independent standard normal in every latent dimension.
 
     Parameters
     ----------
     n_latent
-        Dimension of the latent space.
+        Width of the latent space; left out where this is the option of a model.
 
     Examples
     --------
@@ -34,24 +35,26 @@ class StandardNormal(nn.Module):
     >>> model = MultiVI(mosaic, n_latent=10, prior=StandardNormal(10))  # what it has by default
     """
 
+    needed = ("n_latent",)
     zero: Tensor
 
-    def __init__(self, n_latent: int) -> None:
+    def __init__(self, n_latent: int | None = None) -> None:
         super().__init__()
-        self.register_buffer("zero", torch.zeros(n_latent), persistent=False)
+        self.complete = n_latent is not None
+        self.register_buffer("zero", torch.zeros(n_latent or 0), persistent=False)
 
     def forward(self, minibatch: Minibatch) -> dist.TorchDistribution:
         """The prior of every cell of the minibatch."""
         return dist.Normal(self.zero, 1.0).expand([len(minibatch), 1, len(self.zero)]).to_event(1)
 
 
-class StudentT(nn.Module):
-    """Independent Student's t in every latent dimension; outlying cells cost less than under a normal.
+class StudentT(Described):
+    """Independent Student's t in every latent dimension: cells far from the rest cost less than under a normal.
 
     Parameters
     ----------
     n_latent
-        Dimension of the latent space.
+        Width of the latent space; left out where this is the option of a model.
     df
         Degrees of freedom; smaller values give heavier tails.
 
@@ -67,20 +70,21 @@ class StudentT(nn.Module):
     >>> model = MultiVI(mosaic, n_latent=10, prior=StudentT(10))
     """
 
+    needed = ("n_latent",)
     zero: Tensor
 
-    def __init__(self, n_latent: int, df: float = 5.0) -> None:
+    def __init__(self, n_latent: int | None = None, df: float = 5.0) -> None:
         super().__init__()
-        self.df = df
-        self.register_buffer("zero", torch.zeros(n_latent), persistent=False)
+        self.df, self.complete = df, n_latent is not None
+        self.register_buffer("zero", torch.zeros(n_latent or 0), persistent=False)
 
     def forward(self, minibatch: Minibatch) -> dist.TorchDistribution:
         """The prior of every cell of the minibatch."""
         return dist.StudentT(self.df, self.zero, 1.0).expand([len(minibatch), 1, len(self.zero)]).to_event(1)
 
 
-class ARD(nn.Module):
-    """Automatic relevance determination: ``Normal(0, scale_k)`` in latent dimension k, with a learnt scale.
+class ARD(Described):
+    """Automatic relevance determination: ``Normal(0, scale_k)`` in latent dimension k, its scale learnt.
 
     A dimension that the data do not need ends with a scale near 0, provided that the decoder cannot compensate a small
     scale by large weights (`pyromosaic.nn.unit_columns`).
@@ -88,7 +92,7 @@ class ARD(nn.Module):
     Parameters
     ----------
     n_latent
-        Dimension of the latent space, an upper bound on the number of needed dimensions.
+        Width of the latent space, an upper bound of what is needed; left out where this is the option of a model.
 
     References
     ----------
@@ -103,17 +107,20 @@ class ARD(nn.Module):
     [1.0, 1.0, 1.0]
     """
 
-    def __init__(self, n_latent: int) -> None:
+    needed = ("n_latent",)
+
+    def __init__(self, n_latent: int | None = None) -> None:
         super().__init__()
-        self.log_scale = nn.Parameter(torch.zeros(n_latent))
+        self.complete = n_latent is not None
+        self.log_scale = nn.Parameter(torch.zeros(n_latent or 0))
 
     def forward(self, minibatch: Minibatch) -> dist.TorchDistribution:
         """The prior of every cell of the minibatch."""
         return dist.Normal(0.0, self.log_scale.exp()).expand([len(minibatch), 1, len(self.log_scale)]).to_event(1)
 
 
-class GaussianMixture(nn.Module):
-    """Mixture of diagonal normals, ``sum_l pi_l Normal(m_l, diag(s_l^2))``, with learnt parameters (DiagVI).
+class GaussianMixture(Described):
+    """Mixture of diagonal normals, ``sum_l pi_l Normal(m_l, diag(s_l^2))``, its parameters learnt (DiagVI).
 
     With labels, there is one component per label. A cell with a known label belongs almost certainly to the component
     of the label; a cell without a label may belong to any component. Therefore data may be partly labelled.
@@ -121,7 +128,7 @@ class GaussianMixture(nn.Module):
     Parameters
     ----------
     n_latent
-        Dimension of the latent space.
+        Width of the latent space; left out where this is the option of a model.
     n_components
         Number of components, if there are no labels.
     labels
@@ -139,8 +146,13 @@ class GaussianMixture(nn.Module):
     >>> model = MultiVI(mosaic, n_latent=10, prior=prior)
     """
 
-    def __init__(self, n_latent: int, n_components: int = 10, labels: Labels | None = None) -> None:
+    needed = ("n_latent",)
+
+    def __init__(self, n_latent: int | None = None, n_components: int = 10, labels: Labels | None = None) -> None:
         super().__init__()
+        self.complete = n_latent is not None
+        if n_latent is None:
+            return
         self.labels = labels if labels is not None and len(labels) else None
         n = n_components if self.labels is None else len(self.labels)
         self.logits = nn.Parameter(torch.zeros(n))

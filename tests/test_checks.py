@@ -327,7 +327,9 @@ def test_a_likelihood_without_weights_and_scales_is_the_sum_of_its_parts():
     model = made("DiagVI")
     found = checks.held_out_log_likelihood(model, n_samples=20)
     mdata = model.mosaic
-    other = DiagVI(mdata, model.graph, n_latent=3, n_private=1, linkage=None, lam_data=0.1, lam_kl=5.0, private_kl=9.0)
+    other = DiagVI(
+        mdata, model.graph, n_latent=3, n_private=1, linkage=None, likelihood_weight=0.1, shared_kl=5.0, private_kl=9.0
+    )
     other.model.load_state_dict(model.model.state_dict())
     other.guide.load_state_dict(model.guide.state_dict())
     pd.testing.assert_frame_equal(checks.held_out_log_likelihood(other, n_samples=20), found, rtol=1e-4)

@@ -63,7 +63,7 @@ def small(mosaic, graph, **options) -> DiagVI:
 
 @pytest.fixture(scope="module")
 def trained(mosaic, graph) -> DiagVI:
-    model = small(mosaic, graph, lam_sinkhorn=5.0)
+    model = small(mosaic, graph, alignment=5.0)
     model.train(15, batch_size=128, kl_warmup_epochs=5, learning_rate=5e-3, **QUIET)
     return model
 
@@ -175,7 +175,7 @@ def test_the_reference_loss_is_that_of_the_seed(data):
 
 
 def test_elbo_and_gradients_are_those_of_pyro(mosaic, graph):
-    model = small(mosaic, graph, lam_anchors=0.0, lam_pull=0.0)
+    model = small(mosaic, graph, anchors=0.0, pull=0.0)
     minibatch = measured(mosaic, np.arange(0, mosaic.n_cells, 7))
     results = []
     for elbo in (MosaicELBO(), TraceMeanField_ELBO()):
@@ -316,8 +316,8 @@ def test_sinkhorn_sums_over_pairs_or_from_a_reference_and_warms_up(mosaic, graph
     to_b = sinkhorn_divergence(a, b) + sinkhorn_divergence(b, c)
     torch.testing.assert_close(Sinkhorn(reference="b")(posteriors, None), to_b)
     assert Sinkhorn()({"a": posteriors["a"]}, None) == 0
-    with pytest.raises(ValueError, match="reference must be one of rna, adt, or None; found 'atac'"):
-        small(mosaic, graph, reference="atac")
+    with pytest.raises(ValueError, match="the reference is one of rna, adt, or None; found 'atac'"):
+        small(mosaic, graph, alignment=Sinkhorn(reference="atac"))
     assert Sinkhorn.warms_up
 
 
@@ -582,16 +582,18 @@ def test_what_is_learnt_does_not_depend_on_order_or_hidden_columns(data):
 
 def test_bad_input_is_refused_in_one_sentence(mosaic, graph, data):
     cases = [
-        ({"prior": "student"}, 'prior must be "normal", "mixture" or a module; found \'student\''),
-        ({"lam_sinkhorn": -1.0}, "the weight of a penalty must be at least 0; found -1"),
-        ({"lam_graph": -1.0}, "lam_graph must be at least 0; found -1"),
+        ({"prior": "student"}, 'the prior is "normal", "mixture" or a module; found \'student\''),
+        ({"alignment": -1.0}, "a penalty's weight is at least 0; found -1"),
+        ({"graph_weight": -1.0}, "graph_weight is at least 0; found -1"),
         ({"n_private": -1}, "n_private at least 0; found 4 and -1"),
-        ({"blur": -1.0}, "blur must be above 0, or None; found -1"),
+        ({"alignment": "sinkhorn"}, "alignment is a weight or a pyromosaic.penalties.Sinkhorn; found 'sinkhorn'"),
     ]
     for options, sentence in cases:
         with pytest.raises(ValueError, match=sentence):
             small(mosaic, graph, **options)
-    with pytest.raises(ValueError, match="linkage must be \"cca\", a table of scores, or None; found 'mnn'"):
+    with pytest.raises(ValueError, match="blur is above 0, or None; found -1"):
+        Sinkhorn(blur=-1.0)
+    with pytest.raises(ValueError, match="linkage is \"cca\", a table of scores, or None; found 'mnn'"):
         small(mosaic, graph, linkage="mnn").train(1, **QUIET)
     table = pd.DataFrame(np.zeros((2, 3)), index=mosaic.obs_names[:2])
     with pytest.raises(ValueError, match="the linkage has no scores for cell"):

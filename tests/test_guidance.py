@@ -141,7 +141,7 @@ def test_bad_graphs_are_refused_in_one_sentence(mosaic):
             lambda: GuidanceGraph.from_table(mosaic, pd.DataFrame({"gene": ["A"], "adt": ["a"]})),
             "a column for each of at least 2 modalities, out of 'rna', 'adt'; found the columns 'gene', 'adt'",
         ),
-        (lambda: GuidanceGraph.from_edges(mosaic, link, weight=1.5), r"above 0 and up to 1; found 1.5"),
+        (lambda: GuidanceGraph.from_edges(mosaic, link, weight=1.5), "above 0 and up to 1; found 1.5"),
         (lambda: GuidanceGraph.from_edges(mosaic, link, weight=0.0), "above 0 and up to 1; found 0"),
         (lambda: GuidanceGraph.from_edges(mosaic, link, weight=np.nan), "above 0 and up to 1; found nan"),
         (lambda: GuidanceGraph.from_edges(mosaic, link, sign=0), "is 1 or -1; found 0"),

@@ -268,7 +268,7 @@ def test_decoders_with_global_variables_in_other_models(name, data):
     mosaic = Mosaic.from_mudata(data, batch_key="batch").with_cohorts("condition", background="control")
     options = {"n_latent": 4, "n_hidden": 16, "decoder": Effects}
     if name == "ScModal":  # whose cycle would draw the effects in the guide
-        model = ScModal(mosaic, LINKS, linkage=None, lam_cycle=0.0, **options)
+        model = ScModal(mosaic, LINKS, linkage=None, cycle=0.0, **options)
     else:
         model = ContrastiveVI(mosaic, **options)
     model.train(1, progress_bar=False)

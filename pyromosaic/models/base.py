@@ -21,8 +21,29 @@ from pyromosaic.tasks import inference_mode
 from pyromosaic.tasks.question import columns_of, portions
 from pyromosaic.train import Optimisation, Schedule, fit
 
-#: Options that have another name than in earlier versions.
-RENAMED: Mapping[str, str] = {"n_layers": "n_encoder_layers", "lam_private": "private_kl"}
+#: Options that have another name than in earlier versions, or are arguments of a part now.
+RENAMED: Mapping[str, str] = {
+    "n_layers": "n_encoder_layers",
+    "lam_private": "private_kl",
+    "lam_data": "likelihood_weight",
+    "lam_kl": "shared_kl",
+    "lam_graph": "graph_weight",
+    "lam_sinkhorn": "alignment",
+    "align_draws": "alignment=Sinkhorn(sampled=...)",
+    "blur": "alignment=Sinkhorn(blur=...)",
+    "reach": "alignment=Sinkhorn(reach=...)",
+    "reference": "alignment=Sinkhorn(reference=...)",
+    "lam_anchors": "anchors",
+    "n_neighbors": "anchors=Anchors(n_neighbors=...)",
+    "lam_pull": "pull",
+    "lam_class": "classifier",
+    "lam_adversary": "adversary",
+    "n_adversary_steps": "adversary=Discriminator(n_steps=...)",
+    "adversary_target": "adversary=Adversary(target=...)",
+    "lam_cycle": "cycle",
+    "lam_geometry": "geometry",
+    "n_components": "prior=GaussianMixture(n_components=...)",
+}
 
 
 class Preset(NamedTuple):
@@ -288,12 +309,18 @@ class TrainedModel:
         return next(parameters, torch.device("cpu"))
 
 
+def accepted_options(cls: type) -> set[str]:
+    """Names of the options of a class and of those that it derives from."""
+    constructors = [vars(base)["__init__"] for base in cls.__mro__[:-1] if "__init__" in vars(base)]
+    return {name for constructor in constructors for name in signature(constructor).parameters}
+
+
 def _options(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Options by name, given or by default, of the constructor of a class."""
-    constructor = signature(cls.__init__)  # type: ignore[misc]
+    constructor, accepted = signature(cls.__init__), accepted_options(cls)  # type: ignore[misc]
     for old, new in RENAMED.items():
-        if old in kwargs and old not in constructor.parameters and new in constructor.parameters:
-            raise TypeError(f"the option {old!r} of {cls.__name__} was renamed; use {new!r}")
+        if old in kwargs and old not in accepted and new.split("=")[0] in accepted:
+            raise TypeError(f"{cls.__name__} calls the option {old!r} {new!r} now")
     bound = constructor.bind_partial(None, *args, **kwargs)
     bound.apply_defaults()
     options: dict[str, Any] = {}

@@ -18,13 +18,25 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyromosaic.data import Minibatch, Mosaic, Schema, View, contrastive_loader
+from pyromosaic.described import complete
 from pyromosaic.fusion import Fusion, Posterior, agreement_weights, fusion_of, leave_out, presence
 from pyromosaic.likelihoods import likelihoods_of
 from pyromosaic.measurement import Measurement, MeasurementGuide, Plates, cells, encoded
 from pyromosaic.models.mosaic_model import Preset
 from pyromosaic.models.salient import Contrasting, Parts, cohorts_of
 from pyromosaic.nn import Decoder, Encoder, unit_columns
-from pyromosaic.penalties import MMD, CohortMMD, Dependence, Jeffreys, Penalty, Wasserstein, apply, attached, with_given
+from pyromosaic.penalties import (
+    MMD,
+    CohortMMD,
+    Dependence,
+    Jeffreys,
+    Penalty,
+    Wasserstein,
+    apply,
+    attached,
+    chosen,
+    with_given,
+)
 from pyromosaic.priors import ARD, StandardNormal
 from pyromosaic.program import Program, Slots, own
 from pyromosaic.sizes import LatentSize, Size, latent_sizes
@@ -284,11 +296,11 @@ class ContrastiveVI(Contrasting):
         input_dropout: float = 0.95,
         encode_covariates: bool = True,
         library: str | Mapping[str, str] = "observed",
-        cohort_mmd: float = 100.0,
-        dependence: float = 20.0,
-        wasserstein: float = 1.0,
-        jeffreys: float | None = None,
-        mmd: float = 50.0,
+        cohort_mmd: float | CohortMMD = 100.0,
+        dependence: float | Dependence = 20.0,
+        wasserstein: float | Wasserstein = 1.0,
+        jeffreys: float | Jeffreys | None = None,
+        mmd: float | MMD = 50.0,
         left_out: float | None = None,
         prior: nn.Module | None = None,
         salient_prior: nn.Module | str | None = None,
@@ -325,7 +337,8 @@ class ContrastiveVI(Contrasting):
                 }
 
             explaining = decoders("predictors", decoder or Decoder)
-            of_s = ARD(n_salient) if isinstance(salient_prior, str) else salient_prior or StandardNormal(n_salient)
+            of_s = ARD() if isinstance(salient_prior, str) else salient_prior or StandardNormal()
+            of_s = complete(of_s, n_latent=n_salient)
             if isinstance(of_s, ARD):
                 for network in explaining.values():
                     unit_columns(network.hidden[0], n_latent, width)
@@ -336,7 +349,7 @@ class ContrastiveVI(Contrasting):
             plates = {name: Plates(name, m.n_features) for name, m in modalities}
             self.model = self.Model(
                 parts,
-                prior or StandardNormal(n_latent),
+                complete(prior or StandardNormal(), n_latent=n_latent),
                 of_s,
                 {
                     name: Measurement(
@@ -349,11 +362,12 @@ class ContrastiveVI(Contrasting):
                 },
             )
             given = penalties if isinstance(penalties, Mapping) else {"cohorts": penalties}
+            between = [chosen("jeffreys", jeffreys, Jeffreys), chosen("mmd", mmd, MMD)]
             own_penalties: dict[str, list[Penalty]] = {
-                "modalities": [Jeffreys(jeffreys), MMD(mmd)] if len(modalities) > 1 else [],
-                "cohorts": [CohortMMD(cohort_mmd, n_cells=128)],
-                "background": [Wasserstein(wasserstein)],
-                "target": [Dependence(dependence, n_cells=128)],
+                "modalities": between if len(modalities) > 1 else [],
+                "cohorts": [chosen("cohort_mmd", cohort_mmd, CohortMMD, n_cells=128)],
+                "background": [chosen("wasserstein", wasserstein, Wasserstein)],
+                "target": [chosen("dependence", dependence, Dependence, n_cells=128)],
             }
             if not set(given) <= set(own_penalties):
                 raise ValueError(

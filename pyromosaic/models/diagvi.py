@@ -18,6 +18,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch, Mosaic, Schema, measured, separate
+from pyromosaic.described import complete
 from pyromosaic.fusion import Fusion, fusion_of, presence
 from pyromosaic.guidance import linked_scores
 from pyromosaic.labels import Labels, check_labels
@@ -27,7 +28,18 @@ from pyromosaic.measurement import MeasurementGuide, Plates, cells, encoded
 from pyromosaic.models.embedded import Embedded, LinkedMeasurement, Weights, directed
 from pyromosaic.models.mosaic_model import Cells, Preset
 from pyromosaic.nn import Decoder, Encoder, GraphEncoder, InnerProductDecoder
-from pyromosaic.penalties import Anchors, Classifier, Penalty, Pull, Scores, Sinkhorn, apply, attached, with_given
+from pyromosaic.penalties import (
+    Anchors,
+    Classifier,
+    Penalty,
+    Pull,
+    Scores,
+    Sinkhorn,
+    apply,
+    attached,
+    chosen,
+    with_given,
+)
 from pyromosaic.priors import GaussianMixture, StandardNormal
 from pyromosaic.program import Program, Slots, own
 from pyromosaic.sizes import Size
@@ -40,15 +52,14 @@ REFERENCE = Preset(
         "n_private": 0,
         "n_hidden": 256,
         "encode_covariates": False,
-        "lam_data": 0.1,
-        "lam_kl": 1.0,
+        "likelihood_weight": 0.1,
+        "shared_kl": 1.0,
         "kl_per_feature": True,
-        "lam_graph": 15.0,
-        "lam_sinkhorn": 85.0,
-        "align_draws": True,
-        "lam_anchors": 0.0,
-        "lam_pull": 0.0,
-        "lam_class": 5.0,
+        "graph_weight": 15.0,
+        "alignment": Sinkhorn(85.0, sampled=True),
+        "anchors": 0.0,
+        "pull": 0.0,
+        "classifier": 5.0,
         "linkage": None,
     },
     training={
@@ -196,30 +207,27 @@ class DiagVI(Embedded):
         Whether a cell with several modalities stays one cell. By default each of its measurements becomes a separate
         cell, named ``"modality:cell"``.
     prior
-        Prior of z: ``"normal"`` is a standard normal; ``"mixture"`` is a mixture of Gaussians, tied to labels if there
-        are any; or a module that maps a minibatch to a distribution.
-    n_components
-        Number of components of a mixture without labels.
+        Prior of z: ``"normal"``, standard normal; ``"mixture"``, of Gaussians, tied to labels if there are any
+        (without labels ``GaussianMixture(n_components=...)`` says how many); or a callable module from a minibatch to a
+        distribution.
     fusion
         How to combine the posteriors of a cell's modalities, as in `MultiVI`; it has an effect only with `pairing`.
     encoder, decoder
         Class or function that makes the network of each modality; it takes the arguments of `pyromosaic.nn.Encoder` or
         `pyromosaic.nn.InnerProductDecoder`, which are the defaults.
     private_kl
-        Weight of the divergences of the private variables. The ELBO in the history counts them once.
-    lam_data, lam_kl, lam_graph, lam_sinkhorn, lam_anchors, lam_pull, lam_class
-        Weights of the likelihoods, of the divergence of the shared variable, of the graph (its likelihood and its
-        divergence), of the Sinkhorn divergence, of the anchors, of the pull to the linkage scores, and of the
-        classifier of labels. The default of `lam_pull` is 20, or 2 with a mixture prior, whose components must be free
-        to move. The preset ``"reference"`` has the weights of the reference.
+        Weight of the private variables' divergences. The ELBO in the history counts them once.
+    likelihood_weight, shared_kl, graph_weight
+        Weights of the likelihoods, of the divergence of the shared variable, and of the graph (its likelihood and its
+        divergence).
+    alignment
+        Weight of the Sinkhorn divergence between modalities; or a penalty, e.g. ``Sinkhorn(3.0, reach=...)`` of
+        `pyromosaic.penalties`, which also takes a reference modality.
+    anchors, pull, classifier
+        Weights of `Anchors` and `Pull` to the linkage's scores, and of the classifier of labels; or these penalties.
+        The pull is 20 by default, and 2 beside a mixture, whose components must be free to move.
     kl_per_feature
         Divide the divergences of a modality's cells by its number of features, as the reference does.
-    align_draws
-        Align draws from the posteriors, as the reference does, instead of their means.
-    blur, reach
-        Parameters of the Sinkhorn divergence; None adapts them to the minibatch.
-    reference
-        Modality that all others are aligned to; None aligns every pair. Without effect on two modalities.
     linkage
         Scores of cells in one space for all modalities, used for anchors and pull: ``"cca"`` computes them before
         training from the links of the graph; or give a table of scores with one row per cell; None uses no scores.
@@ -266,23 +274,18 @@ class DiagVI(Embedded):
         encode_covariates: bool = True,
         pairing: bool = False,
         prior: Literal["normal", "mixture"] | nn.Module = "normal",
-        n_components: int = 10,
         fusion: str | Fusion = "mean",
         encoder: Callable[..., nn.Module] | None = None,
         decoder: Callable[..., nn.Module] | None = None,
-        lam_data: float = 1.0,
-        lam_kl: float = 1.0,
+        likelihood_weight: float = 1.0,
+        shared_kl: float = 1.0,
         kl_per_feature: bool = False,
         private_kl: float = 2.0,
-        lam_graph: float = 15.0,
-        lam_sinkhorn: float = 3.0,
-        align_draws: bool = False,
-        blur: float | None = None,
-        reach: float | None = None,
-        reference: str | None = None,
-        lam_anchors: float = 2.0,
-        lam_pull: float | None = None,
-        lam_class: float = 5.0,
+        graph_weight: float = 15.0,
+        alignment: float | Penalty = 3.0,
+        anchors: float | Anchors = 2.0,
+        pull: float | Pull | None = None,
+        classifier: float | Classifier = 5.0,
         linkage: Literal["cca"] | pd.DataFrame | None = "cca",
         penalties: Sequence[Penalty] = (),
         seed: int = 0,
@@ -297,6 +300,9 @@ class DiagVI(Embedded):
             self.scores = Scores()
             labels = Labels(schema)
             modalities = schema.modalities
+            if not isinstance(alignment, Penalty):
+                alignment = chosen("alignment", alignment, Sinkhorn)
+            reference = getattr(alignment, "reference", None)
             if reference not in (None, *modalities):
                 raise ValueError(f"reference must be one of {', '.join(modalities)}, or None; found {reference!r}")
             likelihoods = likelihoods_of(schema)
@@ -315,35 +321,39 @@ class DiagVI(Embedded):
                 if likelihood.posterior_predictors
             }
             sizes = {name: Size(name, m, n_latent) for name, m in modalities.items()}
-            if lam_pull is None:
-                lam_pull = 2.0 if prior == "mixture" else 20.0
-            if prior == "normal":
-                prior = StandardNormal(n_latent)
-            elif prior == "mixture":
-                prior = GaussianMixture(n_latent, n_components, labels)
-            elif isinstance(prior, str):
-                raise ValueError(f'prior must be "normal", "mixture" or a module; found {prior!r}')
-            lams = {"lam_data": lam_data, "lam_kl": lam_kl, "private_kl": private_kl, "lam_graph": lam_graph}
-            for lam, weight in lams.items():
+            if isinstance(prior, str) and prior not in ("normal", "mixture"):
+                raise ValueError(f'the prior is "normal", "mixture" or a module; found {prior!r}')
+            if isinstance(prior, str):
+                prior = GaussianMixture() if prior == "mixture" else StandardNormal()
+            of_z: nn.Module = complete(prior, n_latent=n_latent, labels=labels)
+            if pull is None:
+                pull = 2.0 if isinstance(of_z, GaussianMixture) else 20.0
+            for option, weight in (
+                ("likelihood_weight", likelihood_weight),
+                ("shared_kl", shared_kl),
+                ("private_kl", private_kl),
+                ("graph_weight", graph_weight),
+            ):
                 if weight < 0:
-                    raise ValueError(f"{lam} must be at least 0; found {weight}")
+                    raise ValueError(f"{option} is at least 0; found {weight}")
             per_feature = {name: m.n_features if kl_per_feature else 1 for name, m in modalities.items()}
-            weights = Weights(lam_graph, {name: lam_kl / n for name, n in per_feature.items()})
+            weights = Weights(graph_weight, {name: shared_kl / n for name, n in per_feature.items()})
             plates = {
-                name: Plates(name, m.n_features, lam_data, private_kl / per_feature[name], balanced=True)
+                name: Plates(name, m.n_features, likelihood_weight, private_kl / per_feature[name], balanced=True)
                 for name, m in modalities.items()
             }
             edges, strength, sign = directed(self.graph)
-            self.classifier = Classifier(lam_class, labels, n_latent) if len(labels) else None
+            known = {"labels": labels, "n_latent": n_latent}
+            self.classifier = chosen("classifier", classifier, Classifier, **known) if len(labels) else None
             aligned = [
-                Sinkhorn(lam_sinkhorn, blur=blur, reach=reach, sampled=align_draws, reference=reference),
-                Anchors(lam_anchors, self.scores),
-                Pull(lam_pull, self.scores),
+                alignment,
+                chosen("anchors", anchors, Anchors, scores=self.scores),
+                chosen("pull", pull, Pull, scores=self.scores),
                 *([] if self.classifier is None else [self.classifier]),
             ]
             self.model = self.Model(
                 self.graph,
-                prior,
+                of_z,
                 {
                     name: LinkedMeasurement(plates[name], sizes[name], decoders[name], likelihoods[name], n_private)
                     for name in modalities

@@ -11,11 +11,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from pyromosaic import described, penalties, priors
 from pyromosaic.data import ModalitySpec, Mosaic, Schema
 from pyromosaic.likelihoods import Likelihood
-from pyromosaic.models.base import TrainedModel
-from pyromosaic.models.formats import FORMAT, READ, upgraded
+from pyromosaic.models.base import TrainedModel, accepted_options
+from pyromosaic.models.formats import FORMAT, READ, upgraded, upgraded_schema
 from pyromosaic.models.query import carry_over, only
+
+#: The parts that are saved with a model, by name.
+PARTS = {
+    name: part
+    for room in (penalties, priors)
+    for name, part in vars(room).items()
+    if isinstance(part, type) and issubclass(part, described.Described) and part.__module__.startswith(room.__name__)
+}
 
 
 class Keeping(TrainedModel):
@@ -58,11 +67,9 @@ class Keeping(TrainedModel):
         options, objects = {}, [m.spec.likelihood_name for m in self.schema.modalities.values() if _is_own(m.spec)]
         for key, value in self.options.items():
             try:
-                json.dumps(value)
+                options[key] = described.to_json(value, PARTS)
             except TypeError:
                 objects.append(key)  # code is not saved; it is given again at load
-            else:
-                options[key] = value
         content = {
             "format": FORMAT,
             "class": type(self).__name__,
@@ -85,8 +92,8 @@ class Keeping(TrainedModel):
             A MuData or a dictionary of AnnData, which is registered and checked against the schema of the model
             (features are put in its order); or a `Mosaic` that was registered with that schema; None for no data.
         **objects
-            The objects, such as priors, that the model was constructed with; and your own classes of likelihoods, by
-            their names.
+            The objects that the model was constructed with, but for the package's own penalties and priors, which are
+            saved; and the classes of likelihoods of your own, by their names.
 
         Raises
         ------
@@ -115,7 +122,7 @@ class Keeping(TrainedModel):
         if version not in READ:
             raise ValueError(
                 f"{directory} was saved in format {version}; this version of pyromosaic reads formats "
-                f"{' and '.join(map(str, READ))}"
+                f"{', '.join(map(str, READ))}"
             )
         if name != cls.__name__:
             raise ValueError(f"{directory} holds a model of class {name}, not {cls.__name__}; use {name}.load")
@@ -127,10 +134,10 @@ class Keeping(TrainedModel):
             )
         try:
             likelihoods = {k: v for k, v in objects.items() if isinstance(v, type) and issubclass(v, Likelihood)}
-            schema = Schema.from_json(content["schema"], likelihoods)
+            schema = Schema.from_json(upgraded_schema(content), likelihoods)
             others = {k: v for k, v in objects.items() if k not in likelihoods}
-            options, weights = upgraded(content, weights, schema)
-            model = cls(schema, **options, **others)
+            options, weights = upgraded(content, weights, schema, accepted_options(cls))
+            model = cls(schema, **{**described.from_json(options, PARTS), **others})
             for part in ("model", "guide"):
                 state = {k.removeprefix(f"{part}."): v for k, v in weights.items() if k.startswith(f"{part}.")}
                 getattr(model, part).eval().load_state_dict(state)  # also what a subclass added to them

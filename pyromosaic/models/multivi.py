@@ -16,12 +16,13 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch, Mosaic, Schema, measured
+from pyromosaic.described import complete
 from pyromosaic.fusion import Fusion, Posterior, agreement_weights, fusion_of, leave_out, presence
 from pyromosaic.likelihoods import likelihoods_of
 from pyromosaic.measurement import Measurement, MeasurementGuide, Plates, cells, encoded
 from pyromosaic.models.mosaic_model import Cells, MosaicModel, Preset
 from pyromosaic.nn import Decoder, Encoder
-from pyromosaic.penalties import MMD, Adversary, Jeffreys, Penalty, apply, attached, with_given
+from pyromosaic.penalties import MMD, Adversary, Jeffreys, Penalty, apply, attached, chosen, with_given
 from pyromosaic.priors import StandardNormal
 from pyromosaic.program import AtMean, Program, Slots, own
 from pyromosaic.sizes import LatentSize, Size, latent_sizes
@@ -42,8 +43,7 @@ PAPER = Preset(
         "jeffreys": 1.0,
         "mmd": 0.0,
         "left_out": 0.0,
-        "adversary": 1.0,
-        "adversary_target": "batch",
+        "adversary": Adversary(target="batch"),
     },
     training={
         "n_epochs": 500,
@@ -174,11 +174,12 @@ class MultiVI(MosaicModel):
         Weight of the symmetric divergence between the posteriors of a cell's modalities; 1 in the paper. If None, it is
         the number of features of all modalities divided by 10,000, at most 0.2.
     mmd
-        Weight of the maximum mean discrepancy between the representations of all cells that have one modality and all
-        cells that have another; 0 in the paper. Lower it if the modalities were measured in different mixtures of cell
-        types.
-    adversary, adversary_target
-        Weight and target, ``"pattern"`` or ``"batch"``, of an adversary; see `pyromosaic.penalties.Adversary`.
+        Weight of the discrepancy between the modalities' representations over all cells that have them; 0 as in the
+        paper, and better lowered where modalities were measured in different kinds of cells. The weights of penalties
+        may be given as penalties with more arguments, e.g. ``mmd=MMD(50.0, n_cells=512)``, in all models.
+    adversary
+        Weight of an adversary that tells which modalities a cell has; or one that tells its batch,
+        ``Adversary(target="batch")``.
     left_out
         Share of the cells with several modalities for which, in a training step, the guide sees only one modality while
         the model explains all of them; 0 in the paper. If None, it is the number of features divided by 10,000, as for
@@ -241,10 +242,9 @@ class MultiVI(MosaicModel):
         fusion: str | Fusion = "mean",
         n_private: int | Mapping[str, int] = 0,
         private_kl: float = 2.0,
-        jeffreys: float | None = None,
-        mmd: float = 50.0,
-        adversary: float = 0.0,
-        adversary_target: str = "pattern",
+        jeffreys: float | Jeffreys | None = None,
+        mmd: float | MMD = 50.0,
+        adversary: float | Adversary = 0.0,
         left_out: float | None = None,
         prior: nn.Module | None = None,
         encoder: Callable[..., nn.Module] | None = None,
@@ -283,12 +283,13 @@ class MultiVI(MosaicModel):
 
             explaining = decoders("predictors", decoder or decode)
             latent = latent_sizes(library, schema)
-            adversaries = [Adversary(schema, n_latent, adversary_target, adversary)] if adversary else []
+            known = {"schema": schema, "n_latent": n_latent}
+            adversaries = [chosen("adversary", adversary, Adversary, **known)] if adversary else []
             size_encoders = {name: encode(schema[name], 1, n_hidden, 1, dropout, encode_covariates) for name in latent}
             inferring = decoders("posterior_predictors", decode)
             plates = {name: Plates(name, m.n_features, private=private_kl) for name, m in modalities.items()}
             self.model = self.Model(
-                prior or StandardNormal(n_latent),
+                complete(prior or StandardNormal(), n_latent=n_latent),
                 {
                     name: Measurement(
                         plates[name],
@@ -315,7 +316,7 @@ class MultiVI(MosaicModel):
                 },
                 fusion_of(fusion, tuple(modalities)),
                 left_out,
-                with_given([Jeffreys(jeffreys), MMD(mmd)], penalties),
+                with_given([chosen("jeffreys", jeffreys, Jeffreys), chosen("mmd", mmd, MMD)], penalties),
                 adversaries,
             )
 

@@ -23,6 +23,7 @@ from torch.nn.functional import normalize
 
 from pyromosaic.attention import AttentionEncoder
 from pyromosaic.data import Minibatch, Mosaic, Schema, separate
+from pyromosaic.described import complete
 from pyromosaic.fusion import MeanFusion, presence
 from pyromosaic.guidance import linked_scores
 from pyromosaic.likelihoods import Likelihood, likelihoods_of
@@ -43,8 +44,7 @@ from pyromosaic.penalties import (
     Scores,
     apply,
     attached,
-    kernel_alignment,
-    row_cosine,
+    chosen,
     with_given,
 )
 from pyromosaic.priors import StandardNormal
@@ -59,15 +59,12 @@ REFERENCE = Preset(
         "deterministic": True,
         "pairs": "chain",
         "linkage": "features",
-        "n_neighbors": 30,
-        "lam_data": 10.0,
-        "lam_adversary": 1.0,
-        "n_adversary_steps": 5,
-        "lam_cycle": 10.0,
-        "lam_anchors": 1.0,
-        "lam_pull": 0.0,
-        "lam_geometry": 10.0,
-        "geometry": "cosine",
+        "likelihood_weight": 10.0,
+        "adversary": 1.0,
+        "cycle": 10.0,
+        "anchors": Anchors(1.0, n_neighbors=30),
+        "pull": 0.0,
+        "geometry": Geometry(10.0, likeness="cosine"),
     },
     training={
         "n_epochs": 10_000,
@@ -86,9 +83,6 @@ PAIRS: Mapping[str, Callable[[Iterable[str]], Iterable[tuple[str, str]]]] = {
     "chain": pairwise,
     "all": partial(combinations, r=2),
 }
-LIKENESS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"alignment": kernel_alignment, "cosine": row_cosine}
-
-
 ENCODERS: Mapping[str, Callable[..., nn.Module]] = {"layers": Encoder, "attention": AttentionEncoder}
 
 
@@ -189,21 +183,19 @@ class ScModal(Linking):
         Pairs of modalities to align: ``"chain"`` aligns each with the next in the order of the data; ``"all"`` aligns
         all pairs.
     linkage
-        How to find anchors: ``"cca"`` by scores in one space for all modalities, computed before training from the
-        links of the graph; ``"features"`` by the linked features themselves, as in the reference; or by a table of
-        scores that you give, with one row per cell. None uses no anchors.
-    n_neighbors
-        Two cells are anchors if each is among the `n_neighbors` nearest cells of the other in the minibatch.
+        What anchors are found by: ``"cca"``, scores that all modalities share, computed from the graph's links before
+        training; ``"features"``, linked features themselves, as the reference does; a table of scores of your own, a
+        row a cell; or None for no anchors.
     refresh_every
-        Search for new anchors after every `refresh_every` epochs, by the mean of two cosine similarities: of the
-        linkage scores and of the current posterior means. With 0, anchors come from the linkage only.
-    lam_data, lam_adversary, lam_cycle, lam_anchors, lam_pull, lam_geometry
-        Weights of the likelihoods and of the penalties: `Discriminator`, `Cycle`, `Anchors`, `Pull` (to shared
-        scores) and `Geometry` of `pyromosaic.penalties`.
-    n_adversary_steps
-        Number of steps of the discriminators for each step of the other parameters.
-    geometry
-        ``"alignment"`` (`kernel_alignment`), or ``"cosine"`` (`row_cosine`) as in the reference.
+        After every so many epochs anchors are sought anew, by the mean of two cosines: of the linkage's scores and of
+        the current posterior means. 0 to keep to the linkage.
+    likelihood_weight
+        Weight of the likelihoods.
+    adversary, cycle, anchors, pull, geometry
+        Weights of `Discriminator`, `Cycle`, `Anchors`, `Pull` (to shared scores) and `Geometry` of
+        `pyromosaic.penalties`; or, but for the cycle, these penalties: ``Discriminator(n_steps=...)`` says how often
+        discriminators learn for each step of all else, ``Anchors(2.0, n_neighbors=...)`` among how many nearest in the
+        minibatch anchors are.
     penalties
         Additional penalties, see `pyromosaic.penalties`.
     seed
@@ -267,28 +259,29 @@ class ScModal(Linking):
         deterministic: bool = False,
         pairs: Literal["chain", "all"] = "chain",
         linkage: Literal["cca", "features"] | pd.DataFrame | None = "cca",
-        n_neighbors: int = 5,
         refresh_every: int = 0,
-        lam_data: float = 1.0,
-        lam_adversary: float = 1.0,
-        n_adversary_steps: int = 5,
-        lam_cycle: float = 1.0,
-        lam_anchors: float = 2.0,
-        lam_pull: float = 30.0,
-        lam_geometry: float = 1.0,
-        geometry: Literal["alignment", "cosine"] = "alignment",
+        likelihood_weight: float = 1.0,
+        adversary: float | Discriminator = 1.0,
+        cycle: float = 1.0,
+        anchors: float | Anchors = 2.0,
+        pull: float | Pull = 30.0,
+        geometry: float | Geometry = 1.0,
         penalties: Sequence[Penalty] = (),
         seed: int = 0,
     ) -> None:
         if n_latent < 1 or n_private < 0:
-            raise ValueError(f"n_latent must be at least 1 and n_private at least 0; found {n_latent} and {n_private}")
-        if lam_data < 0 or private_kl < 0:
-            raise ValueError(f"weights must be at least 0; found lam_data={lam_data} and private_kl={private_kl}")
+            raise ValueError(f"n_latent is at least 1 and n_private at least 0; found {n_latent} and {n_private}")
+        if likelihood_weight < 0 or private_kl < 0:
+            raise ValueError(
+                f"weights are at least 0; found likelihood_weight={likelihood_weight} and private_kl={private_kl}"
+            )
+        if isinstance(geometry, str):
+            raise ValueError(f"ScModal calls geometry={geometry!r} geometry=Geometry(1.0, likeness={geometry!r}) now")
         if deterministic and n_private:
             raise ValueError(f"a deterministic program has no private variables: set n_private=0; found {n_private}")
         if refresh_every < 0:
-            raise ValueError(f"refresh_every must be a number of epochs, at least 0; found {refresh_every}")
-        for value, known in ((pairs, PAIRS), (geometry, LIKENESS), (encoder, ENCODERS)):
+            raise ValueError(f"refresh_every is a number of epochs, at least 0; found {refresh_every}")
+        for value, known in ((pairs, PAIRS), (encoder, ENCODERS)):
             if isinstance(value, str) and value not in known:
                 raise ValueError(f"unknown option {value!r}; accepted: {', '.join(map(repr, known))}")
         if isinstance(linkage, str) and linkage not in ("cca", "features"):
@@ -331,22 +324,26 @@ class ScModal(Linking):
                 for name, likelihood in likelihoods.items()
                 if likelihood.posterior_predictors
             }
-            discriminators = {pair: Discriminator(1.0, n_latent, n_hidden, n_adversary_steps) for pair in aligned}
-            self.cycle = cycle = Cycle(1.0, modalities, encoders, decoders, likelihoods, n_private)
+            sizes = {"n_latent": n_latent, "n_hidden": n_hidden}
+            discriminators = {pair: chosen("adversary", adversary, Discriminator, **sizes) for pair in aligned}
+            matched = {pair: chosen("anchors", anchors, Anchors, scores=own) for pair, own in self.matches.items()}
+            self.cycle = Cycle(1.0, modalities, encoders, decoders, likelihoods, n_private)
             if deterministic:
                 for network in (*encoders.values(), *decoders.values(), *discriminators.values()):
                     for parameter in network.parameters():
                         nn.init.normal_(parameter, std=0.1)
             terms = [
-                Pairs(lam_adversary, discriminators, warms_up=not deterministic),
-                Pairs(lam_cycle, dict.fromkeys(aligned, cycle)),
-                Pairs(lam_anchors, {pair: Anchors(1.0, own, n_neighbors) for pair, own in self.matches.items()}),
-                Pull(lam_pull, self.scores),
-                Geometry(lam_geometry, encoders, LIKENESS[geometry]),
+                Pairs(discriminators[aligned[0]].weight, discriminators, warms_up=not deterministic),
+                Pairs(cycle, dict.fromkeys(aligned, self.cycle)),
+                Pairs(matched[aligned[0]].weight, matched),
+                chosen("pull", pull, Pull, scores=self.scores),
+                chosen("geometry", geometry, Geometry),
             ]
-            plates = {name: Plates(name, m.n_features, lam_data, private_kl, True) for name, m in modalities.items()}
+            plates = {
+                name: Plates(name, m.n_features, likelihood_weight, private_kl, True) for name, m in modalities.items()
+            }
             self.model = self.Model(
-                prior or (Flat(n_latent) if deterministic else StandardNormal(n_latent)),
+                complete(prior or (Flat() if deterministic else StandardNormal()), n_latent=n_latent),
                 {
                     name: Measurement(
                         plates[name], Size(name, m, n_latent), decoders[name], likelihoods[name], n_private

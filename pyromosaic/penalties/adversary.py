@@ -26,10 +26,8 @@ class Adversary(Penalty):
 
     Parameters
     ----------
-    schema
-        Schema of the model.
-    n_latent
-        Dimension of the latent space.
+    schema, n_latent
+        The model's modalities, and width of its latent space; left out where this is the option of a model.
     target
         ``"pattern"``: which modalities the cell has; ``"batch"``: its batch, by name over all modalities.
     weight
@@ -43,13 +41,14 @@ class Adversary(Penalty):
     """
 
     name = "adversary"
+    needed = ("schema", "n_latent")
     batches: Tensor
     seen: Tensor
 
     def __init__(
         self,
-        schema: Schema,
-        n_latent: int,
+        schema: Schema | None = None,
+        n_latent: int | None = None,
         target: str = "pattern",
         weight: float = 1.0,
         *,
@@ -61,6 +60,9 @@ class Adversary(Penalty):
         if target not in ("pattern", "batch"):
             raise ValueError(f'target of an adversary must be "pattern" or "batch"; found {target!r}')
         self.target, self.warms_up, self.learning_rate = target, warms_up, learning_rate
+        self.complete = schema is not None and n_latent is not None
+        if schema is None or n_latent is None:
+            return
         self.modalities = tuple(schema.modalities)
         own = [m.categories[m.spec.batch_key] if m.spec.batch_key else ("",) for m in schema.modalities.values()]
         names = sorted(set().union(*own))

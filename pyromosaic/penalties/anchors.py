@@ -52,16 +52,19 @@ class Anchors(Penalty):
     weight
         Factor of the penalty in the loss.
     scores
-        Scores of the cells.
+        Scores of the cells; left out where this is the option of a model.
     n_neighbors
         Two cells are mutual neighbours if each is among the `n_neighbors` nearest of the other.
     """
 
     name = "anchors"
 
-    def __init__(self, weight: float, scores: Scores, n_neighbors: int = 5) -> None:
+    needed = ("scores",)
+
+    def __init__(self, weight: float = 1.0, scores: Scores | None = None, n_neighbors: int = 5) -> None:
         super().__init__(weight)
-        self.scores, self.n_neighbors = scores, n_neighbors
+        self.complete = scores is not None
+        self.scores, self.n_neighbors = Scores() if scores is None else scores, n_neighbors
 
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
         """The penalty, a scalar; 0 where no cells are mutual neighbours."""
@@ -108,7 +111,8 @@ class Pull(Penalty):
     weight
         Factor of the penalty in the loss.
     scores
-        Scores of the cells, at most as many as there are latent dimensions; they pull the first dimensions.
+        Scores of the cells, at most as many as there are latent dimensions: they pull the first ones. Left out where
+        this is the option of a model.
 
     Raises
     ------
@@ -118,9 +122,12 @@ class Pull(Penalty):
 
     name = "pull"
 
-    def __init__(self, weight: float, scores: Scores) -> None:
+    needed = ("scores",)
+
+    def __init__(self, weight: float = 1.0, scores: Scores | None = None) -> None:
         super().__init__(weight)
-        self.scores = scores
+        self.complete = scores is not None
+        self.scores = Scores() if scores is None else scores
 
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
         """The penalty, a scalar; 0 without scores."""

@@ -21,18 +21,33 @@ class Classifier(Penalty):
     Parameters
     ----------
     weight
-        Factor of the penalty in the loss.
-    labels
-        The labels.
-    n_latent
-        Dimension of the latent space.
+        What it is multiplied by.
+    labels, n_latent
+        The labels, and width of the latent space; left out where this is the option of a model.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50}, types=3)[0], label_key="celltype")
+    >>> classifier = Classifier(1.0, Labels(mosaic.schema), n_latent=5)
+    >>> q = Posterior(torch.arange(60), torch.zeros(60, 5), torch.ones(60, 5))
+    >>> bool(classifier({"rna": q}, measured(mosaic, mosaic.find(None))) > 0)
+    True
+    >>> classifier.probabilities(torch.zeros(60, 5)).shape
+    torch.Size([60, 3])
     """
 
     name = "classifier"
     temperature: Tensor
 
-    def __init__(self, weight: float, labels: Labels, n_latent: int) -> None:
+    needed = ("labels", "n_latent")
+
+    def __init__(self, weight: float = 1.0, labels: Labels | None = None, n_latent: int | None = None) -> None:
         super().__init__(weight)
+        self.complete = labels is not None and n_latent is not None
+        if labels is None or n_latent is None:
+            return
         self.labels = labels
         self.logits = nn.Linear(n_latent, len(labels))
         self.register_buffer("temperature", torch.ones(()))

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from pyromosaic.data import Minibatch
-from pyromosaic.penalties.kernels import kernel_alignment
+from pyromosaic.penalties.kernels import kernel_alignment, row_cosine
 from pyromosaic.penalties.penalty import Penalty
 from pyromosaic.posterior import Posterior
+
+LIKENESS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"alignment": kernel_alignment, "cosine": row_cosine}
 
 
 class Geometry(Penalty):
@@ -26,24 +28,38 @@ class Geometry(Penalty):
         The encoders of the guide, whose ``scaling`` prepares the measurements; None uses those of the guide that gets
         the penalty.
     likeness
-        Function of (cells, features) and (cells, latent): `kernel_alignment`, or `row_cosine` as in scMODAL.
+        ``"alignment"`` (`kernel_alignment`), ``"cosine"`` (`row_cosine`) as in scMODAL, or a function of (cells,
+        features) and (cells, latent).
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, MultiVI, simulate
+    >>> from pyromosaic.data import measured
+    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50})[0])
+    >>> model, minibatch = MultiVI(mosaic), measured(mosaic, mosaic.find(None))
+    >>> scaled = model.guide.modalities["rna"].encoder.scaling(minibatch.observed["rna"])
+    >>> q = Posterior(torch.arange(60), scaled, torch.ones_like(scaled))  # the very geometry of the measurements
+    >>> round(Geometry(1.0, {"rna": model.guide.modalities["rna"].encoder})({"rna": q}, minibatch).item(), 3)
+    -1.0
     """
 
     name = "geometry"
 
     def __init__(
         self,
-        weight: float,
+        weight: float = 1.0,
         encoders: Mapping[str, Any] | None = None,
-        likeness: Callable[[Tensor, Tensor], Tensor] | None = None,
+        likeness: str | Callable[[Tensor, Tensor], Tensor] = "alignment",
     ) -> None:
         super().__init__(weight)
-        self.encoders, self.given = dict(encoders or {}), encoders is not None  # the guide owns their parameters
-        self.likeness = kernel_alignment if likeness is None else likeness
+        self.encoders, self.found = dict(encoders or {}), encoders is None  # the guide owns their parameters
+        if isinstance(likeness, str) and likeness not in LIKENESS:
+            raise ValueError(f"there is no likeness {likeness!r}; accepted: {', '.join(map(repr, LIKENESS))}")
+        self.likeness = LIKENESS[likeness] if isinstance(likeness, str) else likeness
 
     def attach(self, modalities: Mapping[str, Any]) -> None:
-        """Take the encoders of the guide, unless others were given."""
-        if not self.given:
+        """Take the guide's encoders, unless others were given."""
+        if self.found:
             self.encoders = {name: part.encoder for name, part in modalities.items()}
 
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:

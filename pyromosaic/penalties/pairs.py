@@ -51,9 +51,9 @@ class Discriminator(Penalty):
     weight
         Factor of the penalty in the loss.
     n_latent
-        Dimension of the latent space.
+        Width of the latent space; left out where this is the option of a model.
     n_hidden
-        Width of the two hidden layers.
+        Width of the two hidden layers; as the option of a model by default the model's.
     n_steps
         Number of steps of the network for each step of the encoders.
     learning_rate, weight_decay
@@ -61,17 +61,23 @@ class Discriminator(Penalty):
     """
 
     name = "adversary"
+    needed = ("n_latent",)
 
     def __init__(
         self,
-        weight: float,
-        n_latent: int,
+        weight: float = 1.0,
+        n_latent: int | None = None,
         n_hidden: int = 512,
         n_steps: int = 5,
         learning_rate: float = 1e-3,
         weight_decay: float = 1e-3,
     ) -> None:
         super().__init__(weight)
+        self.n_steps, self.learning_rate, self.weight_decay = n_steps, learning_rate, weight_decay
+        self._own: torch.optim.Optimizer | None = None
+        self.complete = n_latent is not None
+        if n_latent is None:
+            return
         self.network = nn.Sequential(
             nn.Linear(n_latent, n_hidden),
             nn.ReLU(),
@@ -79,8 +85,6 @@ class Discriminator(Penalty):
             nn.ReLU(),
             nn.Linear(n_hidden, 1),
         )
-        self.n_steps, self.learning_rate, self.weight_decay = n_steps, learning_rate, weight_decay
-        self._own: torch.optim.Optimizer | None = None
 
     def optimiser(self) -> torch.optim.Optimizer:
         """A new optimiser of the network; `forward` takes its steps, and no other optimiser uses these gradients."""

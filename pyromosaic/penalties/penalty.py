@@ -6,17 +6,19 @@ contain it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from numbers import Real
+from typing import Any, TypeVar
 
 import pyro
 from torch import nn
 
 from pyromosaic.data import Minibatch
+from pyromosaic.described import Described
 from pyromosaic.posterior import Posterior
 from pyromosaic.program import own
 
 
-class Penalty(nn.Module):
+class Penalty(Described):
     """A term that is added to the loss.
 
     Subclasses define `forward(posteriors, minibatch)`. It returns a scalar, the mean of the penalty over the cells of
@@ -51,6 +53,41 @@ class Penalty(nn.Module):
         return super().__call__(posteriors, minibatch)
 
 
+P = TypeVar("P", bound=Penalty)
+
+
+def chosen(option: str, given: Any, kind: type[P], **known: Any) -> P:
+    """The penalty that an option of a model stands for: its weight, or the penalty with more of its arguments.
+
+    Parameters
+    ----------
+    option
+        Name of the option.
+    given
+        Its value.
+    kind
+        Class of the penalty.
+    **known
+        What the model knows, for arguments that were left out.
+
+    Raises
+    ------
+    ValueError
+        If it is neither a number nor such a penalty.
+
+    Examples
+    --------
+    >>> from pyromosaic.penalties import MMD
+    >>> [(p.weight, p.n_cells) for p in (chosen("mmd", given, MMD) for given in (2.0, MMD(2.0, n_cells=64)))]
+    [(2.0, 256), (2.0, 64)]
+    """
+    if isinstance(given, kind):
+        return given.completed(**known) if known else given
+    if not isinstance(given, Real):
+        raise ValueError(f"{option} is a weight or a pyromosaic.penalties.{kind.__name__}; found {given!r}")
+    return kind(weight=float(given), **known)
+
+
 def with_given(defaults: Sequence[Any], given: Sequence[Any]) -> list[Any]:
     """The default penalties of a model and those of the user, which replace defaults of the same name.
 
@@ -77,6 +114,11 @@ def attached(penalties: Iterable[Any], modalities: Mapping[str, Any]) -> nn.Modu
     """
     owned = [own(penalty) for penalty in penalties]
     for penalty in owned:
+        if not getattr(penalty, "complete", True):
+            raise ValueError(
+                f"{type(penalty).__name__} takes {' and '.join(penalty.needed)}, unless it is given as the option of a "
+                "model that has one"
+            )
         penalty.attach(modalities)
     return nn.ModuleList(owned)
 
