@@ -200,6 +200,7 @@ def test_a_thin_graph_is_warned_about_with_counts():
 
 
 @pytest.mark.filterwarnings("ignore:.*links are left out")
+@pytest.mark.filterwarnings("ignore:column .batch. has no value in common")
 def test_shared_scores_do_not_see_pairs():
     """Shuffling the cells of one modality shuffles its scores, and nothing else."""
     table = protein_gene_links().rename(columns={"gene": "rna", "protein": "adt"})

@@ -1,12 +1,17 @@
 """Links of two modalities: from a table, by name, or by where features lie on the genome."""
 
 import re
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from pyromosaic.data import Mosaic
+from pyromosaic.data.tables import words
+
+#: Which strand a gene is on, in the words of GTF files and of BioMart; 0 where it is not known.
+STRANDS = {"+": 1, "1": 1, "+1": 1, "-": -1, "-1": -1, ".": 0, "0": 0, "": 0, "*": 0, "?": 0}
 
 
 @dataclass(frozen=True)
@@ -167,8 +172,8 @@ def links_by_overlap(mosaic: Mosaic, modalities: tuple[str, str], genes: pd.Data
         The modality of genes, then the modality of regions. The names of regions are coordinates such as
         ``"chr1:100-200"``, separated by ``:``, ``-`` or ``_``.
     genes
-        Position of each gene, indexed by name, with columns ``chromosome``, ``start``, ``end`` and ``strand`` (``"+"``
-        or ``"-"``).
+        Where each gene lies, indexed by name: columns ``chromosome`` (with or without ``"chr"``), ``start``, ``end``
+        and ``strand`` (``"+"`` or ``"-"``, or 1 and -1). A gene whose strand is missing or ``"."`` has no promoter.
     promoter
         Number of bases upstream of the gene that count as its promoter.
 
@@ -180,7 +185,13 @@ def links_by_overlap(mosaic: Mosaic, modalities: tuple[str, str], genes: pd.Data
     Raises
     ------
     ValueError
-        If a modality or a column does not exist, the name of a region is not a coordinate, or nothing overlaps.
+        If a modality or a column does not exist, a region's name or a gene's place is not a coordinate, a strand is
+        none, or nothing overlaps.
+
+    Warns
+    -----
+    UserWarning
+        If the strand of genes is not known.
 
     Examples
     --------
@@ -204,13 +215,37 @@ def links_by_overlap(mosaic: Mosaic, modalities: tuple[str, str], genes: pd.Data
         )
     regions = pd.DataFrame([p.groups() for p in places if p], index=names, columns=wanted[:3])
     regions = regions.astype({"start": int, "end": int}).sort_values("start")
+    regions["chromosome"] = regions["chromosome"].str.removeprefix("chr")
     pairs = []
     by_chromosome = dict(iter(regions.groupby("chromosome")))
     known = genes[genes.index.isin(_features(mosaic, modalities[0]))]
-    for gene, chromosome, start, end, strand in known[wanted].itertuples(name=None):
+    located = pd.DataFrame({"chromosome": words(known["chromosome"]).astype(object).str.removeprefix("chr")})
+    for column in ("start", "end"):
+        located[column] = pd.to_numeric(known[column], errors="coerce")
+        bad = ~np.isfinite(located[column].to_numpy(dtype=float))
+        if bad.any():
+            raise ValueError(
+                f"the {column} of gene {known.index[bad][0]!r} is {str(known[column][bad].iloc[0])!r}; accepted: a "
+                "number of bases"
+            )
+    located["strand"] = words(known["strand"]).astype(object).fillna(".").map(STRANDS)
+    if located["strand"].isna().any():
+        bad = located["strand"].isna().to_numpy()
+        raise ValueError(
+            f"the strand of gene {known.index[bad][0]!r} is {str(known['strand'][bad].iloc[0])!r}; accepted: '+' and "
+            "'-', or 1 and -1, or '.' where it is not known"
+        )
+    n_unknown = int((located["strand"] == 0).sum())
+    if n_unknown:
+        warnings.warn(
+            f"the strand of {n_unknown} of {len(located)} genes is not known; they are linked by their body, without a "
+            "promoter",
+            stacklevel=2,
+        )
+    for gene, chromosome, start, end, strand in located.itertuples(name=None):
         if chromosome in by_chromosome:
             near = by_chromosome[chromosome]
-            start, end = (start - promoter, end) if strand == "+" else (start, end + promoter)
+            start, end = start - promoter * (strand == 1), end + promoter * (strand == -1)
             near = near.iloc[: np.searchsorted(near["start"], end, side="right")]
             pairs += [(gene, region) for region in near.index[near["end"] >= start]]
     return links_from_table(mosaic, modalities, pd.DataFrame(pairs, columns=list(modalities), dtype=str))

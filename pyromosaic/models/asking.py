@@ -29,7 +29,7 @@ class Asking(TrainedModel):
         *,
         features: Sequence[str] | None = None,
         batch: str | Sequence[str] | None = None,
-        library: float = 1.0,
+        library: float | None = None,
         n_samples: int | None = None,
         data: Mosaic | None = None,
         seed: int = 0,
@@ -46,7 +46,8 @@ class Asking(TrainedModel):
             Predict as if the cells had been measured in this batch, or average over these batches; by default, each
             cell is predicted for its own batch.
         library
-            Size of the cells in the prediction; 1 gives proportions of RNA.
+            Size of the cells to predict at, in counts; by default 1 for RNA, which gives shares, and the median cell's
+            for protein. Modalities without sizes take none.
         n_samples
             Average over this many posterior draws; None decodes the posterior mean.
         data
@@ -70,7 +71,8 @@ class Asking(TrainedModel):
         """
         if modality is None:
             modality = self._first("of expression", lambda traits: not traits.binary)
-        size = library if self._unit_size(modality) == 1 else self.schema[modality].library
+        self._check_size(modality, library)
+        size = self._unit_size(modality) if library is None else library
         value = self._likelihood(modality).normalized
         question = Question(modality, value, cells, features, None, None, size, n_samples, False, data, seed)
         return self._expected(question, batch)
@@ -282,6 +284,7 @@ class Asking(TrainedModel):
         >>> found.mean.shape, sorted(found.quantiles)
         ((40, 5), [0.05, 0.95])
         """
+        self._check_size(modality, library)
         question = Question(
             modality, lambda d: d.mean, cells, features, encode, batch, library, n_samples, True, data, seed
         )
@@ -327,6 +330,7 @@ class Asking(TrainedModel):
         >>> model.posterior_predictive_sample("adt", cells=["cell0"], n_samples=4).shape
         (4, 1, 5)
         """
+        self._check_size(modality, library)
         question = Question(modality, None, cells, features, encode, batch, library, n_samples, True, data, seed)
         chunks = self._answers(question)
         return np.concatenate([chunk.cpu().numpy() for chunk in chunks], axis=1)
@@ -455,6 +459,18 @@ class Asking(TrainedModel):
         if self.schema[modality].spec.traits.background and not protein_foreground:
             return lambda distribution: distribution.mean
         return self._likelihood(modality).normalized
+
+    def _check_size(self, modality: str, library: float | None) -> None:
+        """Refuse a size that is none, or would have no effect."""
+        traits = self.schema[modality].spec.traits
+        if library is None:
+            return
+        if isinstance(library, str | bool) or not np.all(np.isfinite(library)) or not np.all(np.asarray(library) > 0):
+            raise ValueError(f"library is a number of counts above 0, or None; found {library!r}")
+        if not traits.sized:
+            raise ValueError(
+                f"library has no effect on modality {modality!r}, whose likelihood knows no sizes; leave it out"
+            )
 
     def _unit_size(self, modality: str) -> float:
         """Size at which expected measurements are the denoised values: 1 for proportions of RNA, else the median."""

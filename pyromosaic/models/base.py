@@ -45,6 +45,9 @@ RENAMED: Mapping[str, str] = {
     "n_components": "prior=GaussianMixture(n_components=...)",
 }
 
+#: Options that count dimensions, units or layers.
+WIDTHS = ("n_latent", "n_salient", "n_hidden", "n_encoder_layers", "n_decoder_layers")
+
 
 class Preset(NamedTuple):
     """A named set of options: for the constructor of a model, and for its `train`."""
@@ -64,6 +67,18 @@ class TrainedModel:
         """Record the options of the outermost constructor (e.g. of a subclass), to rebuild the model from them."""
         model = super().__new__(cls)
         model.options = _options(cls, args, kwargs)
+        for data in args[:1]:
+            if not isinstance(data, Mosaic | Schema):
+                raise ValueError(
+                    f"{cls.__name__} takes a Mosaic, from Mosaic.from_mudata or Mosaic.from_anndata; found a "
+                    f"{type(data).__name__}"
+                )
+        for name, value in model.options.items():
+            if name in WIDTHS and not isinstance(value, Mapping | None):
+                _check_whole(name, value)
+        dropout = model.options.get("dropout", 0)
+        if not (_is_number(dropout) and 0 <= dropout < 1):
+            raise ValueError(f"dropout is a number from 0 to below 1; found {dropout!r}")
         return model
 
     @contextmanager
@@ -94,6 +109,9 @@ class TrainedModel:
         self.mosaic = self.arranged(data) if isinstance(data, Mosaic) else None
         self.schema = data.schema if isinstance(data, Mosaic) else data
         check_names(self.schema)
+        for name, modality in (self.mosaic.modalities if self.mosaic is not None else {}).items():
+            if modality.present.sum() == 1:
+                raise ValueError(f"modality {name!r} has a single cell, which nothing can be learnt from; leave it out")
         self.history = pd.DataFrame()
         self.split: Split | None = None
         with torch.random.fork_rng(), pyro.settings.context(module_local_params=True):
@@ -240,8 +258,12 @@ class TrainedModel:
         (2, True)
         """
         mosaic = self._data(None)
-        if n_epochs < 1 or batch_size < 1:
-            raise ValueError(f"n_epochs and batch_size must be at least 1; found {n_epochs} and {batch_size}")
+        _check_whole("n_epochs", n_epochs)
+        _check_whole("batch_size", batch_size)
+        if early_stopping is not None:
+            _check_whole("early_stopping", early_stopping)
+        if "max_epochs" in trainer:
+            raise ValueError(f"the number of epochs is n_epochs here; found max_epochs={trainer['max_epochs']!r}")
         self.split = split(mosaic, validation, test, seed)
         train = self.loader(mosaic, self.split.train, batch_size, seed, n_workers)
         # In no order, so that each minibatch holds all populations.
@@ -277,7 +299,11 @@ class TrainedModel:
     def _data(self, data: Mosaic | None) -> Mosaic:
         mosaic = self.mosaic if data is None else data
         if mosaic is None:
-            raise ValueError("the model has no data; pass some, e.g. data=model.register(mdata)")
+            raise ValueError("the model has no data: give some, data=model.register(mdata) say")
+        if not isinstance(mosaic, Mosaic):
+            raise ValueError(
+                f"data are a Mosaic, registered for this model: model.register(mdata); found a {type(mosaic).__name__}"
+            )
         if mosaic.schema != self.schema:
             raise ValueError("the data were not registered for this model; call model.register(mdata) first")
         mosaic = self.arranged(mosaic)
@@ -313,6 +339,15 @@ def accepted_options(cls: type) -> set[str]:
     """Names of the options of a class and of those that it derives from."""
     constructors = [vars(base)["__init__"] for base in cls.__mro__[:-1] if "__init__" in vars(base)]
     return {name for constructor in constructors for name in signature(constructor).parameters}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def _check_whole(name: str, value: Any) -> None:
+    if not (_is_number(value) and isinstance(value, int | np.integer) and value >= 1):
+        raise ValueError(f"{name} is a whole number from 1; found {value!r}")
 
 
 def _options(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

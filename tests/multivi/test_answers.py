@@ -160,7 +160,11 @@ def test_inference_from_some_modalities_only(trained, mosaic):
 def test_wrong_questions_get_a_sentence(trained, mosaic):
     for call, error, message in [
         (lambda: trained.get_latent_representation(modality="protein"), KeyError, "no modality 'protein'"),
-        (lambda: trained.get_normalized_expression("rna", features=["CD4"]), ValueError, "no feature 'CD4'"),
+        (
+            lambda: trained.get_normalized_expression("rna", features=["CD4"]),
+            ValueError,
+            "'CD4' is not in modality",
+        ),
         (lambda: trained.get_normalized_expression("rna", ["nobody"]), ValueError, "'nobody' is not in the mosaic"),
         (lambda: trained.get_normalized_expression("rna", batch="z"), ValueError, "no batch 'z'"),
         (lambda: trained.get_imputed_values("rna", n_samples=0), ValueError, "at least 1"),
