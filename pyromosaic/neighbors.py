@@ -59,7 +59,7 @@ def vote(labels: NDArray[np.integer]) -> tuple[NDArray[np.integer], NDArray[np.f
     ([0, 1], [0.5, 0.5])
     """
     rows = np.arange(len(labels))
-    votes = np.zeros((len(labels), 1 + labels.max(initial=0)), dtype=np.intp)
+    votes = np.zeros((len(labels), 1 + int(np.max(labels, initial=0))), dtype=np.intp)
     np.add.at(votes, (rows[:, None], labels), 1)
     most = votes.max(axis=1)
     first = np.argmax(votes[rows[:, None], labels] == most[:, None], axis=1)

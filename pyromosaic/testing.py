@@ -15,7 +15,7 @@ from pyro import poutine
 
 from pyromosaic import checks
 from pyromosaic.data import Mosaic, to_predict
-from pyromosaic.data.tables import look_up
+from pyromosaic.data.tables import look_up, readings
 from pyromosaic.models import MosaicModel
 from pyromosaic.tasks import Estimate, inference_mode
 
@@ -80,8 +80,8 @@ class ModelError(AssertionError):
         wrong = report.loc[report["outcome"] == "wrong", "finding"]
         lines = [f"{kind.__name__} does not answer {len(wrong)} of {len(report)} questions:"]
         for asked, finding in wrong.items():
-            need = next(q.need for q in QUESTIONS if f"{asked} ".startswith(f"{q.words} "))
-            lines.append(f"- {asked}: {finding.rstrip('.')}. Needed: {need}")
+            fitting = [q for q in QUESTIONS if asked == q.words or q.each and str(asked).startswith(f"{q.words} ")]
+            lines.append(f"- {asked}: {finding.rstrip('.')}. Needed: {fitting[0].need}")
         super().__init__("\n".join(lines))
 
 
@@ -170,7 +170,8 @@ def _outcome(ask: Callable[..., str], candidate: _Candidate, *names: str) -> tup
     except _Wrong as why:
         return "wrong", str(why)
     except FAILURES as error:
-        return "wrong", f"{type(error).__name__}: {(str(error).splitlines() or ['without a message'])[0]}"
+        reason = (str(error).splitlines() or ["no message"])[0]
+        return "wrong", reason if isinstance(error, ValueError) else f"{type(error).__name__}: {reason}"
 
 
 def _finite(what: str, values: Any) -> None:
@@ -449,7 +450,7 @@ def _tables(mosaic: Mosaic, batch: str | None = None) -> dict[str, anndata.AnnDa
             continue
         names, spec = mosaic.obs_names[cells], modality.spec
         keys = dict.fromkeys(str(k) for table in mosaic.tables for k in table.obs if ":" not in str(k))
-        obs = pd.DataFrame({key: look_up(mosaic.tables, key, names, name) for key in keys}, index=names)
+        obs = pd.DataFrame({key: look_up(readings(mosaic.tables, key, names), name) for key in keys}, index=names)
         if batch is not None and spec.batch_key is not None:
             obs[spec.batch_key] = batch
         values = modality.read(cells)

@@ -89,7 +89,7 @@ def mdata():
                 "sex": np.resize(["f", "m", "m"], 32)[here],
                 "age": age[here],
                 "celltype": np.resize(["B", "T", "unknown", "NK"], 32)[here],
-                "size": generator.uniform(1, 5, 24),
+                "size": generator.uniform(10, 16, 24),
             },
             index=[f"cell{i}" for i in range(first, first + 24)],
         )

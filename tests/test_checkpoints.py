@@ -30,7 +30,7 @@ from pyromosaic.train.checkpoints import FORM, Packed, newest, read
 
 QUIET = {"progress_bar": False, "accelerator": "cpu", "batch_size": 64}
 STOPPING = {"learning_rate": 0.05, "kl_warmup_epochs": 0, "schedule": "constant", "validation": 0.3}
-pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph is thin")
+pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph has few links")
 
 
 class Interrupt(Callback):

@@ -292,9 +292,8 @@ def test_likelihoods_decide_what_values_are_accepted():
         refusal(["'x'", "c1", "f1", "-1", "negative"], register, minus, likelihood)
     assert_array_equal(register(minus, "normal").modalities["x"].library, 1)
     for likelihood in ("nb", "zinb", "nb_mixture"):
-        refusal(["'x'", "'c1'", "size"], register, empty, likelihood)
-    for likelihood in ("bernoulli", "normal", "ziln"):
-        register(empty, likelihood)
+        refusal(["'x'", "'c1'", "0 throughout"], register, empty, likelihood)
+        refusal(["'x'", "'c1'", "size 0.0"], register, empty, likelihood, empty_cells="keep")
 
 
 # Storage
@@ -608,7 +607,7 @@ BAD = {
         }.items()
         for kind, change in {"csr": value, "dense": dense_value}.items()
     },
-    "empty cell": (empty_cell, {}, ["'rna'", "'cell3'", "0.0", "'nb'"]),
+    "empty cell": (empty_cell, {}, ["'rna'", "'cell3'", "1 of 24 cells have 0 throughout"]),
     **{
         f"size {size}": (column("size", size), {"size_factor_key": "size"}, ["'rna'", "'cell3'", "'size'"])
         for size in (0.0, -1.0, np.nan, np.inf, "large")

@@ -1,6 +1,8 @@
 """What registration and questions take from users' tables: the right value, or one sentence."""
 
+import re
 import warnings
+from pathlib import Path
 
 import anndata
 import numpy as np
@@ -9,10 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mudata import MuData
+from scipy import sparse
 
 from pyromosaic import ModalitySpec, Mosaic, MultiVI, metrics, pbmc_mosaic, simulate
+from pyromosaic.data import Schema
 from pyromosaic.data.tables import kept_apart, word, words
 from pyromosaic.guidance import GuidanceGraph
+from pyromosaic.linkage import links_by_overlap
 from pyromosaic.tasks import contrasts
 
 
@@ -390,9 +395,208 @@ def test_measures_take_anndata_and_arrays():
 def test_a_matrix_of_links_is_matched_by_name(shuffled):
     mosaic = shuffled[1].mosaic
     genes, proteins = (mosaic.schema[name].features for name in ("rna", "adt"))
-    matrix = pd.DataFrame(np.eye(50, 8), genes, proteins)
+    matrix = pd.DataFrame(np.resize(np.eye(8), (50, 8)), genes, proteins)
     graph = GuidanceGraph.from_matrix(mosaic, "rna", "adt", matrix.sample(frac=1, random_state=0)[list(proteins)[::-1]])
     expected = GuidanceGraph.from_matrix(mosaic, "rna", "adt", matrix.to_numpy())
     pd.testing.assert_frame_equal(graph.links("rna", "adt"), expected.links("rna", "adt"))
     with pytest.raises(ValueError, match="names do not fit"):
         GuidanceGraph.from_matrix(mosaic, "rna", "adt", matrix.reset_index(drop=True))
+
+
+# Zeros
+
+
+LIKELIHOODS = ["nb", "zinb", "nb_mixture", "multinomial", "bernoulli", "normal", "log1p_normal", "ziln", "zig"]
+STORED = [np.array, sparse.csr_matrix, sparse.csc_matrix]
+
+
+def with_zeros(store=np.array):
+    x = 1 + np.random.default_rng(0).poisson(3, (60, 20)).astype(np.float32)
+    x[::4] = 0
+    return anndata.AnnData(store(x), pd.DataFrame(index=names(60)), pd.DataFrame(index=names(20, "x")))
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("store", STORED)
+def test_rows_of_zeros_are_no_measurement(likelihood, store):
+    with pytest.raises(ValueError, match="'x': 15 of 60 cells have 0 throughout, 'c0' first.*empty_cells=\"holes\""):
+        Mosaic.from_anndata({"x": with_zeros(store)}, {"x": likelihood})
+    spec = ModalitySpec(likelihood, empty_cells="holes")
+    whole = {"rna": make(names(60)), "x": with_zeros(store)}
+    mosaic = Mosaic.from_anndata(whole, {"rna": "nb", "x": spec}, match_cells=True)
+    assert (~mosaic.presence["x"]).sum() == 15 and not mosaic.presence["x"].iloc[::4].any()
+    assert Mosaic.from_mudata(MuData(whole), {"rna": "nb", "x": spec}).presence.equals(mosaic.presence)
+    left_out = {"rna": make(names(60)), "x": with_zeros(store)[np.arange(60) % 4 > 0]}
+    expected = Mosaic.from_anndata(left_out, {"rna": "nb", "x": likelihood}, match_cells=True)
+    assert mosaic.schema["x"].library == expected.schema["x"].library
+    again = Schema.from_json(mosaic.schema.to_json())
+    assert again == mosaic.schema
+    assert Mosaic.from_anndata(whole, schema=again, match_cells=True).presence.equals(mosaic.presence)
+
+
+def test_zeros_that_are_measured():
+    spec = ModalitySpec("bernoulli", empty_cells="keep")
+    assert Mosaic.from_anndata({"x": with_zeros()}, {"x": spec}).presence["x"].all()
+    with pytest.raises(ValueError, match='empty_cells is "refuse", "holes" or "keep"'):
+        ModalitySpec("nb", empty_cells="drop")
+    nothing = with_zeros()
+    nothing.X[:] = 0
+    with pytest.raises(ValueError, match="modality 'x' has 0 throughout in all cells"):
+        Mosaic.from_anndata({"x": nothing}, {"x": "nb"} | {"x": ModalitySpec("nb", empty_cells="holes")})
+
+
+@pytest.mark.parametrize("store", STORED)
+@pytest.mark.parametrize("likelihood", ["nb", "nb_mixture", "bernoulli", "normal"])
+def test_features_that_a_batch_did_not_measure(likelihood, store):
+    x = np.random.default_rng(0).poisson(1, (90, 30)).astype(np.float32)
+    x[:, 0] = 1
+    obs = pd.DataFrame({"b": np.resize(["p", "q", "r"], 90)}, names(90))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Mosaic.from_anndata({"x": anndata.AnnData(store(x), obs)}, {"x": likelihood}, batch_key="b")
+    x[np.ix_(obs["b"] == "q", np.arange(3, 10))] = 0
+    adata = anndata.AnnData(store(x), obs)
+    with pytest.warns(UserWarning, match="of 30 features some are 0 .* not in others: 7 in all 30 cells of batch 'q';"):
+        Mosaic.from_anndata({"x": adata}, {"x": likelihood}, batch_key="b")
+
+
+# Sizes
+
+
+def test_sizes_that_are_no_counts():
+    adata = make(names(30), 40)
+    totals = np.ravel(adata.X.sum(1))
+    adata.obs["near 1"], adata.obs["logs"], adata.obs["counts"] = totals / np.median(totals), np.log(totals), totals
+    for key in ("near 1", "logs"):
+        with pytest.warns(UserWarning, match=f"the sizes in column '{key}' are 0.0.* times the cells' total counts"):
+            Mosaic.from_anndata({"rna": adata}, size_factor_key=key)
+    Mosaic.from_anndata({"rna": adata}, size_factor_key="counts")
+
+
+# The user's matrix
+
+
+@pytest.mark.parametrize("store", STORED[:2])
+def test_counts_changed_after_registration_are_said(store):
+    adata = make(names(30))
+    adata.X = store(adata.X)
+    model = MultiVI(Mosaic.from_anndata({"rna": adata}), n_latent=2, n_hidden=8)
+    before = model.get_latent_representation()
+    x = adata.X if store is np.array else adata.X.data
+    x[...] = np.log1p(x)
+    for question in (
+        lambda: model.train(1, progress_bar=False),
+        model.get_latent_representation,
+        lambda: model.differential(cells1=["c0"], n_samples=10),
+    ):
+        with pytest.raises(ValueError, match="modality 'rna': the measurements were changed after registration"):
+            question()
+    x[...] = np.round(np.expm1(x))
+    pd.testing.assert_frame_equal(model.get_latent_representation(), before)
+
+
+# Annotation
+
+
+def overlap(**columns):
+    cells = names(10)
+    rna, atac = make(cells, 2, "g"), make(cells, 4, "r")
+    atac.var_names = ["chr1:800-900", "chr1:1000-2000", "chr1:2100-2200", "chr2:1000-2000"]
+    mosaic = Mosaic.from_anndata({"rna": rna, "atac": atac}, match_cells=True)
+    place = {"chromosome": "chr1", "start": 1200, "end": 1800, "strand": "+"} | columns
+    pairs = links_by_overlap(mosaic, ("rna", "atac"), pd.DataFrame(place, index=["g0"]), promoter=500).pairs
+    return set(pairs["atac"])
+
+
+BODY, UPSTREAM, DOWNSTREAM = "chr1:1000-2000", "chr1:800-900", "chr1:2100-2200"
+
+
+@pytest.mark.parametrize("strand", ["+", 1, 1.0, "1", "+1", " + "])
+def test_the_plus_strand_in_all_its_words(strand):
+    assert overlap(strand=[strand]) == {BODY, UPSTREAM}
+
+
+@pytest.mark.parametrize("strand", ["-", -1, -1.0, "-1"])
+def test_the_minus_strand_in_all_its_words(strand):
+    assert overlap(strand=[strand]) == {BODY, DOWNSTREAM}
+
+
+@pytest.mark.parametrize("strand", [".", None, np.nan, ""])
+def test_a_strand_that_is_not_known(strand):
+    with pytest.warns(UserWarning, match="the strand of 1 of 1 genes is not known; they are linked by their body"):
+        assert overlap(strand=[strand]) == {BODY}
+
+
+def test_places_in_other_types():
+    assert overlap(start="1200", end="1800") == {BODY, UPSTREAM}
+    assert overlap(chromosome=[1]) == overlap(chromosome=["1"]) == overlap(chromosome=[1.0]) == {BODY, UPSTREAM}
+    with pytest.raises(ValueError, match="the start of gene 'g0' is '1,200'; accepted: a number of bases"):
+        overlap(start="1,200")
+    with pytest.raises(ValueError, match="the end of gene 'g0' is 'nan'"):
+        overlap(end=np.nan)
+    with pytest.raises(ValueError, match="the strand of gene 'g0' is 'forward'; accepted: '[+]' and '-'"):
+        overlap(strand="forward")
+
+
+# The page of the documentation
+
+PAGE = Path(__file__).parents[1] / "docs/user_guide/registration.md"
+ROWS = [tuple(cell.strip() for cell in line.split("|")[1:4]) for line in PAGE.read_text().splitlines() if "| `" in line]
+
+
+@pytest.fixture
+def examples():
+    """The names that the examples of the page use."""
+    mdata, _ = simulate(60, {"rna": 50, "adt": 8}, patterns=["rna+adt"], n_batches=2)
+    rna, adt = mdata["rna"], mdata["adt"]
+    rna.obs["number"] = [0, 1] * 30
+    mosaic = matched(rna, adt, batch_key="batch")
+
+    def register(match_cells=True, **shared):
+        adatas = {"rna": rna.copy(), "adt": adt.copy()}
+        for name, adata in adatas.items():
+            for key in [key for key in shared if key.startswith(f"{name}_")]:
+                adata.obs[key.removeprefix(f"{name}_")] = shared.pop(key)
+        return Mosaic.from_anndata(adatas, match_cells=match_cells, **shared)
+
+    def unmeasured():
+        adata = rna.copy()
+        x = sparse.csr_matrix(adata.X).toarray()
+        x[np.ix_(adata.obs["batch"] == "batch0", np.arange(25))] = 0
+        x[np.ix_(adata.obs["batch"] != "batch0", np.arange(25))] += 1
+        adata.X = x
+        return Mosaic.from_anndata({"rna": adata}, batch_key="batch")
+
+    def changed():
+        adata = make(names(30))
+        registered = Mosaic.from_anndata({"rna": adata})
+        adata.X[:] = np.log1p(adata.X)
+        return registered.modalities["rna"].read(np.arange(3))
+
+    def zeros(likelihood, **spec):
+        whole = {"rna": make(names(60)), "x": with_zeros()}
+        return Mosaic.from_anndata(whole, {"rna": "nb", "x": ModalitySpec(likelihood, **spec)}, match_cells=True)
+
+    return {
+        **{"rna": rna, "adt": adt, "mosaic": mosaic, "model": MultiVI(mosaic, n_latent=3, n_hidden=8)},
+        **{"register": register, "apart": lambda **shared: register(match_cells=False, **shared)},
+        **{"zeros": zeros, "unmeasured": unmeasured, "changed": changed, "overlap": overlap},
+        **{"mask": adt.obs["celltype"] == "type0", "latent": LATENT, "labels": GROUP, "metrics": metrics},
+        **{"Mosaic": Mosaic, "MultiVI": MultiVI, "np": np},
+    }
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
+def test_what_the_page_says_holds(row, examples):
+    _, example, outcome = row
+    (code,) = re.findall(r"^`(.*)`$", example)
+    how, _, message = outcome.partition(":")
+    assert how in ("taken", "warned", "refused")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if how == "refused":
+            with pytest.raises(ValueError, match=re.escape(message.strip())):
+                eval(code, examples)
+        else:
+            eval(code, examples)
+    assert bool([w for w in caught if w.category is UserWarning]) == (how == "warned")

@@ -20,8 +20,8 @@ from pyromosaic.program import Program
 from pyromosaic.testing import QUESTIONS, ModelError, check_model
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:the guidance graph is thin"),
-    pytest.mark.filterwarnings("ignore:the shared latent space explains only"),  # after two epochs
+    pytest.mark.filterwarnings("ignore:the guidance graph has few links"),
+    pytest.mark.filterwarnings("ignore:the shared latent space carries only"),  # after two epochs
 ]
 LINKS = pd.DataFrame({"rna": [f"rna_{i}" for i in range(6)], "adt": [f"adt_{i}" for i in range(6)]})
 SMALL = {"n_latent": 3, "n_hidden": 16}
@@ -150,7 +150,8 @@ def faults(kind, mosaic, **options):
     report = found.value.report
     wrong = report.loc[report["outcome"] == "wrong", "finding"]
     for question, finding in wrong.items():
-        assert f"- {question}: {finding.rstrip('.')}. Needed: " in str(found.value)
+        (need,) = (q.need for q in QUESTIONS if question in (q.words, *(f"{q.words} {m}" for m in ("rna", "adt"))))
+        assert f"- {question}: {finding.rstrip('.')}. Needed: {need}" in str(found.value)
     return wrong, str(found.value)
 
 

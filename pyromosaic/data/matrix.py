@@ -1,6 +1,6 @@
 """Reading a cells-by-features matrix row by row, whatever it is stored as, and refusing what no likelihood accepts."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -55,22 +55,59 @@ class Matrix:
         return block if self.columns is None else block[:, self.columns]
 
     def tensor(self, rows: np.ndarray, dense: bool) -> torch.Tensor:
-        """Rows as a float32 tensor: strided if `dense`, else a coalesced sparse COO tensor."""
-        block = self[rows]
-        if not _is_sparse(block):
-            return torch.from_numpy(np.ascontiguousarray(block, dtype=np.float32))
-        if dense:
-            return torch.from_numpy(block.toarray().astype(np.float32, copy=False))
-        block.sum_duplicates()  # and sorts; does nothing where that is done already
-        cells = np.repeat(np.arange(block.shape[0]), np.diff(block.indptr))
-        indices = torch.from_numpy(np.stack([cells, block.indices.astype(np.int64)]))
-        values = torch.from_numpy(block.data.astype(np.float32, copy=False))
-        return torch.sparse_coo_tensor(indices, values, block.shape, is_coalesced=True, check_invariants=False)
+        """Rows as a float32 tensor, see `as_tensor`."""
+        return as_tensor(self[rows], dense)
+
+
+def as_tensor(block: Any, dense: bool) -> torch.Tensor:
+    """Rows that were read as a float32 tensor: strided if `dense`, else a coalesced sparse COO tensor."""
+    if not _is_sparse(block):
+        return torch.from_numpy(np.ascontiguousarray(block, dtype=np.float32))
+    if dense:
+        return torch.from_numpy(block.toarray().astype(np.float32, copy=False))
+    block.sum_duplicates()  # and sorts; does nothing where that is done already
+    cells = np.repeat(np.arange(block.shape[0]), np.diff(block.indptr))
+    indices = torch.from_numpy(np.stack([cells, block.indices.astype(np.int64)]))
+    values = torch.from_numpy(block.data.astype(np.float32, copy=False))
+    return torch.sparse_coo_tensor(indices, values, block.shape, is_coalesced=True, check_invariants=False)
+
+
+def row_totals(block: Any) -> np.ndarray:
+    """Sum of each row that was read."""
+    return np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
+
+
+class Summary(NamedTuple):
+    """What a pass over the data has found.
+
+    Parameters
+    ----------
+    totals
+        Sum of each row.
+    empty
+        Whether a row is 0 throughout.
+    density
+        Share of non-zero entries.
+    detected
+        Number of non-zero entries by group of rows and feature; None without groups.
+    """
+
+    totals: np.ndarray
+    empty: np.ndarray
+    density: float
+    detected: np.ndarray | None
 
 
 def check_values(
-    matrix: Matrix, rows: np.ndarray, kind: str, name: str, cells: pd.Index, features: pd.Index
-) -> tuple[np.ndarray, float]:
+    matrix: Matrix,
+    rows: np.ndarray,
+    kind: str,
+    name: str,
+    cells: pd.Index,
+    features: pd.Index,
+    groups: np.ndarray | None = None,
+    n_groups: int = 0,
+) -> Summary:
     """Refuse values that the likelihood cannot have produced; one pass over the data.
 
     Parameters
@@ -85,13 +122,10 @@ def check_values(
         Name of the modality, for the message.
     cells, features
         Names of these rows and of the columns, for the message.
-
-    Returns
-    -------
-    totals
-        Sum of each of these rows.
-    density
-        Share of non-zero entries.
+    groups
+        Number of the group of each row, in which features are looked for; None for none.
+    n_groups
+        How many groups there are.
 
     Raises
     ------
@@ -99,28 +133,59 @@ def check_values(
         On the first value that is not finite, negative (``"count"``, ``"nonnegative"``) or not whole (``"count"``),
         naming its cell and feature.
     """
-    totals = [np.zeros(0)]
-    n_nonzero = 0
+    totals, n_nonzero = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
+    n_features = matrix.shape[1]
+    detected = None if groups is None else np.zeros((n_groups, n_features), dtype=np.int64)
     for start in range(0, len(rows), CHUNK):
-        block = matrix[rows[start : start + CHUNK]]
-        values = block.data if _is_sparse(block) else block
-        bad = ~np.isfinite(values)
-        problem, accepted = "is not a finite number", "finite numbers"
-        if kind != "real" and not bad.any():
-            bad, problem, accepted = values < 0, "is negative", "values from 0 upwards"
-        if kind == "count" and not bad.any():
-            bad, problem = values != np.floor(values), "is not a whole number"
-            accepted = "raw counts; name the layer that holds them, or set allow_non_integer=True in its ModalitySpec"
-        if bad.any():
-            first = int(np.flatnonzero(bad)[0])
-            if _is_sparse(block):
-                row, column = int(np.searchsorted(block.indptr, first, side="right")) - 1, block.indices[first]
-            else:
-                row, column = divmod(first, block.shape[1])
-            raise ValueError(
-                f"modality {name!r}: the value {values.ravel()[first]} of feature {features[column]!r} in cell "
-                f"{cells[start + row]!r} {problem}; accepted: {accepted}"
-            )
-        totals.append(np.asarray(block.sum(axis=1, dtype=np.float64)).ravel())
-        n_nonzero += int(np.count_nonzero(values))
-    return np.concatenate(totals), n_nonzero / max(1, len(rows) * matrix.shape[1])
+        part = slice(start, start + CHUNK)
+        block = matrix[rows[part]]
+        if not _fine(block.data if _is_sparse(block) else block, kind):
+            _refuse(block, kind, name, cells[part], features)
+        totals[part] = row_totals(block)
+        if not _is_sparse(block):
+            nonzero = block != 0
+            n_nonzero[part] = nonzero.sum(axis=1)
+            if detected is not None:
+                for group in np.unique(groups[part]):  # type: ignore[index]
+                    detected[group] += nonzero[groups[part] == group].sum(axis=0)  # type: ignore[index]
+            continue
+        if np.count_nonzero(block.data) < block.nnz:
+            block = block.copy()
+            block.eliminate_zeros()
+        n_nonzero[part] = np.diff(block.indptr)
+        if detected is not None:
+            entries = np.repeat(groups[part] * n_features, n_nonzero[part]) + block.indices  # type: ignore[index]
+            detected += np.bincount(entries, minlength=detected.size).reshape(detected.shape)
+    density = n_nonzero.sum() / max(1, len(rows) * n_features)
+    return Summary(totals, n_nonzero == 0, float(density), detected)
+
+
+def _fine(values: np.ndarray, kind: str) -> bool:
+    """Whether all values are accepted."""
+    if values.size == 0:
+        return True
+    low, high = values.min(), values.max()  # NaN if any value is
+    if not (np.isfinite(low) and np.isfinite(high)) or (kind != "real" and low < 0):
+        return False
+    return kind != "count" or values.dtype.kind != "f" or bool((values == np.floor(values)).all())
+
+
+def _refuse(block: Any, kind: str, name: str, cells: pd.Index, features: pd.Index) -> None:
+    """Say which value is not accepted."""
+    values = block.data if _is_sparse(block) else block
+    bad = ~np.isfinite(values)
+    problem, accepted = "is not a finite number", "finite numbers"
+    if kind != "real" and not bad.any():
+        bad, problem, accepted = values < 0, "is negative", "values from 0 upwards"
+    if kind == "count" and not bad.any():
+        bad, problem = values != np.floor(values), "is not a whole number"
+        accepted = "raw counts; name the layer that holds them, or set allow_non_integer=True in its ModalitySpec"
+    first = int(np.flatnonzero(bad)[0])
+    if _is_sparse(block):
+        row, column = int(np.searchsorted(block.indptr, first, side="right")) - 1, block.indices[first]
+    else:
+        row, column = divmod(first, block.shape[1])
+    raise ValueError(
+        f"modality {name!r}: the value {values.ravel()[first]} of feature {features[column]!r} in cell "
+        f"{cells[row]!r} {problem}; accepted: {accepted}"
+    )

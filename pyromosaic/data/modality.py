@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pyromosaic.data.matrix import Matrix
+from pyromosaic.data.matrix import Matrix, as_tensor, row_totals
 from pyromosaic.data.spec import ModalitySchema, ModalitySpec
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ class Modality:
         Whether minibatches are strided tensors rather than sparse ones.
     exposures
         What each measurement was made out of, rows as in `matrix`; None if the likelihood needs no such thing.
+    totals
+        Sum of each cell's measurements when they were registered, shape (N,); rows that are read must have it still.
 
     Examples
     --------
@@ -62,6 +64,7 @@ class Modality:
     labels: np.ndarray
     dense: bool
     exposures: Matrix | None = None
+    totals: np.ndarray | None = None
 
     @property
     def spec(self) -> ModalitySpec:
@@ -80,7 +83,7 @@ class Modality:
 
     def tensor(self, cells: np.ndarray) -> torch.Tensor:
         """Measurements of cells that have the modality, shape (len(cells), features)."""
-        return self.matrix.tensor(self.rows[cells], self.dense)
+        return as_tensor(self.read(cells), self.dense)
 
     def exposure(self, cells: np.ndarray) -> torch.Tensor | None:
         """What each measurement was made out of, shape (len(cells), features), the median where there is none."""
@@ -94,12 +97,29 @@ class Modality:
 
     def take(self, cells: np.ndarray) -> "Modality":
         """The modality of a mosaic of these cells, with the same matrix."""
-        columns = ("rows", "codes", "continuous", "library", "labels")
+        columns = ["rows", "codes", "continuous", "library", "labels", *(["totals"] if self.totals is not None else [])]
         return replace(self, **{name: getattr(self, name)[cells] for name in columns})
 
     def read(self, cells: np.ndarray) -> Any:
-        """Measurements of cells that have the modality, as a CSR matrix or a NumPy array."""
-        return self.matrix[self.rows[cells]]
+        """Measurements of cells that have the modality, as a CSR matrix or a NumPy array.
+
+        Raises
+        ------
+        ValueError
+            If the user's matrix has been changed since it was registered.
+        """
+        block = self.matrix[self.rows[cells]]
+        if self.totals is not None:
+            found, registered = row_totals(block), self.totals[cells]
+            changed = ~np.isclose(found, registered, rtol=1e-5, atol=1e-5)
+            if changed.any():
+                i = int(np.flatnonzero(changed)[0])
+                raise ValueError(
+                    f"modality {self.name!r}: the measurements were changed after registration, in place: those of "
+                    f"cell number {cells[i]} add up to {found[i]:g}, and to {registered[i]:g} when they were "
+                    "registered; keep raw counts in a layer of their own, name it at registration, and register again"
+                )
+        return block
 
     def sample(self, seed: int = 0) -> np.ndarray:
         """Numbers of some cells that have the modality, few enough to be dense in memory, for start values."""

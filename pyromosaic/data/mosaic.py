@@ -39,6 +39,7 @@ from pyromosaic.data.registration import (
     _specifications,
     _with_batches,
     _words,
+    not_empty,
     unlabelled,
 )
 
@@ -270,6 +271,11 @@ class Mosaic:
         ValueError
             With one sentence that names the modality, column, cell or feature at fault.
         """
+        if not hasattr(mdata, "mod"):
+            raise ValueError(
+                f"from_mudata takes a MuData; found a {type(mdata).__name__}. For one AnnData a modality there is "
+                'from_anndata({"rna": adata}), and mudata.read_h5mu reads a file'
+            )
         sources = {name: lambda spec, n=name, a=adata: _source(n, a, spec) for name, adata in mdata.mod.items()}
         return cls._register(sources, modalities, schema, shared, mdata.obs, new_batches)
 
@@ -301,6 +307,11 @@ class Mosaic:
         ValueError
             With one sentence that names the modality, column, cell or feature at fault.
         """
+        if not isinstance(adatas, Mapping) or not all(hasattr(adata, "obs_names") for adata in adatas.values()):
+            raise ValueError(
+                f'from_anndata takes a dictionary from modality to AnnData, {{"rna": adata}} say; found a '
+                f"{type(adatas).__name__}"
+            )
         names = pd.Index(np.concatenate([np.asarray(a.obs_names) for a in adatas.values()])) if adatas else pd.Index([])
         prefix = not match_cells and names.has_duplicates
         sources = {
@@ -337,6 +348,8 @@ class Mosaic:
         ValueError
             With one sentence that names the modality, column, cell or feature at fault.
         """
+        if not hasattr(adata, "obsm") or hasattr(adata, "mod"):
+            raise ValueError(f"from_obsm takes an AnnData; found a {type(adata).__name__}")
         obs = _obs(next(iter(blocks), ""), adata)
 
         def block(name: str, key: str | None, spec: ModalitySpec) -> _Source:
@@ -405,6 +418,12 @@ class Mosaic:
                 raise ValueError(
                     f"modality {name!r}: cell {stray!r} is not in the obs of the whole; call update() first"
                 )
+        for name, source in read.items():
+            if specs[name].empty_cells == "holes":
+                found = not_empty(source.matrix)
+                source.measured = found if source.measured is None else source.measured & found
+                if not source.measured.any():
+                    raise ValueError(f"modality {name!r} has 0 throughout in all cells; leave it out")
         present = [s.cells if s.measured is None else s.cells[s.measured] for s in read.values()]
         cells = pd.Index(np.concatenate([np.asarray(c) for c in present])).unique()
         if obs is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from pyromosaic.data.matrix import DENSE_ABOVE, Matrix, check_values
+from pyromosaic.data.matrix import CHUNK, DENSE_ABOVE, Matrix, check_values
 from pyromosaic.data.spec import DATA_KINDS, LIKELIHOOD_BY_NAME, ModalitySchema, ModalitySpec, Schema
 from pyromosaic.data.tables import (
     WHOLE,
@@ -251,9 +251,6 @@ def _modality(
         rows = np.where((rows >= 0) & source.measured[rows], rows, -1)
     present = rows >= 0
     matrix = Matrix(source.matrix, columns)
-    totals, density = check_values(matrix, rows[present], spec.data_kind, name, cells[present], features)
-    library = _library(name, spec, totals, cells, present, table)
-
     categorical = np.full((len(cells), len(spec.categorical)), -1, dtype=np.int64)
     categories: dict[str, tuple[str, ...]] = {}
     for i, key in enumerate(spec.categorical):
@@ -277,6 +274,16 @@ def _modality(
                     f"which the model has not seen; seen: {_words(categories[key])}"
                 )
         categorical[:, i] = codes(found, categories[key])
+
+    batches = categories[spec.batch_key] if spec.batch_key else ()
+    groups = categorical[present, 0] if len(batches) > 1 and (categorical[present, 0] >= 0).all() else None
+    summary = check_values(matrix, rows[present], spec.data_kind, name, cells[present], features, groups, len(batches))
+    _check_empty(name, spec, summary.empty, cells[present])
+    if groups is not None and summary.detected is not None:
+        _warn_unmeasured(name, summary.detected, np.bincount(groups, minlength=len(batches)), batches)
+    library = _library(name, spec, summary.totals, cells, present, table)
+    totals = np.zeros(len(cells))
+    totals[present] = summary.totals
 
     continuous = np.zeros((len(cells), len(spec.continuous_covariates)), dtype=np.float32)
     moments: dict[str, tuple[float, float]] = {}
@@ -307,8 +314,43 @@ def _modality(
         exposure=exposure,
     )
     # A likelihood of the user's own need not know of sparse tensors.
-    dense = not isinstance(spec.likelihood, str) or DATA_KINDS[spec.likelihood] != "count" or density > DENSE_ABOVE
-    return Modality(name, schema, matrix, rows, categorical, continuous, library, labels, dense, exposures)
+    dense = not isinstance(spec.likelihood, str) or DATA_KINDS[spec.likelihood] != "count"
+    dense |= summary.density > DENSE_ABOVE
+    return Modality(name, schema, matrix, rows, categorical, continuous, library, labels, dense, exposures, totals)
+
+
+def not_empty(matrix: Any) -> np.ndarray:
+    """Which rows are not 0 throughout; missing values are not 0."""
+    rows, found = np.arange(matrix.shape[0]), Matrix(matrix)
+    parts = [found[rows[start : start + CHUNK]] != 0 for start in range(0, len(rows), CHUNK)]
+    return np.concatenate([np.asarray(part.sum(axis=1)).ravel() > 0 for part in parts])
+
+
+def _check_empty(name: str, spec: ModalitySpec, empty: np.ndarray, cells: pd.Index) -> None:
+    """Refuse cells without any measurement, unless they are known to be measured so."""
+    if empty.any() and spec.empty_cells != "keep" and spec.exposure_layer is None:
+        raise ValueError(
+            f"modality {name!r}: {empty.sum()} of {len(cells)} cells have 0 throughout, {cells[empty][0]!r} first, "
+            "which is no measurement; if the modality was not measured in them, leave them out of it, or take them "
+            'as holes by empty_cells="holes" (see ModalitySpec)'
+        )
+
+
+def _warn_unmeasured(name: str, detected: np.ndarray, n_cells: np.ndarray, batches: Sequence[str]) -> None:
+    """Warn of features that a batch has in no cell, though by the other batches ten or more would have them."""
+    in_some = detected > 0
+    share = detected.sum(axis=0) / np.maximum(1, in_some.T @ n_cells)  # of cells, in batches that have the feature
+    lacking = ((detected == 0) & (share * n_cells[:, None] >= 10)).sum(axis=1)
+    found = [i for i in np.argsort(-lacking, kind="stable") if lacking[i] >= max(1, detected.shape[1] // 100)]
+    if found:
+        said = [f"{lacking[i]} in all {n_cells[i]} cells of batch {batches[i]!r}" for i in found]
+        more = f" and so in {len(said) - 3} further batches" if len(said) > 3 else ""
+        warnings.warn(
+            f"modality {name!r}: of {detected.shape[1]} features some are 0 throughout a batch and not in others: "
+            f"{', '.join(said[:3])}{more}; if they were not measured there, the zeros are learnt as measurements: "
+            "keep the features that all batches measured",
+            stacklevel=2,
+        )
 
 
 def _exposure(
@@ -336,6 +378,15 @@ def _library(
             f"modality {name!r}: cell {cells[bad][0]!r} has size {library[bad][0]} ({source}), but likelihood "
             f"{spec.likelihood_name!r} takes a finite size above 0; remove the cell from this modality"
         )
+    if spec.size_factor_key is not None and spec.traits.shares and (totals > 0).any():
+        ratio = float(np.median(library[present][totals > 0] / totals[totals > 0]))
+        if not 0.5 <= ratio <= 2:
+            warnings.warn(
+                f"modality {name!r}: the sizes in column {spec.size_factor_key!r} are {ratio:.2g} times the cells' "
+                "total counts (median), and so will be what is imputed; a size is a number of counts: for size factors "
+                "near 1, multiply them by the median total",
+                stacklevel=2,
+            )
     return library.astype(np.float32)
 
 

@@ -49,6 +49,9 @@ class ModalitySpec:
     exposure_layer
         Layer that holds what each value was measured out of (trials, coverage, exposure), for likelihoods that need it;
         0 where nothing was measured.
+    empty_cells
+        What a cell is that has 0 throughout: ``"refuse"``; ``"holes"``, it was not measured, as where missing
+        modalities were filled with zeros; ``"keep"``, it was measured so, for likelihoods that need no size.
 
     Examples
     --------
@@ -69,6 +72,7 @@ class ModalitySpec:
     allow_non_integer: bool = False
     dispersion: str = "gene"
     exposure_layer: str | None = None
+    empty_cells: str = "refuse"
 
     def __post_init__(self) -> None:
         own = isinstance(self.likelihood, type) and hasattr(self.likelihood, "traits")
@@ -88,6 +92,8 @@ class ModalitySpec:
             if covariates.count(column) > 1:
                 raise ValueError(f"the column {column!r} is given more than once among batch and covariates")
 
+        if self.empty_cells not in ("refuse", "holes", "keep"):
+            raise ValueError(f'empty_cells is "refuse", "holes" or "keep"; found {self.empty_cells!r}')
         if self.dispersion not in ("gene", "gene-batch", "gene-label"):
             raise ValueError(f'dispersion is "gene", "gene-batch" or "gene-label"; found {self.dispersion!r}')
         if self.dispersion != "gene" and not (self.traits.sized and self.traits.dispersed):

@@ -1,4 +1,4 @@
-"""What is known of features that go together, and what it says of cells."""
+"""Guidance graphs of linked features, and scores of cells from them."""
 
 from pyromosaic.guidance.scores import linked_scores, shared_scores
 from pyromosaic.links import GuidanceGraph

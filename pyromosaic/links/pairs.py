@@ -1,12 +1,17 @@
 """Links of two modalities: from a table, by name, or by where features lie on the genome."""
 
 import re
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from pyromosaic.data import Mosaic
+from pyromosaic.data.tables import words
+
+#: Which strand a gene is on, in the words of GTF files and of BioMart; 0 where it is not known.
+STRANDS = {"+": 1, "1": 1, "+1": 1, "-": -1, "-1": -1, ".": 0, "0": 0, "": 0, "*": 0, "?": 0}
 
 
 @dataclass(frozen=True)
@@ -16,18 +21,10 @@ class Links:
     Parameters
     ----------
     pairs
-        One row a link: a column of feature names for each of the two modalities, named after it, ``weight`` from
-        above 0 to 1, and ``sign``, 1 or -1.
+        One row per link: a column of feature names for each of the two modalities, named after it; ``weight``, above 0
+        and at most 1; and ``sign``, 1 or -1.
     n_unknown
         Number of links that were left out because the mosaic lacks one of their features.
-
-    Examples
-    --------
-    >>> links = Links(pd.DataFrame({"rna": ["CD19", "CD14"], "adt": ["cd19", "cd14"], "weight": 1.0, "sign": 1.0}))
-    >>> len(links), links.modalities
-    (2, ('rna', 'adt'))
-    >>> links.take(np.array([1])).pairs["rna"].tolist()
-    ['CD14']
     """
 
     pairs: pd.DataFrame
@@ -47,12 +44,12 @@ class Links:
         return first, second
 
     def take(self, rows: np.ndarray) -> "Links":
-        """Some of the links, by number or mask."""
+        """Some of the links, by position or mask."""
         return Links(self.pairs.iloc[rows].reset_index(drop=True), self.n_unknown)
 
 
 def links_from_table(mosaic: Mosaic, modalities: tuple[str, str], table: pd.DataFrame) -> Links:
-    """Links from a table with a column of feature names for each modality, one row a link.
+    """Links from a table with a column of feature names for each modality and one row per link.
 
     Parameters
     ----------
@@ -61,19 +58,20 @@ def links_from_table(mosaic: Mosaic, modalities: tuple[str, str], table: pd.Data
     modalities
         Names of the two modalities.
     table
-        Columns named after the modalities, or else two columns that are told apart by the names in them
+        Columns named after the modalities, or two columns that can be assigned by the names in them
         (`pyromosaic.protein_gene_links` has ``protein`` and ``gene``). Columns ``weight`` (above 0, at most 1) and
-        ``sign`` (1 or -1) may stand beside; they are 1 by default.
+        ``sign`` (1 or -1) are optional; both are 1 by default.
 
     Returns
     -------
     Links
-        Those whose features are both in the mosaic, each pair once; the others are counted.
+        The links whose features are both in the mosaic, each pair once; the others are counted.
 
     Raises
     ------
     ValueError
-        If a modality does not exist, the columns cannot be told, a weight or sign is out of range, or no link is left.
+        If a modality does not exist, the columns cannot be assigned, a weight or sign is out of range, or no link is
+        left.
 
     Examples
     --------
@@ -93,8 +91,8 @@ def links_from_table(mosaic: Mosaic, modalities: tuple[str, str], table: pd.Data
             columns.reverse()
     else:
         raise ValueError(
-            f"a table of links has a column of names for each of {modalities[0]!r} and {modalities[1]!r}, and at most "
-            f"'weight' and 'sign' beside; found {', '.join(map(repr, table.columns)) or 'no column'}"
+            f"a table of links needs a column of names for each of {modalities[0]!r} and {modalities[1]!r}, and may "
+            f"have 'weight' and 'sign'; found {', '.join(map(repr, table.columns)) or 'no column'}"
         )
     pairs = pd.DataFrame({m: table[c].astype(str).to_numpy() for m, c in zip(modalities, columns, strict=True)})
     for name in ("weight", "sign"):
@@ -104,7 +102,7 @@ def links_from_table(mosaic: Mosaic, modalities: tuple[str, str], table: pd.Data
     complete = pairs[modalities[0]].isin(features[0]) & pairs[modalities[1]].isin(features[1])
     if not complete.any():
         raise ValueError(
-            f"no linked feature is left: of {len(pairs)} links, none has both its features among the "
+            f"no linked feature is left: none of the {len(pairs)} links has both its features among the "
             f"{len(features[0])} of {modalities[0]!r} and the {len(features[1])} of {modalities[1]!r}"
         )
     return Links(pairs[complete].reset_index(drop=True), int((~complete).sum()))
@@ -131,7 +129,7 @@ def check_strength(weight: np.ndarray, sign: np.ndarray) -> None:
 
 
 def links_by_name(mosaic: Mosaic, modalities: tuple[str, str]) -> Links:
-    """Links between features of the same name, genes and the activities of genes say.
+    """Links between features with the same name, e.g. genes and gene activities.
 
     Parameters
     ----------
@@ -143,12 +141,12 @@ def links_by_name(mosaic: Mosaic, modalities: tuple[str, str]) -> Links:
     Returns
     -------
     Links
-        One for each name in both, of weight and sign 1.
+        One link for each name in both, with weight and sign 1.
 
     Raises
     ------
     ValueError
-        If a modality does not exist, or no name is in both.
+        If a modality does not exist, or the modalities have no name in common.
 
     Examples
     --------
@@ -171,23 +169,29 @@ def links_by_overlap(mosaic: Mosaic, modalities: tuple[str, str], genes: pd.Data
     mosaic
         The data.
     modalities
-        The modality of genes, then the one of regions. Regions are named by their coordinates, ``"chr1:100-200"``
-        with ``:``, ``-`` or ``_`` between.
+        The modality of genes, then the modality of regions. The names of regions are coordinates such as
+        ``"chr1:100-200"``, separated by ``:``, ``-`` or ``_``.
     genes
-        Where each gene lies, indexed by name: columns ``chromosome``, ``start``, ``end`` and ``strand`` (``"+"`` or
-        ``"-"``).
+        Where each gene lies, indexed by name: columns ``chromosome`` (with or without ``"chr"``), ``start``, ``end``
+        and ``strand`` (``"+"`` or ``"-"``, or 1 and -1). A gene whose strand is missing or ``"."`` has no promoter.
     promoter
-        Bases upstream of the gene that count as its promoter.
+        Number of bases upstream of the gene that count as its promoter.
 
     Returns
     -------
     Links
-        One for each gene and region that overlap, of weight and sign 1.
+        One link for each gene and region that overlap, with weight and sign 1.
 
     Raises
     ------
     ValueError
-        If a modality or a column does not exist, a region's name is not a coordinate, or nothing overlaps.
+        If a modality or a column does not exist, a region's name or a gene's place is not a coordinate, a strand is
+        none, or nothing overlaps.
+
+    Warns
+    -----
+    UserWarning
+        If the strand of genes is not known.
 
     Examples
     --------
@@ -206,17 +210,42 @@ def links_by_overlap(mosaic: Mosaic, modalities: tuple[str, str], genes: pd.Data
     places = [re.fullmatch(r"(.+?)[:_-](\d+)[-_](\d+)", name) for name in names]
     if None in places:
         raise ValueError(
-            f"modality {modalities[1]!r}: the name {names[places.index(None)]!r} is no region; accepted: 'chr1:100-200'"
+            f"modality {modalities[1]!r}: the name {names[places.index(None)]!r} is not a region; accepted: names "
+            "like 'chr1:100-200'"
         )
     regions = pd.DataFrame([p.groups() for p in places if p], index=names, columns=wanted[:3])
     regions = regions.astype({"start": int, "end": int}).sort_values("start")
+    regions["chromosome"] = regions["chromosome"].str.removeprefix("chr")
     pairs = []
     by_chromosome = dict(iter(regions.groupby("chromosome")))
     known = genes[genes.index.isin(_features(mosaic, modalities[0]))]
-    for gene, chromosome, start, end, strand in known[wanted].itertuples(name=None):
+    located = pd.DataFrame({"chromosome": words(known["chromosome"]).astype(object).str.removeprefix("chr")})
+    for column in ("start", "end"):
+        located[column] = pd.to_numeric(known[column], errors="coerce")
+        bad = ~np.isfinite(located[column].to_numpy(dtype=float))
+        if bad.any():
+            raise ValueError(
+                f"the {column} of gene {known.index[bad][0]!r} is {str(known[column][bad].iloc[0])!r}; accepted: a "
+                "number of bases"
+            )
+    located["strand"] = words(known["strand"]).astype(object).fillna(".").map(STRANDS)
+    if located["strand"].isna().any():
+        bad = located["strand"].isna().to_numpy()
+        raise ValueError(
+            f"the strand of gene {known.index[bad][0]!r} is {str(known['strand'][bad].iloc[0])!r}; accepted: '+' and "
+            "'-', or 1 and -1, or '.' where it is not known"
+        )
+    n_unknown = int((located["strand"] == 0).sum())
+    if n_unknown:
+        warnings.warn(
+            f"the strand of {n_unknown} of {len(located)} genes is not known; they are linked by their body, without a "
+            "promoter",
+            stacklevel=2,
+        )
+    for gene, chromosome, start, end, strand in located.itertuples(name=None):
         if chromosome in by_chromosome:
             near = by_chromosome[chromosome]
-            start, end = (start - promoter, end) if strand == "+" else (start, end + promoter)
+            start, end = start - promoter * (strand == 1), end + promoter * (strand == -1)
             near = near.iloc[: np.searchsorted(near["start"], end, side="right")]
             pairs += [(gene, region) for region in near.index[near["end"] >= start]]
     return links_from_table(mosaic, modalities, pd.DataFrame(pairs, columns=list(modalities), dtype=str))

@@ -1,4 +1,4 @@
-"""What all models share: a Pyro program with its data, built and trained."""
+"""Base of all models: a Pyro program with its data, built and trained."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,12 +23,36 @@ from pyromosaic.tasks import inference_mode
 from pyromosaic.tasks.question import columns_of, portions
 from pyromosaic.train import Optimisation, Schedule, fit
 
-#: Options that have another name than in earlier versions.
-RENAMED: Mapping[str, str] = {"n_layers": "n_encoder_layers", "lam_private": "private_kl"}
+#: Options that have another name than in earlier versions, or are arguments of a part now.
+RENAMED: Mapping[str, str] = {
+    "n_layers": "n_encoder_layers",
+    "lam_private": "private_kl",
+    "lam_data": "likelihood_weight",
+    "lam_kl": "shared_kl",
+    "lam_graph": "graph_weight",
+    "lam_sinkhorn": "alignment",
+    "align_draws": "alignment=Sinkhorn(sampled=...)",
+    "blur": "alignment=Sinkhorn(blur=...)",
+    "reach": "alignment=Sinkhorn(reach=...)",
+    "reference": "alignment=Sinkhorn(reference=...)",
+    "lam_anchors": "anchors",
+    "n_neighbors": "anchors=Anchors(n_neighbors=...)",
+    "lam_pull": "pull",
+    "lam_class": "classifier",
+    "lam_adversary": "adversary",
+    "n_adversary_steps": "adversary=Discriminator(n_steps=...)",
+    "adversary_target": "adversary=Adversary(target=...)",
+    "lam_cycle": "cycle",
+    "lam_geometry": "geometry",
+    "n_components": "prior=GaussianMixture(n_components=...)",
+}
+
+#: Options that count dimensions, units or layers.
+WIDTHS = ("n_latent", "n_salient", "n_hidden", "n_encoder_layers", "n_decoder_layers")
 
 
 class Preset(NamedTuple):
-    """Named choices: options of a model's constructor, and of its `train`."""
+    """A named set of options: for the constructor of a model, and for its `train`."""
 
     options: Mapping[str, Any]
     training: Mapping[str, Any]
@@ -42,9 +66,21 @@ class TrainedModel:
     options: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Note the options of the outermost constructor, a subclass's for example, to rebuild the model from."""
+        """Record the options of the outermost constructor (e.g. of a subclass), to rebuild the model from them."""
         model = super().__new__(cls)
         model.options = _options(cls, args, kwargs)
+        for data in args[:1]:
+            if not isinstance(data, Mosaic | Schema):
+                raise ValueError(
+                    f"{cls.__name__} takes a Mosaic, from Mosaic.from_mudata or Mosaic.from_anndata; found a "
+                    f"{type(data).__name__}"
+                )
+        for name, value in model.options.items():
+            if name in WIDTHS and not isinstance(value, Mapping | None):
+                _check_whole(name, value)
+        dropout = model.options.get("dropout", 0)
+        if not (_is_number(dropout) and 0 <= dropout < 1):
+            raise ValueError(f"dropout is a number from 0 to below 1; found {dropout!r}")
         return model
 
     @contextmanager
@@ -75,6 +111,9 @@ class TrainedModel:
         self.mosaic = self.arranged(data) if isinstance(data, Mosaic) else None
         self.schema = data.schema if isinstance(data, Mosaic) else data
         check_names(self.schema)
+        for name, modality in (self.mosaic.modalities if self.mosaic is not None else {}).items():
+            if modality.present.sum() == 1:
+                raise ValueError(f"modality {name!r} has a single cell, which nothing can be learnt from; leave it out")
         self.history = pd.DataFrame()
         self.split: Split | None = None
         with torch.random.fork_rng(), pyro.settings.context(module_local_params=True):
@@ -95,7 +134,7 @@ class TrainedModel:
         self.guide.eval()
 
     def _keep(self, **options: Any) -> None:
-        """Save these values in place of what options were given as."""
+        """Save these values instead of the given options."""
         self.options |= {name: value for name, value in options.items() if name in self.options}
 
     def arranged(self, mosaic: Mosaic) -> Mosaic:
@@ -125,7 +164,7 @@ class TrainedModel:
         return loader(mosaic, cells, batch_size, seed, n_workers)
 
     def finish(self, mosaic: Mosaic) -> None:
-        """Learn how sure decoders are, and how a cell's size depends on z, for cells in which it was not measured."""
+        """Fit the uncertainty of decoders, and how size depends on z, for cells without the modality."""
         for name, modality in mosaic.modalities.items():
             part = part_of(self.model, name)
             if part is not None and modality.present.any():
@@ -140,7 +179,7 @@ class TrainedModel:
                     learn_weights(self.model, self.guide, name, minibatches, int(modality.present.sum()))
 
     def explaining_size(self, mosaic: Mosaic, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of these cells those to learn sizes from, and draws of what explains them (as predicting does)."""
+        """The cells from which sizes are learnt, and draws of the variables that explain them (as in prediction)."""
         return cells, self._latent(mosaic, cells, "z", sample=True)
 
     def _latent(
@@ -184,21 +223,21 @@ class TrainedModel:
         Parameters
         ----------
         n_epochs
-            Passes over the training cells.
+            Number of passes over the training cells.
         batch_size
             Largest number of cells in a minibatch.
         learning_rate, weight_decay, kl_warmup_epochs, schedule, gradient_clip
             See `pyromosaic.train.Optimisation`.
         validation, test
-            Shares of the cells kept out of training, drawn within each pattern of modalities. Validation cells are
-            looked at some 20 times in the run and at its end, in every epoch if training may stop early.
+            Shares of the cells that are kept out of training, drawn within each pattern of modalities. Validation cells
+            are evaluated about 20 times in the run and at its end, or in every epoch if training may stop early.
         early_stopping
             Stop after this many epochs without a better validation ELBO (or, with ``monitor="reconstruction"``, a
-            better likelihood), and return to the best.
+            better likelihood), and restore the parameters of the best epoch.
         seed
             Seed of split, order of minibatches and noise.
         n_workers
-            Processes that read minibatches ahead; 0 reads in the process itself.
+            Number of processes that read minibatches ahead; 0 reads in the main process.
         **trainer
             ``monitor``, ``progress_bar``, ``logger``, ``callbacks``, ``checkpoint_dir``, ``resume_from`` (see
             `pyromosaic.train.fit`), and what `lightning.pytorch.Trainer` takes (``accelerator``, ``devices``,
@@ -229,8 +268,12 @@ class TrainedModel:
         (2, True)
         """
         mosaic = self._data(None)
-        if n_epochs < 1 or batch_size < 1:
-            raise ValueError(f"n_epochs and batch_size are at least 1; found {n_epochs} and {batch_size}")
+        _check_whole("n_epochs", n_epochs)
+        _check_whole("batch_size", batch_size)
+        if early_stopping is not None:
+            _check_whole("early_stopping", early_stopping)
+        if "max_epochs" in trainer:
+            raise ValueError(f"the number of epochs is n_epochs here; found max_epochs={trainer['max_epochs']!r}")
         parts = split(mosaic, validation, test, seed)
         train = self.loader(mosaic, parts.train, batch_size, seed, n_workers)
         # In no order, so that each minibatch holds all populations.
@@ -306,8 +349,12 @@ class TrainedModel:
         mosaic = self.mosaic if data is None else data
         if mosaic is None:
             raise ValueError("the model has no data: give some, data=model.register(mdata) say")
+        if not isinstance(mosaic, Mosaic):
+            raise ValueError(
+                f"data are a Mosaic, registered for this model: model.register(mdata); found a {type(mosaic).__name__}"
+            )
         if mosaic.schema != self.schema:
-            raise ValueError("the data were not registered for this model: model.register(mdata) does that")
+            raise ValueError("the data were not registered for this model; call model.register(mdata) first")
         mosaic = self.arranged(mosaic)
         if self._fusion is not None:
             self._fusion.meet(mosaic)
@@ -321,8 +368,8 @@ class TrainedModel:
         part = part_of(self.model, modality)
         if part is None:
             raise ValueError(
-                f"the program has no likelihood of modality {modality!r} to ask: none of its `modalities` is a "
-                "pyromosaic.measurement.Measurement of that name"
+                f"the program has no likelihood for modality {modality!r}: none of its `modalities` is a "
+                "pyromosaic.measurement.Measurement with that name"
             )
         return part.likelihood
 
@@ -337,11 +384,26 @@ class TrainedModel:
         return next(parameters, torch.device("cpu"))
 
 
+def accepted_options(cls: type) -> set[str]:
+    """Names of the options of a class and of those that it derives from."""
+    constructors = [vars(base)["__init__"] for base in cls.__mro__[:-1] if "__init__" in vars(base)]
+    return {name for constructor in constructors for name in signature(constructor).parameters}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def _check_whole(name: str, value: Any) -> None:
+    if not (_is_number(value) and isinstance(value, int | np.integer) and value >= 1):
+        raise ValueError(f"{name} is a whole number from 1; found {value!r}")
+
+
 def _options(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Options by name, given or by default, of the constructor of a class."""
-    constructor = signature(cls.__init__)  # type: ignore[misc]
+    constructor, accepted = signature(cls.__init__), accepted_options(cls)  # type: ignore[misc]
     for old, new in RENAMED.items():
-        if old in kwargs and old not in constructor.parameters and new in constructor.parameters:
+        if old in kwargs and old not in accepted and new.split("=")[0] in accepted:
             raise TypeError(f"{cls.__name__} calls the option {old!r} {new!r} now")
     bound = constructor.bind_partial(None, *args, **kwargs)
     bound.apply_defaults()

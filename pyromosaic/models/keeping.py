@@ -1,4 +1,4 @@
-"""Keeping a model: saved and loaded without any code, and given new cells."""
+"""Save and load a model without any code, and give it new cells."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -15,33 +15,41 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from pyromosaic import __version__
+from pyromosaic import __version__, described, penalties, priors
 from pyromosaic.data import ModalitySpec, Mosaic, Schema
 from pyromosaic.likelihoods import Likelihood
-from pyromosaic.models.base import TrainedModel
-from pyromosaic.models.formats import FORMAT, READ, upgraded
+from pyromosaic.models.base import TrainedModel, accepted_options
+from pyromosaic.models.formats import FORMAT, READ, upgraded, upgraded_schema
 from pyromosaic.models.query import carry_over, only
 from pyromosaic.train.checkpoints import check_state
 from pyromosaic.train.files import clear_drafts, drafts, replaced, size_of
 
+#: The parts that are saved with a model, by name.
+PARTS = {
+    name: part
+    for room in (penalties, priors)
+    for name, part in vars(room).items()
+    if isinstance(part, type) and issubclass(part, described.Described) and part.__module__.startswith(room.__name__)
+}
+
 
 class Keeping(TrainedModel):
-    """What is done with a model as a whole; see `pyromosaic.models.MosaicModel`."""
+    """Methods that save, load and adapt a model; see `pyromosaic.models.MosaicModel`."""
 
     def save(self, directory: str | Path, overwrite: bool = False) -> None:
-        """Write the model: weights in safetensors, everything else in JSON.
+        """Save the model: weights as safetensors, everything else as JSON.
 
         Parameters
         ----------
         directory
-            Where to; made if it does not exist.
+            Directory to write to; it is created if it does not exist.
         overwrite
-            Replace a model that is there, which stays until the new one is written.
+            Replace an existing model; it stays until the new one is written.
 
         Raises
         ------
         FileExistsError
-            If a model is there and `overwrite` is False.
+            If the directory holds a model and `overwrite` is False.
 
         Examples
         --------
@@ -56,7 +64,7 @@ class Keeping(TrainedModel):
         """
         directory = Path(directory)
         if (directory / DESCRIPTION).exists() and not overwrite:
-            raise FileExistsError(f"{directory} holds a model already; overwrite=True replaces it")
+            raise FileExistsError(f"{directory} already holds a model; pass overwrite=True to replace it")
         weights = {
             f"{k}.{n}": t.contiguous() for k in ("model", "guide") for n, t in getattr(self, k).state_dict().items()
         }
@@ -64,11 +72,9 @@ class Keeping(TrainedModel):
         options, objects = {}, [m.spec.likelihood_name for m in self.schema.modalities.values() if _is_own(m.spec)]
         for key, value in self.options.items():
             try:
-                json.dumps(value)
+                options[key] = described.to_json(value, PARTS)
             except TypeError:
                 objects.append(key)  # code is not saved; it is given again at load
-            else:
-                options[key] = value
         content = {
             "format": FORMAT,
             "version": __version__,
@@ -88,23 +94,23 @@ class Keeping(TrainedModel):
 
     @classmethod
     def load(cls, directory: str | Path, data: Any = None, **objects: Any) -> Self:
-        """Read a saved model; no code in the files is run.
+        """Load a saved model; no code from the files is run.
 
         Parameters
         ----------
         directory
-            What `save` wrote.
+            Directory that `save` wrote.
         data
-            A MuData or a dictionary of AnnData, registered and checked against the model's schema (features are put in
-            its order), or a `Mosaic` that was registered with it; None for no data.
+            A MuData or a dictionary of AnnData, which is registered and checked against the schema of the model
+            (features are put in its order); or a `Mosaic` that was registered with that schema; None for no data.
         **objects
-            The objects, such as priors, that the model was constructed with; and the classes of likelihoods of your
-            own, by their names.
+            The objects that the model was constructed with, but for the package's own penalties and priors, which are
+            saved; and the classes of likelihoods of your own, by their names.
 
         Raises
         ------
         ValueError
-            If the files are missing, damaged, or not those of such a model, or the data do not fit.
+            If the files are missing, damaged, or of another class of model, or if the data do not fit.
 
         Examples
         --------
@@ -127,17 +133,18 @@ class Keeping(TrainedModel):
         missing = [key for key in content["objects"] if key not in objects]
         if missing:
             raise ValueError(
-                f"the model in {of} was constructed with objects of the user's: give {', '.join(missing)} again"
+                "the saved model was constructed with your own objects; pass "
+                f"{', '.join(f'{name}=<object>' for name in missing)} to load()"
             )
         try:
             size_of(directory / WEIGHTS, 1 << 40)
             weights = load_file(directory / WEIGHTS)
             likelihoods = {k: v for k, v in objects.items() if isinstance(v, type) and issubclass(v, Likelihood)}
-            schema = Schema.from_json(content["schema"], likelihoods)
+            schema = Schema.from_json(upgraded_schema(content), likelihoods)
             others = {k: v for k, v in objects.items() if k not in likelihoods}
-            options, weights = upgraded(content, weights, schema)
+            options, weights = upgraded(content, weights, schema, accepted_options(cls))
             with _no_larger_than(weights):
-                model = cls(schema, **options, **others)
+                model = cls(schema, **{**described.from_json(options, PARTS), **others})
             own = {f"{k}.{n}": t for k in ("model", "guide") for n, t in getattr(model, k).state_dict().items()}
             check_state(weights, own, WEIGHTS)
             for part in ("model", "guide"):
@@ -164,13 +171,13 @@ class Keeping(TrainedModel):
         data
             The data.
         new_batches
-            ``"average"``: cells of batches that the model has not seen are treated as an average of those it has. See
-            also `adapt`.
+            ``"average"``: cells of batches that the model has not seen are treated as an average of the known batches.
+            See also `adapt`.
 
         Raises
         ------
         ValueError
-            If features, batches or labels are not those of the model.
+            If features, batches or labels differ from those of the model.
 
         Examples
         --------
@@ -195,16 +202,16 @@ class Keeping(TrainedModel):
         Parameters
         ----------
         data
-            A MuData, or a dictionary of AnnData (cells matched by name); the data of the new model.
+            A MuData, or a dictionary of AnnData (cells matched by name); they become the data of the new model.
         n_epochs
-            Passes over the new cells.
+            Number of passes over the new cells.
         **training
             Further arguments of `train`; the learning rate is 0.01 by default.
 
         Raises
         ------
         ValueError
-            If no batch is new, or features or labels are not those of the model.
+            If no batch is new, or features or labels differ from those of the model.
 
         References
         ----------
@@ -226,7 +233,7 @@ class Keeping(TrainedModel):
         else:
             mosaic = Mosaic.from_mudata(data, schema=self.schema, new_batches="add")
         if mosaic.schema == self.schema:
-            raise ValueError("the data have no batch that is new to the model: register(data) is all they need")
+            raise ValueError("the data have no batch that is new to the model; use register(data) instead")
         adapted = type(self)(mosaic.schema, **deepcopy(self.options))
         adapted.model.to(self._device).eval()
         adapted.guide.to(self._device).eval()
@@ -289,20 +296,20 @@ def _read(directory: Path, file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text())
         version = content["format"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ValueError(f"{directory} does not hold a whole saved model: {error}") from error
+        raise ValueError(f"{directory} does not hold a complete saved model: {error}") from error
     if version not in READ:
         by = f" by pyromosaic {content['version']}" if "version" in content else ""
         raise ValueError(
             f"{directory} was saved in format {version}{by}; this version of pyromosaic reads formats "
-            f"{' and '.join(map(str, READ))} (it is {__version__})"
+            f"{', '.join(map(str, READ))} (it is {__version__})"
         )
     for key, kind in _KINDS.items():
         if not isinstance(content.get(key), kind) or (
             kind is list and not all(isinstance(v, str) for v in content[key])
         ):
-            raise ValueError(f"{directory} does not hold a whole saved model: {key!r} is missing or of another type")
+            raise ValueError(f"{directory} does not hold a complete saved model: {key!r} is missing or of another type")
     if "digest" in content and content.pop("digest") != _digest(content):
-        raise ValueError(f"{directory} does not hold a whole saved model: {file.name} is not as it was saved")
+        raise ValueError(f"{directory} does not hold a complete saved model: {file.name} is not as it was saved")
     return dict(content)
 
 

@@ -1,4 +1,4 @@
-"""Where cells lie: their latent variables, their neighbours, and what the model says of all cells at once."""
+"""Methods of a trained model about latent variables: of each cell, of its neighbours, and global ones."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ from pyromosaic.tasks.question import Cells
 
 
 class Locating(TrainedModel):
-    """Questions about latent variables; see `pyromosaic.models.MosaicModel`."""
+    """Methods about latent variables; see `pyromosaic.models.MosaicModel`."""
 
     def get_latent_representation(
         self,
@@ -33,13 +33,13 @@ class Locating(TrainedModel):
         Parameters
         ----------
         cells
-            Names, numbers or a mask; None for all.
+            Names, positions or a mask; None for all.
         modality
-            Look at this modality alone, in the cells that have it; None for all that a cell has.
+            Infer from this modality alone, in the cells that have it; None uses all modalities of a cell.
         sample
-            Draw from the posterior instead of giving its mean.
+            Return a draw from the posterior instead of its mean.
         data
-            Other cells than the training data.
+            Cells other than the training data.
         seed
             Seed of the draw.
 
@@ -70,13 +70,13 @@ class Locating(TrainedModel):
         self.schema[modality]
         having = index[mosaic.modalities[modality].present[index]]
         if len(having) == 0:
-            raise ValueError(f"none of the cells asked for has modality {modality!r}")
+            raise ValueError(f"none of the given cells has modality {modality!r}")
         return having
 
     def get_global_posterior(
         self, n_samples: int = 1000, *, quantiles: Sequence[float] = (0.05, 0.95), seed: int = 0
     ) -> pd.DataFrame:
-        """Global latent variables, those that a prior, decoder or likelihood draws once for all cells.
+        """Posterior of global latent variables, which a prior, decoder or likelihood draws once for all cells.
 
         Parameters
         ----------
@@ -90,7 +90,8 @@ class Locating(TrainedModel):
         Returns
         -------
         pandas.DataFrame
-            A row an element, indexed by ``site`` and ``element`` (its number); columns ``mean``, ``sd`` and the levels.
+            One row per element, indexed by ``site`` and ``element`` (its number); columns ``mean``, ``sd`` and the
+            levels.
 
         Raises
         ------
@@ -129,23 +130,23 @@ class Locating(TrainedModel):
         return pd.concat(tables, names=["site", "element"])
 
     def nearest_cells(self, modality: str, to: str, cells: Cells = None, *, n_neighbors: int = 15) -> pd.DataFrame:
-        """Counterparts of cells among those of another modality, and whether there are any.
+        """Nearest cells in another modality, and whether a cell has a counterpart there at all.
 
         Parameters
         ----------
         modality, to
-            Where the cells are from, and where to look.
+            Modality of the cells, and modality in which to search.
         cells
-            Names, numbers or a mask; None for all of the modality.
+            Names, positions or a mask; None for all cells of the modality.
         n_neighbors
-            Number of nearest cells to look at.
+            Number of nearest cells to consider.
 
         Returns
         -------
         pandas.DataFrame
-            For each cell the ``nearest`` cell of the other modality; the mean ``distance`` to its nearest cells there,
-            over what 95 % of the cells there stay within among themselves; and ``alone``, whether that is above 1: a
-            cell of a type, say, that the other modality has not seen.
+            For each cell: ``nearest``, the nearest cell of the other modality; ``distance``, the mean distance to its
+            nearest cells there, divided by the 95 % quantile of the same distance among the cells there; and ``alone``,
+            whether this ratio is above 1, for example because the other modality has no cells of this type.
 
         Examples
         --------
@@ -166,24 +167,24 @@ class Locating(TrainedModel):
     def transfer_labels(
         self, key: str, modality: str, to: str, cells: Cells = None, *, n_neighbors: int = 15
     ) -> pd.DataFrame:
-        """Labels of one modality's cells, given to another's by a vote of the nearest.
+        """Transfer labels from cells of one modality to cells of another, by a vote of the nearest neighbours.
 
         Parameters
         ----------
         key
-            Column of `obs` with the labels, which may have been added after registration.
+            Column of `obs` with the labels; it may have been added after registration.
         modality, to
-            Whose labels are known, and whose cells get them.
+            Modality with known labels, and modality whose cells get them.
         cells
-            Cells of `to`: names, numbers or a mask; None for all.
+            Cells of `to`: names, positions or a mask; None for all.
         n_neighbors
             Number of cells that vote; those without a label, or with the word for "not known", do not.
 
         Returns
         -------
         pandas.DataFrame
-            Cells × ``prediction`` and ``confidence``, the share of the votes; of labels with equal votes the nearest
-            cell's wins.
+            Cells × ``prediction`` and ``confidence``, the share of the votes. If labels have equal votes, the label of
+            the nearest cell wins.
 
         Examples
         --------

@@ -28,16 +28,16 @@ class MosaicModel(Locating, Asking, Keeping):
     Attributes
     ----------
     model, guide
-        The Pyro program; both are called with a `Minibatch`. A model's class names theirs as ``Model`` and ``Guide``,
-        which a subclass may replace.
+        The Pyro program; both are called with a `Minibatch`. The class of a model names their classes as ``Model`` and
+        ``Guide``; a subclass may replace them.
     schema
-        What is remembered of the data.
+        Description of the data that is saved with the model.
     mosaic
         The training data, if there are any.
     history
-        A row an epoch, once trained; see `pyromosaic.train.Plan`.
+        One row per epoch, after training; see `pyromosaic.train.Plan`.
     split
-        Training, validation and test cells, once trained.
+        Training, validation and test cells, after training.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Geometry: cells that are near each other by their measurements are to be near each other in the latent space."""
+"""Geometry: cells with similar measurements should be near each other in the latent space."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,25 +7,29 @@ import torch
 from torch import Tensor
 
 from pyromosaic.data import Minibatch
-from pyromosaic.penalties.kernels import kernel_alignment
+from pyromosaic.penalties.kernels import kernel_alignment, row_cosine
 from pyromosaic.penalties.penalty import Penalty
 from pyromosaic.posterior import Posterior
 
+LIKENESS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"alignment": kernel_alignment, "cosine": row_cosine}
+
 
 class Geometry(Penalty):
-    """Minus the likeness of two kernels between the cells of a modality, of measurements and of posterior means.
+    """Minus the similarity of two kernels between the cells of a modality, of measurements and of posterior means.
 
-    Summed over modalities. Measurements are compared as the encoders see them. No matrix is larger than cells × cells:
-    distances come from inner products.
+    It is summed over modalities. Measurements are compared as the encoders see them. Distances come from inner
+    products, so no matrix is larger than cells × cells.
 
     Parameters
     ----------
     weight
-        What it is multiplied by.
+        Factor of the penalty in the loss.
     encoders
-        The guide's encoders, whose ``scaling`` prepares the measurements; None for those of the guide that gets it.
+        The encoders of the guide, whose ``scaling`` prepares the measurements; None uses those of the guide that gets
+        the penalty.
     likeness
-        Function of (cells, features) and (cells, latent): `kernel_alignment`, or `row_cosine` as in scMODAL.
+        ``"alignment"`` (`kernel_alignment`), ``"cosine"`` (`row_cosine`) as in scMODAL, or a function of (cells,
+        features) and (cells, latent).
 
     Examples
     --------
@@ -43,17 +47,19 @@ class Geometry(Penalty):
 
     def __init__(
         self,
-        weight: float,
+        weight: float = 1.0,
         encoders: Mapping[str, Any] | None = None,
-        likeness: Callable[[Tensor, Tensor], Tensor] | None = None,
+        likeness: str | Callable[[Tensor, Tensor], Tensor] = "alignment",
     ) -> None:
         super().__init__(weight)
-        self.encoders, self.given = dict(encoders or {}), encoders is not None  # the guide owns their parameters
-        self.likeness = kernel_alignment if likeness is None else likeness
+        self.encoders, self.found = dict(encoders or {}), encoders is None  # the guide owns their parameters
+        if isinstance(likeness, str) and likeness not in LIKENESS:
+            raise ValueError(f"there is no likeness {likeness!r}; accepted: {', '.join(map(repr, LIKENESS))}")
+        self.likeness = LIKENESS[likeness] if isinstance(likeness, str) else likeness
 
     def attach(self, modalities: Mapping[str, Any]) -> None:
         """Take the guide's encoders, unless others were given."""
-        if not self.given:
+        if self.found:
             self.encoders = {name: part.encoder for name, part in modalities.items()}
 
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
@@ -61,8 +67,8 @@ class Geometry(Penalty):
         unknown = [name for name in posteriors if name not in self.encoders]
         if unknown:
             raise ValueError(
-                f"a penalty of geometry compares modalities ({', '.join(map(repr, self.encoders))}); found posteriors "
-                f"of {unknown[0]!r}. In ContrastiveVI give it as penalties={{'modalities': [...]}}"
+                f"a Geometry penalty compares modalities ({', '.join(map(repr, self.encoders))}); found posteriors "
+                f"of {unknown[0]!r}. In ContrastiveVI, pass it as penalties={{'modalities': [...]}}"
             )
         likenesses = [
             self.likeness(self.encoders[name].scaling(minibatch.observed[name]), q.loc)

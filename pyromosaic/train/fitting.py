@@ -38,7 +38,7 @@ class ReturnToBest(EarlyStopping):
 
     def __init__(self, patience: int, monitor: str = "elbo") -> None:
         if monitor not in ("elbo", "reconstruction"):
-            raise ValueError(f'early stopping monitors "elbo" or "reconstruction"; found {monitor!r}')
+            raise ValueError(f'monitor must be "elbo" or "reconstruction"; found {monitor!r}')
         mode = "max" if monitor == "elbo" else "min"
         super().__init__(f"validation_{monitor}", patience=patience, mode=mode, check_on_train_epoch_end=True)
         self.best: dict[str, Tensor] = {}
@@ -158,7 +158,7 @@ def fit(
     """
     if early_stopping is not None and validation is None:
         raise ValueError(
-            "early stopping looks at validation cells: give validation a share above 0, or set early_stopping=None"
+            "early stopping needs validation cells: set validation to a share above 0, or set early_stopping=None"
         )
     callbacks = list(callbacks)
     stopping = None if early_stopping is None else ReturnToBest(early_stopping, monitor)

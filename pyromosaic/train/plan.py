@@ -16,17 +16,7 @@ from pyromosaic.train.elbo import MosaicELBO
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became infinite or not a number; the parameters are back at the start of the epoch.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> model = MultiVI(Mosaic.from_mudata(simulate(60, {"rna": 50})[0]))
-    >>> model.train(1, batch_size=16, learning_rate=1e30, gradient_clip=0, progress_bar=False)
-    Traceback (most recent call last):
-        ...
-    pyromosaic.train.plan.NonFiniteLossError: the loss is not finite in epoch 0, ...
-    """
+    """The loss became infinite or not a number; the parameters are restored from the start of the epoch."""
 
 
 Schedule = str | Callable[[torch.optim.Optimizer], Any]
@@ -39,20 +29,15 @@ class Optimisation:
     Parameters
     ----------
     learning_rate, weight_decay
-        Of AdamW.
+        Settings of AdamW.
     kl_warmup_epochs
-        Epochs over which the weight of latent variables' divergences rises linearly to 1; at most half of the run.
+        Number of epochs over which the weight of the divergences of latent variables rises linearly to 1; at most half
+        of the run.
     schedule
-        ``"cosine"`` lets the learning rate fall to a fiftieth over the run, ``"constant"`` keeps it; or a function from
-        an optimiser to a learning-rate scheduler that steps once an epoch.
+        ``"cosine"`` lets the learning rate fall to a fiftieth over the run, ``"constant"`` keeps it; or a function that
+        maps an optimiser to a learning-rate scheduler, which steps once per epoch.
     gradient_clip
         Largest norm of the gradient; 0 for no limit.
-
-    Examples
-    --------
-    >>> from pyromosaic.train import Optimisation
-    >>> Optimisation(learning_rate=1e-3, schedule="constant").kl_warmup_epochs
-    50
     """
 
     learning_rate: float = 3e-3
@@ -63,20 +48,20 @@ class Optimisation:
 
     def __post_init__(self) -> None:
         if isinstance(self.schedule, str) and self.schedule not in ("cosine", "constant"):
-            raise ValueError(f'the schedule is "cosine", "constant" or a function; found {self.schedule!r}')
+            raise ValueError(f'schedule must be "cosine", "constant" or a function; found {self.schedule!r}')
 
 
 class Plan(lightning.LightningModule):
     """A model and a guide under Lightning.
 
-    What is minimised is the negative ELBO plus penalties, divided by the number of cells. Each epoch appends a row to
-    `rows`: for training and validation cells the ``objective`` as it is minimised, the ``elbo`` (without penalties and
-    with full weight on the divergences), the ``reconstruction`` (the negative log-likelihood of what was measured) and
-    every site's part of the negative ELBO, all per cell.
+    Training minimises the negative ELBO plus penalties, divided by the number of cells. Each epoch appends a row to
+    `rows`. For training and validation cells it has the ``objective`` that is minimised, the ``elbo`` (without
+    penalties and with full weight on the divergences), the ``reconstruction`` (the negative log-likelihood of the
+    measurements) and the part of every site in the negative ELBO, all per cell.
 
-    A module with a method ``optimiser()``, an adversary say, is fitted by that; all other parameters by AdamW. One
-    backward pass serves both: no gradient may flow from the loss of one side to the parameters of the other.
-    `Optimisation` is about AdamW's parameters alone.
+    If a module has a method ``optimiser()``, as an adversary does, that optimiser trains it; AdamW trains all other
+    parameters. One backward pass serves both, so no gradient may flow from the loss of one side to the parameters of
+    the other. `Optimisation` applies only to the parameters of AdamW.
 
     Parameters
     ----------
@@ -85,20 +70,11 @@ class Plan(lightning.LightningModule):
     optimisation
         How parameters are fitted.
     n_epochs
-        Length of the run, over which the learning rate falls; beyond it the rate stays where it is.
+        Number of epochs over which the learning rate falls; after them it stays where it is.
     rows
-        Where to append.
+        List to which the rows are appended.
     order
-        The generator of the order of cells, for checkpoints.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0])
-    >>> model = MultiVI(mosaic)
-    >>> plan = Plan(model.model, model.guide, Optimisation(kl_warmup_epochs=50), n_epochs=20)
-    >>> plan.warmup_epochs  # half of the run at most
-    10
+        Generator of the order of cells, for checkpoints.
     """
 
     def __init__(
@@ -129,11 +105,11 @@ class Plan(lightning.LightningModule):
         self._generators: dict[str, Any] = {}
 
     def transfer_batch_to_device(self, batch: Minibatch, device: torch.device, dataloader_idx: int) -> Minibatch:
-        """Move a minibatch; Lightning's own way looks into it field by field."""
+        """Move a minibatch; Lightning's default would go through it field by field."""
         return batch.to(device)
 
     def configure_optimizers(self) -> Any:
-        """AdamW, and the schedule if there is one; beside them the optimisers that modules bring."""
+        """Make AdamW, the schedule if there is one, and the optimisers of modules that have one."""
         o = self.optimisation
         self.own_optimisers = [m.optimiser() for m in self.objective.modules() if hasattr(m, "optimiser")]
         for own, state in zip(self.own_optimisers, self._own_states, strict=bool(self._own_states)):
@@ -169,19 +145,19 @@ class Plan(lightning.LightningModule):
             sites = [name for name, term in self.elbo.terms.items() if not torch.isfinite(term)]
             raise NonFiniteLossError(
                 f"the loss is not finite in epoch {self.current_epoch}, at {', '.join(map(repr, sites))}; the "
-                "parameters are back at the start of this epoch. A lower learning rate or gradient_clip helps"
+                "parameters are restored from the start of this epoch. Lower the learning rate, or set gradient_clip"
             )
         self._add("train", minibatch, loss.detach())
         return loss
 
     def on_after_backward(self) -> None:
-        """Take the steps of the optimisers that modules bring; Lightning takes AdamW's, after clipping."""
+        """Take the steps of the modules' optimisers; Lightning takes the step of AdamW, after clipping."""
         for own in self.own_optimisers:
             own.step()
             own.zero_grad()
 
     def validation_step(self, minibatch: Minibatch, step: int) -> None:
-        """Evaluate the bound on cells that take no part in training."""
+        """Evaluate the bound on cells that are not used in training."""
         loss = self.objective(minibatch, 1.0) / minibatch.n_cells
         self._add("validation", minibatch, loss)
 
@@ -211,7 +187,7 @@ class Plan(lightning.LightningModule):
                         raise ValueError(f"{name!r} of the optimiser does not fit its parameter")
 
     def on_train_epoch_start(self) -> None:
-        """Remember parameters that are known to be good."""
+        """Remember parameters that gave a finite loss."""
         # Before Lightning 2.6 a resumed epoch begins its minibatches a second time.
         if self._generators and not hasattr(self.trainer.fit_loop, "is_resuming"):
             self._set_generators(self._generators)
@@ -229,7 +205,7 @@ class Plan(lightning.LightningModule):
             self._last_good = {}
 
     def on_train_epoch_end(self) -> None:
-        """Append a row to the history and hand it to the loggers."""
+        """Append a row to the history and pass it to the loggers."""
         row: dict[str, float] = {}
         for part, sums in self._sums.items():
             parts: dict[str, float] = defaultdict(float)

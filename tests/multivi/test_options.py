@@ -122,7 +122,7 @@ def test_private_variables_follow_their_modality_or_the_prior(mosaic):
 
 def test_imputation_is_less_sure_for_lack_of_the_private_variable(mosaic):
     model = small(mosaic, n_private=3, private_kl=0.1)
-    with pytest.warns(UserWarning, match="shared latent space explains only"):
+    with pytest.warns(UserWarning, match="shared latent space carries only"):
         model.train(40, batch_size=64, learning_rate=5e-3, kl_warmup_epochs=0, **QUIET)
     both = mosaic.obs_names[mosaic.patterns == "rna+adt"]
     sd = [
