@@ -152,13 +152,10 @@ def separate(mosaic: Mosaic) -> Mosaic:
     modalities = {
         name: replace(
             m,
-            rows=np.where(owner == i, m.rows[index], -1),
-            codes=m.codes[index],
-            continuous=m.continuous[index],
-            library=np.where(owner == i, m.library[index], np.float32(np.nan)),
-            labels=m.labels[index],
+            rows=np.where(owner == i, m.rows, -1),
+            library=np.where(owner == i, m.library, np.float32(np.nan)),
         )
-        for i, (name, m) in enumerate(mosaic.modalities.items())
+        for i, (name, m) in enumerate((name, m.take(index)) for name, m in mosaic.modalities.items())
     }
     prefixes = np.array([f"{name}:" for name in modalities], dtype=object)
     return replace(

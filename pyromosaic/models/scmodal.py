@@ -276,7 +276,7 @@ class ScModal(Linking):
                 f"weights are at least 0; found likelihood_weight={likelihood_weight} and private_kl={private_kl}"
             )
         if isinstance(geometry, str):
-            raise ValueError(f"ScModal calls geometry={geometry!r} geometry=Geometry(1.0, likeness={geometry!r}) now")
+            raise ValueError(f"geometry={geometry!r} was renamed; use geometry=Geometry(1.0, likeness={geometry!r})")
         if deterministic and n_private:
             raise ValueError(f"a deterministic program has no private variables: set n_private=0; found {n_private}")
         if refresh_every < 0:
