@@ -20,6 +20,15 @@ from rich.table import Table
 Figures = dict[str, float]
 
 
+def model_options(text: str) -> dict[str, Any]:
+    """Options of a model from JSON; ``{"part": "Anchors", "arguments": {...}}`` is a part of the package."""
+    from pyromosaic.described import from_json
+    from pyromosaic.models.keeping import PARTS
+
+    options: dict[str, Any] = from_json(json.loads(text), PARTS)
+    return options
+
+
 def arguments(description: str) -> argparse.ArgumentParser:
     """Parser with the options that every benchmark takes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)

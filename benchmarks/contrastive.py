@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from common import Figures, arguments, isolated, measured_cost, quiet, report
+from common import Figures, arguments, isolated, measured_cost, model_options, quiet, report
 
 NO_PENALTIES = {"cohort_mmd": 0.0, "dependence": 0.0, "wasserstein": 0.0}
 SYSTEMS: dict[str, dict[str, Any]] = {
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--markers", type=lambda words: words.split(","), default=[], help="known response features")
     parser.add_argument("--cpca-alpha", type=float, default=1.0, help="weight of the background in contrastive PCA")
     parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--model", type=json.loads, default={}, help="further arguments of ours, as JSON")
+    parser.add_argument("--model", type=model_options, default={}, help="further arguments of ours, as JSON")
     parser.add_argument("--train", type=json.loads, default={}, help="arguments of our training, as JSON")
     parser.add_argument("--peer-epochs", type=int, default=60)
     parser.add_argument(

@@ -8,13 +8,12 @@ compared with what was hidden. ``--unpair SHARE``: that share of the cells is re
     python benchmarks/multivi_mosaic.py --data snare_cortex.h5mu --unpair 0.75 --min-share 0.005 --label-key cell_class
 """
 
-import json
 from argparse import Namespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from common import Figures, arguments, isolated, measured_cost, quiet, report
+from common import Figures, arguments, isolated, measured_cost, model_options, quiet, report
 
 
 def open_regions(mdata: Any, min_share: float) -> Any:
@@ -116,7 +115,7 @@ def ours(options: Namespace, seed: int) -> Figures:
 
     data, truth = load(options, seed)
     mosaic = Mosaic.from_mudata(data, batch_key=options.batch_key)
-    model = MultiVI(mosaic, seed=seed, **json.loads(options.options))
+    model = MultiVI(mosaic, seed=seed, **model_options(options.options))
     with measured_cost() as cost:
         model.train(options.epochs, seed=seed, progress_bar=False)
     latent = model.get_latent_representation()

@@ -16,7 +16,6 @@ Cells without all modalities are left out. One experiment a call:
     python benchmarks/multivi_paper.py uncertainty --data snare_cortex.h5mu --min-share 0.005 --label-key cell_class
 """
 
-import json
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from common import Figures, arguments, isolated, quiet, report
+from common import Figures, arguments, isolated, model_options, quiet, report
 from multivi_mosaic import open_regions, quality
 
 Runs = dict[str, list[Figures]]
@@ -68,7 +67,7 @@ def train(mosaic: Any, options: Namespace, seed: int, **choices: Any) -> Any:
     """A trained MultiVI."""
     from pyromosaic import Mosaic, MultiVI
 
-    choices = json.loads(options.options) | choices
+    choices = model_options(options.options) | choices
     model = MultiVI(Mosaic.from_mudata(mosaic, batch_key=options.batch_key), seed=seed, **choices)
     model.train(options.epochs, seed=seed, progress_bar=False)
     return model

@@ -8,11 +8,10 @@ the links that are inferred. Last, a training step of the reference is timed, an
 inner products and from differences (cells × cells × features).
 
     python benchmarks/scmodal_unpaired.py
-    python benchmarks/scmodal_unpaired.py --leave-out 0.25 --options '{"lam_pull": 80}'
+    python benchmarks/scmodal_unpaired.py --leave-out 0.25 --options '{"pull": 80}'
     python benchmarks/scmodal_unpaired.py --reference --steps 1000
 """
 
-import json
 import time
 import warnings
 from argparse import Namespace
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from common import Figures, arguments, isolated, measured_cost, quiet, report
+from common import Figures, arguments, isolated, measured_cost, model_options, quiet, report
 from diagvi_unpaired import as_mosaic, load, quality
 
 
@@ -49,7 +48,7 @@ def ours(options: Namespace, seed: int) -> Figures:
     if options.n_links == 0:
         settings["linkage"] = None
     graph = GuidanceGraph.from_table(mosaic, kept.pairs) if len(kept) else None
-    model = ScModal(mosaic, graph, seed=seed, **settings | json.loads(options.options))
+    model = ScModal(mosaic, graph, seed=seed, **settings | model_options(options.options))
 
     def by_cell(table: pd.DataFrame, name: str) -> pd.DataFrame:
         own = table[mosaic.modalities[name].present]
@@ -97,12 +96,12 @@ def steps(options: Namespace, seed: int, naive: bool) -> Figures:
     from pyromosaic.data import measured
     from pyromosaic.guidance import GuidanceGraph
     from pyromosaic.measurement import encoded
-    from pyromosaic.penalties import geometry
+    from pyromosaic.penalties import kernels
     from pyromosaic.train import MosaicELBO
 
     torch.set_num_threads(options.threads)
     if naive:
-        geometry.squared_distances = lambda x: (x.unsqueeze(1) - x).square().sum(-1)
+        kernels.squared_distances = lambda x: (x.unsqueeze(1) - x).square().sum(-1)
     adatas, _, table = load(options, seed)
     mosaic = as_mosaic(options, adatas)
     graph = GuidanceGraph.from_table(mosaic, table, drop_absent=True)
@@ -124,13 +123,13 @@ def steps(options: Namespace, seed: int, naive: bool) -> Figures:
     def whole() -> None:
         MosaicELBO().differentiable_loss(model.model, model.guide, minibatch).backward()
 
-    def kernels() -> None:
+    def geometry() -> None:
         term(encoded(model.guide.modalities, minibatch)[0], minibatch).backward()
 
     return {
         "seconds a step": seconds / options.timed_steps,
         "whole step: peak above the level before, MB": peak(whole),
-        "geometry and encoders: peak above the level before, MB": peak(kernels),
+        "geometry and encoders: peak above the level before, MB": peak(geometry),
         "peak memory of the process, MB": cost.peak_mb,
     }
 

@@ -32,6 +32,7 @@ _ROOMS = (
     "labels",
     "likelihoods",
     "linkage",
+    "links",
     "metrics",
     "models",
     "nn",
@@ -41,6 +42,7 @@ _ROOMS = (
     "program",
     "sizes",
     "tasks",
+    "testing",
     "train",
 )
 

@@ -17,23 +17,13 @@ class AttentionEncoder(Encoder):
     schema
         The modality.
     n_latent
-        Width of the latent space.
+        Dimension of the latent space.
     n_hidden
         Width of a token, a multiple of 4, the number of heads.
     n_layers, dropout, covariates
         As in `pyromosaic.nn.Encoder`.
     n_tokens
         Number of tokens.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], batch_key="batch")
-    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
-    >>> loc, scale = AttentionEncoder(mosaic.schema["rna"], n_latent=10, n_hidden=16)(view)
-    >>> loc.shape, scale.shape
-    (torch.Size([40, 10]), torch.Size([40, 10]))
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The command line: integrate a MuData file, or watch it done on packaged data."""
+"""The command line: integrate a MuData file, or packaged data as a demonstration."""
 
 import logging
 import warnings
@@ -188,13 +188,13 @@ def demo(
 ) -> None:
     """Integrate packaged data: blood cells of four donors, one with RNA only, one with antibodies only, two with both.
 
-    Each modality is hidden in 200 cells, and its imputed values are compared with what was hidden. It takes about a
-    minute.
+    Each modality is hidden in 200 cells, and its imputed values are compared with what was hidden. It takes a
+    few minutes.
     """
     with _sentence(2, ValueError):
         for path in (out, figure):
             if path.exists() and not overwrite and path not in (DEMO_OUT, DEMO_FIGURE):
-                raise ValueError(f"{path} exists; --overwrite replaces it")
+                raise ValueError(f"{path} exists; pass --overwrite to replace it")
     from pyromosaic.data.datasets import FILES
 
     with as_file(FILES / "pbmc_mosaic.h5mu") as data:
@@ -213,7 +213,7 @@ def demo(
 
 @contextmanager
 def _sentence(exit_code: int, *errors: type[Exception]) -> Iterator[None]:
-    """Say what is wrong in one sentence, and stop."""
+    """Print an error as one sentence, and stop."""
     try:
         yield
     except errors as error:
@@ -223,7 +223,7 @@ def _sentence(exit_code: int, *errors: type[Exception]) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the asides of libraries, and with MuData's tables left as they are in the file."""
+    """Hide remarks of libraries, and keep MuData's tables as they are in the file."""
     import anndata
     import lightning.pytorch
 
@@ -244,27 +244,27 @@ def _quiet() -> Iterator[None]:
 
 
 def _check_outputs(data: Path, out: Path, figure: Path | None, model: Path | None, overwrite: bool) -> None:
-    """Refuse what could not be written in the end, before anything is trained."""
+    """Refuse outputs that could not be written at the end, before training."""
     taken = {data.resolve()}
     for option, path, suffixes in (("out", out, (".h5mu",)), ("figure", figure, FIGURES), ("model", model, ())):
         if path is None:
             continue
         if suffixes and path.suffix not in suffixes:
-            raise ValueError(f"--{option} takes a file that ends in {' or '.join(suffixes)}; found {path}")
+            raise ValueError(f"--{option} needs a file that ends in {' or '.join(suffixes)}; found {path}")
         if path.resolve() in taken:
-            raise ValueError(f"--{option} {path} is the input or another output; give it a name of its own")
+            raise ValueError(f"--{option} {path} is the input or another output; give another name")
         taken.add(path.resolve())
         if path.is_dir() if suffixes else path.is_file():
             raise ValueError(f"--{option} {path} is a {'folder' if suffixes else 'file'}; give another name")
         if (path if suffixes else path / "model.json").exists() and not overwrite:
-            raise ValueError(f"{path} exists; --overwrite replaces it")
+            raise ValueError(f"{path} exists; pass --overwrite to replace it")
         try:
             with TemporaryFile(dir=next(p for p in path.absolute().parents if p.exists())):
                 pass
         except OSError as error:
             raise ValueError(f"--{option} {path} cannot be written: {error.strerror}") from error
     if figure is not None and not (find_spec("matplotlib") and find_spec("umap")):
-        raise ValueError("--figure needs matplotlib and umap-learn; pip install 'pyromosaic[plot]' brings them")
+        raise ValueError("--figure needs matplotlib and umap-learn; run pip install 'pyromosaic[plot]'")
 
 
 def _read(path: Path) -> "MuData":
@@ -284,12 +284,12 @@ def _read(path: Path) -> "MuData":
         raise ValueError(f"{path} cannot be read as MuData: it has no modality. Is it a single AnnData (.h5ad)?")
     for name in mdata.mod:
         if f"{name}_imputed" in mdata.mod:
-            raise ValueError(f"{path} has a modality '{name}_imputed' already; integrate the data without it")
+            raise ValueError(f"{path} already has a modality '{name}_imputed'; integrate the data without it")
     return mdata
 
 
 def _check_tables(path: Path, mdata: "MuData") -> None:
-    """Refuse what could be read but could not be written again, before anything is trained."""
+    """Refuse tables that can be read but not written again, before training."""
     from anndata import AnnData
 
     for name, part in {"the whole": mdata, **mdata.mod}.items():
@@ -310,24 +310,27 @@ def _likelihoods(mdata: "MuData", given: list[str]) -> dict[str, str]:
     for entry in given:
         name, sign, likelihood = entry.partition("=")
         if not (name and sign and likelihood):
-            raise ValueError(f"--likelihood takes MODALITY=NAME, rna=nb say; found {entry!r}")
+            raise ValueError(f"--likelihood needs MODALITY=NAME, e.g. rna=nb; found {entry!r}")
         if name not in likelihoods:
             raise ValueError(f"--likelihood {entry}: there is no modality {name!r}; found {', '.join(mdata.mod)}")
         likelihoods[name] = likelihood
     for name, likelihood in likelihoods.items():
         if not likelihood:
-            raise ValueError(f"the name of modality {name!r} does not say what it is; give --likelihood {name}=nb, say")
+            raise ValueError(
+                f"the name of modality {name!r} does not say which likelihood it needs; pass one, e.g. "
+                f"--likelihood {name}=nb"
+            )
     return likelihoods
 
 
 def _hide(mdata: "MuData", n_cells: int, seed: int) -> "tuple[MuData, dict[str, AnnData]]":
-    """The data to train on, and what is hidden from training."""
+    """The data to train on, and the measurements hidden from training."""
     from pyromosaic.data import hide
 
     if n_cells == 0:
         return mdata, {}
     if len(mdata.mod) < 2:
-        raise ValueError("--hide needs at least two modalities, as a hidden one is imputed from the others")
+        raise ValueError("--hide needs at least two modalities, because a hidden modality is imputed from the others")
     return hide(mdata, dict.fromkeys(mdata.mod, n_cells), seed)
 
 
@@ -349,7 +352,7 @@ def _train(multivi: "MultiVI", epochs: int, batch_size: int, seed: int) -> None:
 
 
 def _metrics(mosaic: "Mosaic", latent: "pd.DataFrame", compared: "dict[str, tuple[Any, np.ndarray]]") -> "pd.DataFrame":
-    """What can be measured of the integration, by key: what it is, its value, and what to hold it against."""
+    """Metrics of the integration, by key: description, value, and reference values."""
     from itertools import permutations
 
     import pandas as pd
@@ -382,7 +385,7 @@ def _metrics(mosaic: "Mosaic", latent: "pd.DataFrame", compared: "dict[str, tupl
         median = pd.Series(metrics.imputation_spearman(truth, values, per="feature")).median()
         rows[f"spearman_per_feature_{name}"] = (f"Spearman of {name}, median feature", median, "best 1, chance 0")
         detected = (truth > 0).mean()
-        if mosaic.modalities[name].spec.family == "bernoulli" and detected > 0:
+        if mosaic.modalities[name].spec.traits.binary and detected > 0:
             value = metrics.imputation_auprc(truth, values)
             reading = f"best 1, chance {detected:.2f}"
             rows[f"auprc_{name}"] = (f"AUPRC of {name}, all entries", value, reading)
@@ -414,7 +417,7 @@ def _draw(
     panels: dict[str, tuple[Any, np.ndarray, str]] = {}
     for name, (truth, values) in compared.items():
         spec, title = mosaic.modalities[name].spec, f"{name}, {len(values)} hidden cells"
-        if spec.family == "bernoulli":
+        if spec.traits.binary:
             open_share, expected = (np.atleast_2d(np.asarray(part.mean(axis=0))) for part in (truth > 0, values))
             panels[title] = (open_share, expected, "share of cells, by region")
         else:
@@ -429,8 +432,8 @@ def _draw(
 def _add(mdata: "MuData", imputed: "dict[str, Estimate]", hidden: "dict[str, AnnData]") -> None:
     """Add the imputed modalities, and in obs which modality was hidden from training.
 
-    MuData wants names of features that are unique over modalities, as it cannot select features by name otherwise. So
-    the imputed ones have its usual prefix, "rna_imputed:CD4", and their own name in column "feature".
+    MuData needs names of features that are unique over modalities; otherwise it cannot select features by name.
+    Therefore the imputed features have its usual prefix, "rna_imputed:CD4", and their name in column "feature".
     """
     import pandas as pd
     from anndata import AnnData
@@ -467,7 +470,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _draft(path: Path) -> Iterator[Path]:
-    """Where to write a file or folder that takes its place at `path` only if all goes well."""
+    """Temporary name for a file or folder, which is moved to `path` only if all goes well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=path.parent, prefix=".pyromosaic-") as folder:
         draft = Path(folder) / path.name

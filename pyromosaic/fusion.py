@@ -1,7 +1,8 @@
-"""Fusion: from the posteriors of the modalities that a cell has to one posterior of the cell."""
+"""Fusion: combines the posteriors of a cell's modalities into one posterior of the cell."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -33,22 +34,12 @@ __all__ = [
 
 
 class Fusion(nn.Module):
-    """What all fusions share; a subclass defines `forward`, and `posterior` too if that is not normal.
+    """Base class of fusions; a subclass defines `forward`, and also `posterior` if it is not normal.
 
     Parameters
     ----------
     modalities
         Names of the model's modalities.
-
-    Examples
-    --------
-    >>> class FirstFusion(Fusion):
-    ...     def forward(self, posteriors, used, index=None):
-    ...         q = next(iter(posteriors.values()))  # of a modality that all cells have
-    ...         return q.loc, q.scale
-    >>> rna = Posterior(torch.arange(3), torch.zeros(3, 2), torch.ones(3, 2))
-    >>> FirstFusion().posterior({"rna": rna}, torch.ones(3, 1)).batch_shape
-    torch.Size([3, 1])
     """
 
     def __init__(self, modalities: Sequence[str] = ()) -> None:
@@ -63,11 +54,11 @@ class Fusion(nn.Module):
         Parameters
         ----------
         posteriors
-            By modality.
+            Posteriors by modality.
         used
             Which modality is used in which cell, shape (B, modalities), 0 or 1; at least one in each cell.
         index
-            Numbers of the cells in their mosaic, shape (B,).
+            Positions of the cells in their mosaic, shape (B,).
         """
         raise TypeError(f"{type(self).__name__} does not define forward()")
 
@@ -79,27 +70,17 @@ class Fusion(nn.Module):
         return dist.Normal(loc.unsqueeze(-2), scale.unsqueeze(-2)).to_event(1)
 
     def start(self, mosaic: Mosaic) -> None:
-        """Make room for what is learnt of each training cell, if anything is."""
+        """Prepare parameters of each training cell, if there are any."""
 
     def meet(self, mosaic: Mosaic) -> None:
-        """Learn which cells the numbers of coming minibatches mean, if it matters."""
+        """Say to which cells the positions in the next minibatches refer, if it matters."""
 
 
 class MeanFusion(Fusion):
     """Mean of the representations of the modalities that a cell has (MultiVI, Methods: "equal").
 
-    With weights w that are 1, or 0 for a modality that is left out, the mean of independent normals has mean
+    The weights w are 1, or 0 for a modality that is left out. The mean of independent normals then has mean
     ``sum(w mu) / sum(w)`` and variance ``sum(w^2 sigma^2) / sum(w)^2``.
-
-    Examples
-    --------
-    >>> import torch
-    >>> rna = Posterior(torch.tensor([0, 1]), torch.zeros(2, 1), torch.ones(2, 1))
-    >>> adt = Posterior(torch.tensor([1]), torch.ones(1, 1), torch.ones(1, 1))  # the second cell has both
-    >>> posteriors = {"rna": rna, "adt": adt}
-    >>> loc, scale = MeanFusion()(posteriors, presence(posteriors, 2))
-    >>> loc[:, 0], scale[:, 0]
-    (tensor([0.0000, 0.5000]), tensor([1.0000, 0.7071]))
     """
 
     def weights(self, names: Iterable[str], used: Tensor, index: Tensor | None) -> Tensor:
@@ -127,13 +108,6 @@ class GlobalFusion(MeanFusion):
     ----------
     modalities
         Names of the model's modalities.
-
-    Examples
-    --------
-    >>> import torch
-    >>> fusion = GlobalFusion(["rna", "adt"])
-    >>> fusion.weights(["rna", "adt"], torch.tensor([[1.0, 0.0], [1.0, 1.0]]), None).tolist()
-    [[1.0, 0.0], [0.5, 0.5]]
     """
 
     def __init__(self, modalities: Sequence[str]) -> None:
@@ -153,24 +127,13 @@ class GlobalFusion(MeanFusion):
 class CellFusion(GlobalFusion):
     """Weighted mean, with weights that are learnt per training cell and modality (MultiVI, Methods).
 
-    The logits of a cell's weights are those of all cells plus its own, which begin at 0. A cell that was not trained
-    on has none of its own; a warning says so once. Cells are known by their names.
+    The logits of a cell's weights are global logits plus logits of the cell, which start at 0. Cells outside the
+    training data get the global weights; a warning says so once. Cells are identified by their names.
 
     Parameters
     ----------
     modalities
         Names of the model's modalities.
-
-    Examples
-    --------
-    >>> from pyromosaic import simulate
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0])
-    >>> fusion = CellFusion(["rna", "adt"])
-    >>> fusion.start(mosaic)
-    >>> fusion.own.shape, fusion.logits(torch.arange(3)).shape
-    (torch.Size([60, 2]), torch.Size([3, 2]))
-    >>> fusion.weights(["rna", "adt"], torch.ones(1, 2), torch.tensor([7])).tolist()  # before training
-    [[0.5, 0.5]]
     """
 
     cells: Tensor
@@ -194,7 +157,7 @@ class CellFusion(GlobalFusion):
         self.rows = torch.from_numpy(rows.astype(np.int64)).to(self.own.device)
         if (rows < 0).any():
             warnings.warn(
-                "some cells were not among the training cells; their modalities are weighted as in all cells",
+                "some cells were not among the training cells; their modalities get the global weights",
                 stacklevel=4,
             )
 
@@ -216,18 +179,8 @@ class CellFusion(GlobalFusion):
 class ProductFusion(Fusion):
     """Product of experts: the modalities' normal posteriors times the standard normal prior (Wu & Goodman 2018).
 
-    The precision is ``1 + sum(1 / sigma^2)``, the mean ``sum(mu / sigma^2)`` over it. The prior expert is standard
-    normal whatever the model's prior.
-
-    Examples
-    --------
-    >>> import torch
-    >>> rna = Posterior(torch.tensor([0, 1]), torch.zeros(2, 1), torch.ones(2, 1))
-    >>> adt = Posterior(torch.tensor([1]), torch.ones(1, 1), torch.ones(1, 1))  # the second cell has both
-    >>> posteriors = {"rna": rna, "adt": adt}
-    >>> loc, scale = ProductFusion()(posteriors, presence(posteriors, 2))
-    >>> loc[:, 0], scale[:, 0]
-    (tensor([0.0000, 0.3333]), tensor([0.7071, 0.5774]))
+    The precision is ``1 + sum(1 / sigma^2)``, and the mean is ``sum(mu / sigma^2)`` divided by it. The prior expert is
+    standard normal, whatever the prior of the model.
     """
 
     def forward(
@@ -243,20 +196,10 @@ class ProductFusion(Fusion):
 
 
 class MixtureFusion(Fusion):
-    """Mixture of experts: the modalities' normal posteriors in equal shares (Shi et al. 2019).
+    """Mixture of experts: the modalities' normal posteriors with equal weights (Shi et al. 2019).
 
-    A draw comes from one of a cell's modalities, chosen at random; its log density is that of the whole mixture, so
-    the objective is the ELBO of the mixture. Shares are fixed, so gradients through the draw are unbiased.
-
-    Examples
-    --------
-    >>> import torch
-    >>> rna = Posterior(torch.tensor([0, 1]), torch.zeros(2, 1), torch.ones(2, 1))
-    >>> adt = Posterior(torch.tensor([1]), torch.ones(1, 1), torch.ones(1, 1))  # the second cell has both
-    >>> posteriors = {"rna": rna, "adt": adt}
-    >>> loc, scale = MixtureFusion()(posteriors, presence(posteriors, 2))
-    >>> loc[:, 0], scale[:, 0]
-    (tensor([0.0000, 0.5000]), tensor([1.0000, 1.1180]))
+    A draw comes from one of a cell's modalities, chosen at random. Its log density is that of the whole mixture, so the
+    objective is the ELBO of the mixture. The mixture weights are fixed, so gradients through the draw are unbiased.
     """
 
     def forward(
@@ -278,22 +221,14 @@ class MixtureFusion(Fusion):
 
 
 class ExpertMixture(dist.MixtureSameFamily):
-    """A mixture with fixed shares, whose draws have gradients with respect to the components' parameters.
+    """A mixture with fixed weights, whose draws have gradients with respect to the parameters of the components.
 
     Parameters
     ----------
     mixture_distribution
-        Shares of the components, a categorical distribution.
+        Weights of the components, a categorical distribution.
     component_distribution
-        The components, along the last dimension of its batch shape; reparametrised.
-
-    Examples
-    --------
-    >>> experts = dist.Normal(torch.tensor([[-5.0], [5.0]], requires_grad=True), 0.1).to_event(1)
-    >>> mixture = ExpertMixture(dist.Categorical(probs=torch.tensor([0.5, 0.5])), experts)
-    >>> draw = mixture.rsample()
-    >>> draw.shape, draw.requires_grad
-    (torch.Size([1]), True)
+        The components, along the last dimension of its batch shape; they must be reparametrised.
     """
 
     has_rsample = True
@@ -318,7 +253,7 @@ FUSIONS: Mapping[str, type[Fusion]] = {
 
 
 def fusion_of(fusion: str | Fusion, modalities: Sequence[str]) -> Fusion:
-    """A fusion by its name, or as it is given.
+    """The fusion with the given name, or the given object.
 
     Parameters
     ----------
@@ -335,7 +270,7 @@ def fusion_of(fusion: str | Fusion, modalities: Sequence[str]) -> Fusion:
     Raises
     ------
     ValueError
-        If there is no fusion of that name.
+        If there is no fusion with that name.
 
     Examples
     --------
@@ -345,7 +280,7 @@ def fusion_of(fusion: str | Fusion, modalities: Sequence[str]) -> Fusion:
     if not isinstance(fusion, str):
         return fusion
     if fusion not in FUSIONS:
-        raise ValueError(f"there is no fusion {fusion!r}; accepted: {', '.join(FUSIONS)}, or a Fusion")
+        raise ValueError(f"unknown fusion {fusion!r}; accepted: {', '.join(FUSIONS)}, or a Fusion")
     return FUSIONS[fusion](modalities)
 
 
@@ -353,12 +288,12 @@ def _hashes(names: pd.Index) -> np.ndarray:
     return pd.util.hash_array(np.asarray(names, dtype=object)).view(np.int64)
 
 
-def agreement_weights(schema: Schema, jeffreys: float | None, left_out: float | None) -> tuple[float, float]:
+def agreement_weights(schema: Schema, jeffreys: Any, left_out: float | None) -> tuple[Any, float]:
     """What makes the posteriors of a cell's modalities agree: as given, or else by the number of features.
 
-    By default a ten-thousandth for each feature, `jeffreys` up to 0.2 and `left_out` up to 0.1. The fewer the features,
-    the less they say of a cell against such weights, which then make its posterior, and so intervals of what is
-    imputed, too narrow.
+    By default, both are the number of features divided by 10,000, `jeffreys` at most 0.2 and `left_out` at most 0.1.
+    With few features, the likelihood is weak compared with fixed weights, which then make the posterior, and therefore
+    intervals of imputed values, too narrow.
 
     Examples
     --------

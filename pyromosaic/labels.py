@@ -1,4 +1,4 @@
-"""Labels of cells: one vocabulary for all modalities, of which each knows some cells' labels."""
+"""Labels of cells: one vocabulary for all modalities; each modality knows the labels of some cells."""
 
 import warnings
 
@@ -15,19 +15,12 @@ class Labels(nn.Module):
     Parameters
     ----------
     schema
-        Of the data; each modality has its own labels, or none.
+        Schema of the data; each modality has labels, or none.
 
     Attributes
     ----------
     names
         All labels.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, pbmc_mosaic
-    >>> labels = Labels(Mosaic.from_mudata(pbmc_mosaic(), label_key="celltype").schema)
-    >>> len(labels), labels.names[0]
-    (8, 'B')
     """
 
     numbers: Tensor
@@ -64,7 +57,7 @@ class Labels(nn.Module):
 
 
 def check_labels(mosaic: Mosaic) -> None:
-    """See that the modalities that have labels speak of the same ones.
+    """Check that all modalities with labels use the same vocabulary.
 
     Parameters
     ----------
@@ -80,11 +73,6 @@ def check_labels(mosaic: Mosaic) -> None:
     -----
     UserWarning
         If a label is known in one modality and in no other that has labels.
-
-    Examples
-    --------
-    >>> from pyromosaic import pbmc_mosaic
-    >>> check_labels(Mosaic.from_mudata(pbmc_mosaic(), label_key="celltype"))  # one vocabulary
     """
     used = {}
     for name, m in mosaic.modalities.items():
@@ -103,8 +91,8 @@ def check_labels(mosaic: Mosaic) -> None:
         alone += [f"{label!r} ({name})" for label in own if others]
     if alone:
         warnings.warn(
-            f"labels known in one modality and in no other that has labels: {', '.join(alone)}; if they are other "
-            "spellings of the same, make them equal",
+            f"some labels occur in one modality only, although others have labels: {', '.join(alone)}; if they are "
+            "other spellings of the same label, make them equal",
             stacklevel=2,
         )
 

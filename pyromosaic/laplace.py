@@ -1,4 +1,4 @@
-"""How sure the weights of a trained decoder are, by Laplace's method."""
+"""Uncertainty of the weights of a trained decoder, by Laplace's method."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,29 +12,18 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from pyromosaic.data import Minibatch
-from pyromosaic.measurement import part_of
 
 
 class UncertainLinear(nn.Linear):
-    """A linear layer that, once training is over, knows how far its weights may lie from where they are.
+    """A linear layer whose weights get a normal posterior after training.
 
-    Their posterior is taken as normal around the trained weights: for output f it has the precision
-    ``F_f * A + 1 / s**2``. A is the sum over cells of the inputs' outer products (with a 1 for the bias); F_f the mean
-    over cells of the squared derivative of the log-likelihood by output f, its empirical Fisher information; s**2 the
-    mean square of the layer's weights, in the place of a prior's variance. That is Laplace's approximation with a
-    Kronecker factorisation (Ritter, Botev and Barber 2018) whose factor for the outputs is diagonal.
+    The posterior is normal around the trained weights. For output f its precision is ``F_f * A + 1 / s**2``. A is the
+    sum over cells of the outer products of the inputs (with a 1 for the bias). F_f is the mean over cells of the
+    squared derivative of the log-likelihood by output f, its empirical Fisher information. s**2 is the mean square of
+    the weights of the layer, used as the variance of a prior. This is Laplace's approximation with a Kronecker
+    factorisation (Ritter, Botev and Barber 2018) whose factor for the outputs is diagonal.
 
-    A decoder of one's own takes part by having such layers, with a bias, in place of `torch.nn.Linear`.
-
-    Examples
-    --------
-    >>> layer = UncertainLinear(3, 5)
-    >>> layer.learn(products=100 * torch.eye(4), information=torch.ones(5))
-    >>> x = torch.zeros(2, 3)
-    >>> with weights_drawn(layer, seed=0):
-    ...     different = layer(x)
-    >>> bool((different == layer(x)).any())
-    False
+    To include a decoder that you wrote, use such layers, with a bias, instead of `torch.nn.Linear`.
     """
 
     products: Tensor
@@ -55,7 +44,7 @@ class UncertainLinear(nn.Linear):
         self.precision.copy_(1 / self.weight.detach().square().mean())
 
     def draw(self, generator: torch.Generator) -> None:
-        """Draw weights from the posterior, for the calls that follow."""
+        """Draw weights from the posterior for the next calls."""
         spectrum, basis = torch.linalg.eigh(self.products)
         noise = torch.randn(len(spectrum), len(self.information), generator=generator).to(basis)
         precision = spectrum.clamp_min(0.0).unsqueeze(-1) * self.information + self.precision
@@ -73,21 +62,14 @@ def _layers(module: nn.Module) -> list[UncertainLinear]:
 
 @contextmanager
 def weights_drawn(module: nn.Module, seed: int) -> Iterator[None]:
-    """Inside, the weights of a decoder are a draw from their posterior.
+    """Context in which the weights of a decoder are a draw from their posterior.
 
     Parameters
     ----------
     module
-        The decoder; its `UncertainLinear` layers take part.
+        The decoder; its `UncertainLinear` layers are drawn.
     seed
-        The same weights for the same seed, whatever else is drawn; the caller's random numbers are left alone.
-
-    Examples
-    --------
-    >>> layer = UncertainLinear(2, 2)
-    >>> with weights_drawn(layer, seed=0):
-    ...     bool((layer(torch.ones(2)) == layer(torch.ones(2))).all())
-    True
+        Seed of the draw; equal seeds give equal weights. The random state of the caller does not change.
     """
     generator = torch.Generator().manual_seed(seed)
     layers = _layers(module)
@@ -101,7 +83,7 @@ def weights_drawn(module: nn.Module, seed: int) -> Iterator[None]:
 
 
 def learn_weights(model: nn.Module, guide: nn.Module, name: str, minibatches: Iterable[Minibatch], n: int) -> None:
-    """Learn how sure the weights of a modality's decoder are.
+    """Fit the posterior of the weights of a modality's decoder.
 
     Parameters
     ----------
@@ -112,22 +94,10 @@ def learn_weights(model: nn.Module, guide: nn.Module, name: str, minibatches: It
     minibatches
         Measured cells, on the device.
     n
-        Number of cells that have the modality, for which those in the minibatches stand.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> from pyromosaic.data import measured
-    >>> from pyromosaic.tasks import inference_mode
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50})[0])
-    >>> model, minibatch = MultiVI(mosaic), measured(mosaic, mosaic.find(None))
-    >>> with inference_mode(model.model, model.guide, seed=0):
-    ...     learn_weights(model.model, model.guide, "rna", [minibatch], n=60)
-    >>> bool(model.model.modalities["rna"].decoder.heads["rate"].precision.isfinite())
-    True
+        Total number of cells that have the modality; the minibatches are a sample of them.
     """
-    part = part_of(model, name)
-    layers = [] if part is None else _layers(part.decoder)
+    story: Any = model
+    layers = _layers(story.modalities[name].decoder)
     inputs: dict[Any, Tensor] = {}
     outputs: dict[Any, Tensor] = {}
     n_seen = 0
@@ -149,6 +119,8 @@ def learn_weights(model: nn.Module, guide: nn.Module, name: str, minibatches: It
                 for site in prune_subsample_sites(trace).nodes.values()
                 if site["type"] == "sample"
             )
+            if not calls:  # the program does not use the decoder
+                return
             slopes = torch.autograd.grad(log_prob, [y for _, y in calls.values()], allow_unused=True)
         for (layer, (x, _)), slope in zip(calls.items(), slopes, strict=True):
             if slope is None:

@@ -1,7 +1,7 @@
-"""One modality in a program: how its measurements come about from a cell's latent variable, and how that is inferred.
+"""One modality in a program: how its measurements depend on a cell's latent variable, and how that is inferred.
 
-A `Measurement` stands in the model and a `MeasurementGuide` in the guide, one of each for every modality. Both make
-their sites inside the same `Plates`.
+For every modality, a `Measurement` is part of the model and a `MeasurementGuide` is part of the guide. Both make their
+sites inside the same `Plates`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,9 +15,9 @@ from pyro import distributions as dist
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyromosaic.data import Minibatch, View
+from pyromosaic.data import Minibatch, Traits, View
 from pyromosaic.posterior import Posterior, alone
-from pyromosaic.program import Part, weighted
+from pyromosaic.program import Part, Slots, weighted
 
 
 @contextmanager
@@ -31,15 +31,7 @@ def cells(minibatch: Minibatch, kl_weight: float = 1.0, balanced: Mapping[str, f
     kl_weight
         Weight of the divergences.
     balanced
-        By modality what its cells count together, however many have it; None to count every cell once.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0])
-    >>> with cells(measured(mosaic, mosaic.find(None))):
-    ...     z = pyro.sample("z", dist.Normal(torch.zeros(40, 1, 3), 1.0).to_event(1))
+        By modality, the total weight of its cells, however many have it; None to count every cell once.
     """
     plate = pyro.plate("cells", minibatch.n_cells, subsample=minibatch.index, dim=-2)
     with plate, weighted(kl_weight), nullcontext() if balanced is None else _balance(minibatch, balanced):
@@ -62,18 +54,13 @@ class Plates:
     Parameters
     ----------
     name, n_features
-        The modality, and how many features it has.
+        Name of the modality, and its number of features.
     data
-        Weight of its likelihood.
+        Weight of the likelihood.
     private
-        Weight of the divergence of its private latent variable.
+        Weight of the divergence of the private latent variable.
     balanced
-        Whether every modality counts alike, however many cells have it.
-
-    Examples
-    --------
-    >>> Plates("rna", 50).name
-    'rna'
+        Whether every modality has the same weight, however many cells have it.
     """
 
     name: str
@@ -85,7 +72,7 @@ class Plates:
     def __post_init__(self) -> None:
         if self.data < 0 or self.private < 0:
             raise ValueError(
-                f"weights are at least 0; found {self.data} for the likelihood of modality {self.name!r} and "
+                f"weights must be at least 0; found {self.data} for the likelihood of modality {self.name!r} and "
                 f"{self.private} for its private variable"
             )
 
@@ -110,31 +97,28 @@ class Plates:
 
 
 class Measurement(Part):
-    """A modality in the generative story: decoded from the cell's latent variable, and measured.
+    """A modality in the generative model: decoded from the cell's latent variable, and measured.
 
     Parameters
     ----------
     plates
         Of the modality.
     size
-        Fills in or draws the cell's size, see `pyromosaic.sizes.Size`.
+        Says the size of a cell in which the modality was not measured, see `pyromosaic.sizes.Size`. None if the
+        likelihood does not look at ``view.library``, which is then NaN in such cells.
     decoder
-        From latent variable and covariates to the likelihood's predictors, see `pyromosaic.nn.Decoder`.
+        A module from the latent variable, shape (..., b, latent), and the `View` of the b cells to the likelihood's
+        predictors by name, each of shape (..., b, features). If it has a method ``start(biases)``, that is called with
+        what the likelihood's ``start`` returns. `pyromosaic.nn.Decoder` is one.
     likelihood
-        From predictors to the observed site, see `pyromosaic.likelihoods.Likelihood`.
+        Maps predictors to the observed site, see `pyromosaic.likelihoods.Likelihood`.
     n_private
-        Width of a latent variable of the modality's own, ``z_<name>``, which the decoder sees behind the shared one.
+        Dimension of the private latent variable ``z_<name>``, which the decoder reads after the shared one.
 
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0])
-    >>> rna, minibatch = MultiVI(mosaic).model.modalities["rna"], measured(mosaic, mosaic.find(None))
-    >>> with poutine.trace() as tracer:
-    ...     rna(torch.zeros(40, 1, 15), minibatch.decoded["rna"], minibatch)
-    >>> tracer.trace.observation_nodes
-    ['rna']
+    Raises
+    ------
+    ValueError
+        If there is no `size` and the likelihood's traits say that it needs one.
     """
 
     size: Any
@@ -142,9 +126,15 @@ class Measurement(Part):
     likelihood: Any
 
     def __init__(
-        self, plates: Plates, size: nn.Module, decoder: nn.Module, likelihood: nn.Module, n_private: int = 0
+        self, plates: Plates, size: nn.Module | None, decoder: nn.Module, likelihood: nn.Module, n_private: int = 0
     ) -> None:
         super().__init__()
+        traits = getattr(likelihood, "traits", None)
+        if size is None and isinstance(traits, Traits) and traits.sized:
+            raise ValueError(
+                f"modality {plates.name!r}: likelihood {type(likelihood).__name__} depends on the cell's size, as its "
+                "traits say; give the Measurement a pyromosaic.sizes.Size"
+            )
         self.plates, self.n_private = plates, n_private
         self.size, self.decoder, self.likelihood = size, decoder, likelihood
 
@@ -162,11 +152,11 @@ class Measurement(Part):
         kl_weight
             Weight of the divergences.
         *context
-            What else the decoder takes, see `predictors`.
+            Further arguments of the decoder, see `predictors`.
         """
         shared, own = z[..., view.rows, 0, :], None
         with self.plates.cells(minibatch):
-            view = self.size(shared, view)
+            view = view if self.size is None else self.size(shared, view)
             if self.n_private:
                 prior = dist.Normal(shared.new_zeros(len(view.rows), 1, self.n_private), 1.0).to_event(1)
                 with self.plates.own(kl_weight):
@@ -176,12 +166,12 @@ class Measurement(Part):
                 self.likelihood(self.plates.name, predictors, view, kl_weight)
 
     def predictors(self, z: Tensor, own: Tensor | None, view: View, *context: Any) -> dict[str, Tensor]:
-        """What the decoder makes of the shared and the private latent variable, by predictor."""
+        """Outputs of the decoder for the shared and the private latent variable, by predictor."""
         decoded: dict[str, Tensor] = self.decoder(z if own is None else torch.cat([z, own], dim=-1), view)
         return decoded
 
     def start(self, view: View) -> dict[str, Tensor]:
-        """Set start values from some cells; returns those that the likelihood has for decoders."""
+        """Set start values from some cells; return the start values that the likelihood has for decoders."""
         if hasattr(self.size, "start"):
             self.size.start(view)
         biases: dict[str, Tensor] = self.likelihood.start(view)
@@ -191,33 +181,25 @@ class Measurement(Part):
 
 
 class MeasurementGuide(Part):
-    """A modality in the inference story: what its measurements say of the cell's latent variables.
+    """A modality in the guide: what its measurements say about the cell's latent variables.
 
     Parameters
     ----------
     plates
         Those of the `Measurement`.
     encoder
-        From measurements to mean and standard deviation of the shared latent variable, then of the private one; see
-        `pyromosaic.nn.Encoder`.
+        A module from the `View` of the b cells that have the modality to mean and standard deviation, each of shape
+        (b, n_latent + n_private): of the shared latent variable, then of the private one. `pyromosaic.nn.Encoder` is
+        one.
     n_latent, n_private
-        Widths of these two.
+        Dimensions of these two.
     decoder
-        From latent variables to the predictors of the likelihood's own posterior; None if it has none.
+        Maps latent variables to the predictors of the posterior of the likelihood's latent variables; None if it has
+        none.
     likelihood
-        The likelihood, which the model owns.
+        The likelihood, which the model owns; None if it has no latent variables of its own.
     size_encoder
-        From measurements to the posterior of the log size relative to the count; None if the size is observed.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0])
-    >>> guide, minibatch = MultiVI(mosaic, n_latent=5).guide, measured(mosaic, mosaic.find(None))
-    >>> shared, private = guide.modalities["rna"].encode(minibatch.observed["rna"])
-    >>> shared.loc.shape, private.loc.shape
-    (torch.Size([40, 5]), torch.Size([40, 0]))
+        Maps measurements to the posterior of the log size relative to the count; None if the size is observed.
     """
 
     encoder: Any
@@ -256,7 +238,7 @@ class MeasurementGuide(Part):
         z, view, minibatch, kl_weight
             As in `Measurement.forward`.
         private
-            Posterior of the private variable; in other cells it has its prior.
+            Posterior of the private variable; in cells without the modality it has its prior.
         """
         name = self.plates.name
         latent = z[..., view.rows, 0, :] if self.n_private or self.decoder is not None else z
@@ -274,7 +256,7 @@ class MeasurementGuide(Part):
                     likelihood.posterior(name, predictors, kl_weight)
 
     def _once(self, network: nn.Module, view: View) -> tuple[Tensor, Tensor]:
-        """What a network says of a view, remembered inside `encoded_once`."""
+        """Output of a network for a view, cached inside `encoded_once`."""
         if self.known is None:
             said: tuple[Tensor, Tensor] = network(view)
             return said
@@ -297,23 +279,12 @@ class MeasurementGuide(Part):
 
 @contextmanager
 def encoded_once(guide: nn.Module) -> Iterator[None]:
-    """Inside, a guide in evaluation mode encodes each view once, however often it is run.
+    """Context in which a guide in evaluation mode encodes each view once, however often it is run.
 
     Parameters
     ----------
     guide
-        The guide; its `MeasurementGuide` parts take part.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0])
-    >>> guide, view = MultiVI(mosaic).guide, measured(mosaic, mosaic.find(None)).observed["rna"]
-    >>> with encoded_once(guide):
-    ...     first, again = (guide.modalities["rna"].encode(view)[0] for _ in range(2))
-    >>> torch.equal(first.loc, again.loc)
-    True
+        The guide; its `MeasurementGuide` parts cache their encodings.
     """
     parts = [part for part in guide.modules() if isinstance(part, MeasurementGuide)]
     for part in parts:
@@ -336,27 +307,19 @@ def encoded(
         Those of a guide.
     minibatch
         The cells.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0])
-    >>> shared, private = encoded(MultiVI(mosaic).guide.modalities, measured(mosaic, mosaic.find(None)))
-    >>> shared["adt"].loc.shape, private["adt"].loc.shape
-    (torch.Size([40, 15]), torch.Size([40, 0]))
     """
     found = {name: modalities[name].encode(view) for name, view in minibatch.observed.items()}
     return {name: q for name, (q, _) in found.items()}, {name: q for name, (_, q) in found.items()}
 
 
 def part_of(program: nn.Module, name: str) -> Any:
-    """The part of a modality in a model or a guide; None if a program of one's own has none by that name.
+    """The part of a modality in a model or a guide; None if a program of one's own has no such part.
 
     Examples
     --------
     >>> part_of(nn.Module(), "rna") is None
     True
     """
-    modalities = getattr(program, "modalities", {})
-    return modalities[name] if name in modalities else None
+    modalities = getattr(program, "modalities", None)
+    part = modalities[name] if isinstance(modalities, Slots | nn.ModuleDict) and name in modalities else None
+    return part if isinstance(part, Measurement | MeasurementGuide) else None

@@ -1,4 +1,4 @@
-"""Networks: plain torch, no probability."""
+"""Networks in plain torch, without probability."""
 
 import warnings
 from collections.abc import Mapping
@@ -7,26 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyromosaic.data import ModalitySchema, View
+from pyromosaic.data import DataKind, ModalitySchema, View
 from pyromosaic.laplace import UncertainLinear
 
 
 class Dropout(nn.Dropout):
-    """`torch.nn.Dropout` that on the CPU decides by 16 random bits a unit, in a fifth of torch's time.
+    """`torch.nn.Dropout` that uses 16 random bits per unit on the CPU, in a fifth of torch's time.
 
-    The share left out is exact to 1 in 100,000.
-
-    Examples
-    --------
-    >>> x = Dropout(0.25)(torch.ones(100, 100))
-    >>> x.unique()
-    tensor([0.0000, 1.3333])
-    >>> bool((x == 0).float().mean().sub(0.25).abs() < 0.03)
-    True
+    The dropout rate is exact to 1 in 100,000.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """What is left, so scaled that its expectation is x, of x of any shape."""
+        """Input x of any shape after dropout, scaled so that its expectation is x."""
         if not self.training or self.p in (0, 1) or x.device.type != "cpu":
             return super().forward(x)
         words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
@@ -42,9 +34,9 @@ def layers(
     Parameters
     ----------
     n_in, n_hidden, n_layers
-        Width of the input, width of every layer, and their number; 0 layers leave the input as it is.
+        Width of the input, width of every layer, and number of layers; 0 layers return the input unchanged.
     dropout
-        Share of units left out in training.
+        Dropout rate in training.
     linear
         Class of the linear layers.
 
@@ -52,11 +44,6 @@ def layers(
     -------
     torch.nn.Sequential
         From shape (..., n_in) to (..., n_hidden).
-
-    Examples
-    --------
-    >>> layers(50, 128, 2, dropout=0.1)(torch.zeros(3, 50)).shape
-    torch.Size([3, 128])
     """
     modules: list[nn.Module] = []
     for i in range(n_layers):
@@ -65,28 +52,28 @@ def layers(
     return nn.Sequential(*modules)
 
 
+def log_scale(x: Tensor, data_kind: DataKind) -> Tensor:
+    """``log1p`` of counts and other values from 0; real values as they are.
+
+    Examples
+    --------
+    >>> log_scale(torch.tensor([0.0, 1.0]), "count")
+    tensor([0.0000, 0.6931])
+    """
+    return x if data_kind == "real" else torch.log1p(x)
+
+
 class InputScaling(nn.Module):
     """Measurements as the encoder sees them: size-normalised, on a log scale, standardised per feature.
 
-    Counts are divided by the cell's size and multiplied by the median size, then ``log1p``; accessibility is
-    binarised first; real values are only standardised; what was measured out of an exposure is a rate. The mean and
-    standard deviation are those of the training cells and are kept with the weights.
+    Counts are divided by the cell's size, multiplied by the median size, and transformed by ``log1p``. Accessibility is
+    binarised first. Real values are only standardised. Measurements with an exposure are converted to rates. The mean
+    and standard deviation are those of the training cells and are saved with the weights.
 
     Parameters
     ----------
     schema
         The modality.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], batch_key="batch")
-    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
-    >>> scaling = InputScaling(mosaic.schema["rna"])
-    >>> scaling.start(view)
-    >>> bool(scaling(view).mean().abs() < 1e-5)
-    True
     """
 
     mean: Tensor
@@ -110,7 +97,7 @@ class InputScaling(nn.Module):
         return (x * (self.schema.library / view.library.clamp_min(1e-8))).log1p_()
 
     def start(self, view: View) -> None:
-        """Learn mean and standard deviation from the cells of a view."""
+        """Set mean and standard deviation from the cells of a view."""
         x = self.transform(view)
         self.mean.copy_(x.mean(0))
         self.sd.copy_(x.std(0).clamp_min(0.1 * x.std(0).mean().clamp_min(1e-6)))
@@ -119,32 +106,35 @@ class InputScaling(nn.Module):
         """Scaled measurements, shape (b, features)."""
         return (self.transform(view) - self.mean).div_(self.sd)
 
+    def expected(self, mean: Tensor, view: View) -> Tensor:
+        """The same of what is expected of cells of median size, shape (b, features)."""
+        rate = view.exposure is not None and self.schema.spec.data_kind != "real"
+        x = view.rates(mean) if rate else log_scale(mean, self.schema.spec.data_kind)
+        return (x - self.mean) / self.sd
+
+    def measured(self, scaled: Tensor, view: View) -> Tensor:
+        """The measurements of which these are the scaled values, in cells of the view's sizes, shape (b, features)."""
+        x = scaled * self.sd + self.mean
+        if self.schema.spec.data_kind == "real":
+            return x
+        return x.expm1().clamp_min(0.0) * (view.library / self.schema.library)
+
 
 class Encoder(nn.Module):
-    """From the measurements of one modality to a diagonal normal posterior of the latent variable.
+    """Map measurements of one modality to a diagonal normal posterior of the latent variable.
 
     Parameters
     ----------
     schema
         The modality.
     n_latent, n_hidden, n_layers, dropout
-        Width of the latent space and shape of the network.
+        Dimension of the latent space and shape of the network.
     covariates
-        Whether the encoder sees the covariates too.
+        Whether the encoder also sees the covariates.
     embedding
-        Width of a learnt embedding of the covariates, seen in their place; 0 for the covariates as they are.
+        Dimension of a learnt embedding that replaces the covariates; 0 uses the covariates as they are.
     input_dropout
-        How many of the features beyond 250 it does not see in training, as a share; others in every cell and step.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], batch_key="batch")
-    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
-    >>> loc, scale = Encoder(mosaic.schema["rna"], n_latent=10)(view)
-    >>> loc.shape, scale.shape
-    (torch.Size([40, 10]), torch.Size([40, 10]))
+        Dropout rate on the inputs in training, scaled by ``1 - 250 / n_features``.
     """
 
     def __init__(
@@ -176,12 +166,12 @@ class Encoder(nn.Module):
         return self.posterior(self.seen(view), view)
 
     def seen(self, view: View) -> Tensor:
-        """Scaled measurements, shape (b, features), without those that are not seen in training."""
+        """Scaled measurements, shape (b, features), with dropout in training."""
         seen: Tensor = self.unseen(self.scaling(view))
         return seen
 
     def posterior(self, x: Tensor, view: View) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation given what is seen, whatever the view holds."""
+        """Mean and standard deviation given the (scaled, dropped-out) input."""
         if self.covariates:
             x = torch.cat([x, self.embed(view.design())], dim=-1)
         hidden = self.hidden(x)
@@ -189,24 +179,16 @@ class Encoder(nn.Module):
 
 
 def embed(schema: ModalitySchema, width: int) -> tuple[nn.Module, int]:
-    """What a network makes of the covariates, and how wide that is: an embedding, a row a category, or as they are.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50}, n_batches=4)[0], batch_key="batch")
-    >>> embed(mosaic.schema["rna"], 2)
-    (Linear(in_features=4, out_features=2, bias=False), 2)
-    """
+    """Network input for the covariates, and its width: an embedding with one row per category, or the covariates."""
     if width == 0 or schema.n_covariates == 0:
         return nn.Identity(), schema.n_covariates
     return nn.Linear(schema.n_covariates, width, bias=False), width
 
 
 class Decoder(nn.Module):
-    """From the latent variable and the covariates to what a likelihood asks for, one linear head each.
+    """Map latent variable and covariates to the predictors of a likelihood, with one linear head each.
 
-    Once trained it knows how sure its weights are, see `pyromosaic.laplace.UncertainLinear`.
+    After training, its weights have a posterior, see `pyromosaic.laplace.UncertainLinear`.
 
     Parameters
     ----------
@@ -215,19 +197,9 @@ class Decoder(nn.Module):
     predictors
         Names of the heads, each as wide as the modality has features.
     n_latent, n_hidden, n_layers, dropout
-        Width of the latent space and shape of the network.
+        Dimension of the latent space and shape of the network.
     embedding
         As in `Encoder`.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], batch_key="batch")
-    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
-    >>> decoder = Decoder(mosaic.schema["rna"], ("rate",), n_latent=10)
-    >>> decoder(torch.zeros(40, 10), view)["rate"].shape
-    torch.Size([40, 50])
     """
 
     def __init__(
@@ -247,7 +219,7 @@ class Decoder(nn.Module):
         self.heads: Any = nn.ModuleDict(heads)
 
     def start(self, biases: Mapping[str, Tensor]) -> None:
-        """Begin training at these biases, the data's mean profile say, rather than at random ones."""
+        """Start training at these biases, e.g. the mean profile of the data, instead of random ones."""
         with torch.no_grad():
             for name in biases.keys() & self.heads.keys():
                 self.heads[name].bias.copy_(biases[name])
@@ -278,7 +250,7 @@ def unit_columns(layer: nn.Module, start: int, stop: int) -> None:
     layer
         A linear layer, changed in place: its ``weight`` is parametrised.
     start, stop
-        The first of the inputs, and the one after the last.
+        The first input, and the one after the last.
 
     Examples
     --------
@@ -291,33 +263,26 @@ def unit_columns(layer: nn.Module, start: int, stop: int) -> None:
 
 
 class GraphEncoder(nn.Module):
-    """From a guidance graph to a diagonal normal posterior of each feature's embedding.
+    """Map a guidance graph to a diagonal normal posterior of each feature's embedding.
 
-    Each feature has a row in a table. Its representation is the mean of its neighbours' rows (itself among them) over
-    the edges' weights, each with the sign of its edge; two linear heads make location and scale of it. Features that
-    are linked alike so begin alike.
+    Each feature has a row in a table. Its representation is the mean of the rows of its neighbours (including itself),
+    weighted by the weights of the edges and with their signs. Two linear heads map it to location and scale. Therefore
+    features with similar links start with similar embeddings.
 
     Parameters
     ----------
     n_features
         Number of nodes.
     edges
-        From node, to node, shape (2, E): both directions, and a self loop at every node.
+        Source and target nodes, shape (2, E): both directions, and a self loop at every node.
     strength
         Sign times weight of each edge, shape (E,).
     n_latent
-        Width of an embedding.
+        Dimension of an embedding.
 
     References
     ----------
     After the graph encoder of GLUE (Cao and Gao, Nature Biotechnology 2022), which leaves weights and signs out.
-
-    Examples
-    --------
-    >>> edges = torch.tensor([[0, 1, 0, 1, 2], [1, 0, 0, 1, 2]])  # 0 and 1 are linked, 2 is alone
-    >>> loc, scale = GraphEncoder(3, edges, torch.ones(5), n_latent=4)()
-    >>> loc.shape, torch.allclose(loc[0], loc[1])
-    (torch.Size([3, 4]), True)
     """
 
     edges: Tensor
@@ -353,11 +318,11 @@ DIRECTION: Mapping[str, float] = {"mixing": -1.0, "gate": 0.0}
 
 
 class InnerProductDecoder(nn.Module):
-    """From cell and feature embeddings to what a likelihood asks for: ``eta = softplus(a) * signal + b``.
+    """Map cell and feature embeddings to the predictors of a likelihood: ``eta = softplus(a) * signal + b``.
 
-    The signal of a feature in a cell is the inner product ``<z, v>``, plus that of the cell's private latent variable
-    with loadings of the modality's own. Scale a and bias b are per batch and feature, for each predictor; further
-    covariates shift eta linearly (DiagVI).
+    The signal of a feature in a cell is the inner product ``<z, v>``, plus the inner product of the cell's private
+    latent variable with private loadings of the modality. Scale a and bias b are per batch and feature, for each
+    predictor; further covariates shift eta linearly (DiagVI).
 
     Parameters
     ----------
@@ -366,17 +331,7 @@ class InnerProductDecoder(nn.Module):
     predictors
         Names of the predictors, each as wide as the modality has features.
     n_private
-        Width of the private latent variable.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], batch_key="batch")
-    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
-    >>> decoder = InnerProductDecoder(mosaic.schema["rna"], ("rate",))
-    >>> decoder(torch.zeros(40, 10), torch.randn(50, 10), None, view)["rate"].shape
-    torch.Size([40, 50])
+        Dimension of the private latent variable.
     """
 
     def __init__(self, schema: ModalitySchema, predictors: tuple[str, ...], n_private: int = 0) -> None:
@@ -390,7 +345,7 @@ class InnerProductDecoder(nn.Module):
         self.loadings = nn.Parameter(0.1 * torch.randn(schema.n_features, n_private))
 
     def start(self, biases: Mapping[str, Tensor]) -> None:
-        """Begin training at these biases, the data's mean profile say."""
+        """Start training at these biases, e.g. the mean profile of the data."""
         with torch.no_grad():
             for name in biases.keys() & self.bias.keys():
                 self.bias[name].copy_(biases[name].expand_as(self.bias[name]))

@@ -1,4 +1,4 @@
-"""Posteriors given one modality each: of which cells they are, and where there is none."""
+"""Posteriors given one modality each, and the cells to which they belong."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,13 +18,6 @@ class Posterior:
         Positions in the minibatch of the b cells that have the modality, shape (b,).
     loc, scale
         Mean and standard deviation, shape (b, latent).
-
-    Examples
-    --------
-    >>> import torch
-    >>> q = Posterior(rows=torch.tensor([0, 2]), loc=torch.zeros(2, 5), scale=torch.ones(2, 5))
-    >>> q.dimensions(slice(3)).loc.shape
-    torch.Size([2, 3])
     """
 
     rows: Tensor
@@ -73,30 +66,23 @@ def placed(parts: Iterable[tuple[Tensor, Tensor]], n_cells: int) -> Tensor:
 
 
 def alone(q: Posterior | None, used: Tensor, n_latent: int, rows: Tensor) -> dist.TorchDistribution:
-    """Posterior of a variable that one modality alone informs on, in the given rows; elsewhere a standard normal.
+    """Posterior of a private variable in the given rows; a standard normal in cells without the modality.
 
     Parameters
     ----------
     q
         Posterior given the modality; None if no cell has it.
     used
-        In which cells of the minibatch it is used, shape (B,), 0 or 1.
+        Whether the modality is used in each cell of the minibatch, shape (B,), 0 or 1.
     n_latent
-        Width of the variable.
+        Dimension of the variable.
     rows
-        Positions of the b cells that are asked for.
+        Positions of the b requested cells.
 
     Returns
     -------
     TorchDistribution
         Batch shape (b, 1), event shape (latent,).
-
-    Examples
-    --------
-    >>> q = Posterior(torch.tensor([0]), torch.full((1, 1), 2.0), torch.full((1, 1), 0.5))  # the first cell has it
-    >>> posterior = alone(q, torch.ones(2), n_latent=1, rows=torch.tensor([0, 1]))
-    >>> posterior.mean.flatten(), posterior.stddev.flatten()
-    (tensor([2., 0.]), tensor([0.5000, 1.0000]))
     """
     loc, excess = used.new_zeros(2, len(used), n_latent)
     if q is not None:
@@ -111,7 +97,7 @@ def presence(posteriors: Mapping[str, Posterior], n_cells: int) -> Tensor:
     Parameters
     ----------
     posteriors
-        By modality.
+        Posteriors by modality.
     n_cells
         Number of cells in the minibatch.
 
@@ -119,15 +105,6 @@ def presence(posteriors: Mapping[str, Posterior], n_cells: int) -> Tensor:
     -------
     Tensor
         Columns in the order of `posteriors`.
-
-    Examples
-    --------
-    >>> import torch
-    >>> rna, adt = (Posterior(torch.tensor(rows), torch.zeros(2, 1), torch.ones(2, 1)) for rows in ([0, 1], [1, 2]))
-    >>> presence({"rna": rna, "adt": adt}, 3)
-    tensor([[1., 0.],
-            [1., 1.],
-            [0., 1.]])
     """
     first = next(iter(posteriors.values())).loc
     columns = [first.new_zeros(n_cells).index_fill(0, q.rows, 1.0) for q in posteriors.values()]
@@ -135,10 +112,10 @@ def presence(posteriors: Mapping[str, Posterior], n_cells: int) -> Tensor:
 
 
 def leave_out(present: Tensor, share: float) -> Tensor:
-    """In a random share of the cells use one random modality of those present, and leave the others out.
+    """In a random share of the cells, use one random modality of those present, and leave the others out.
 
-    The model still has to explain all that was measured: so the posterior given one modality learns to predict the
-    others, and how well it can. The objective stays a lower bound of the evidence, as it is for any posterior.
+    The model still has to explain all measurements. Therefore the posterior given one modality learns to predict the
+    others, with its uncertainty. The objective stays a lower bound of the evidence, as for any posterior.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
 """Priors of the latent variable: callables from a minibatch to a distribution.
 
-Any `torch.nn.Module` whose call returns a distribution with batch shape (B, 1) or () and event shape (latent,) can
-take their place. It may draw what the distribution depends on by `pyro.sample` (inside the plate of cells), and have
-global latent variables, see `pyromosaic.program.Program`.
+You can use any `torch.nn.Module` whose call returns a distribution with batch shape (B, 1) or () and event shape
+(latent,). It may draw variables by `pyro.sample` (inside the plate of cells), and have global latent variables, see
+`pyromosaic.program.Program`.
 """
 
 from typing import Any
@@ -12,16 +12,17 @@ from pyro import distributions as dist
 from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch, View
+from pyromosaic.described import Described
 from pyromosaic.labels import Labels
 
 
-class StandardNormal(nn.Module):
+class StandardNormal(Described):
     """Independent standard normal in every latent dimension.
 
     Parameters
     ----------
     n_latent
-        Width of the latent space.
+        Width of the latent space; left out where this is the option of a model.
 
     Examples
     --------
@@ -34,26 +35,28 @@ class StandardNormal(nn.Module):
     >>> model = MultiVI(mosaic, n_latent=10, prior=StandardNormal(10))  # what it has by default
     """
 
+    needed = ("n_latent",)
     zero: Tensor
 
-    def __init__(self, n_latent: int) -> None:
+    def __init__(self, n_latent: int | None = None) -> None:
         super().__init__()
-        self.register_buffer("zero", torch.zeros(n_latent), persistent=False)
+        self.complete = n_latent is not None
+        self.register_buffer("zero", torch.zeros(n_latent or 0), persistent=False)
 
     def forward(self, minibatch: Minibatch) -> dist.TorchDistribution:
         """The prior of every cell of the minibatch."""
         return dist.Normal(self.zero, 1.0).expand([len(minibatch), 1, len(self.zero)]).to_event(1)
 
 
-class StudentT(nn.Module):
+class StudentT(Described):
     """Independent Student's t in every latent dimension: cells far from the rest cost less than under a normal.
 
     Parameters
     ----------
     n_latent
-        Width of the latent space.
+        Width of the latent space; left out where this is the option of a model.
     df
-        Degrees of freedom; the fewer, the heavier the tails.
+        Degrees of freedom; smaller values give heavier tails.
 
     Examples
     --------
@@ -67,28 +70,29 @@ class StudentT(nn.Module):
     >>> model = MultiVI(mosaic, n_latent=10, prior=StudentT(10))
     """
 
+    needed = ("n_latent",)
     zero: Tensor
 
-    def __init__(self, n_latent: int, df: float = 5.0) -> None:
+    def __init__(self, n_latent: int | None = None, df: float = 5.0) -> None:
         super().__init__()
-        self.df = df
-        self.register_buffer("zero", torch.zeros(n_latent), persistent=False)
+        self.df, self.complete = df, n_latent is not None
+        self.register_buffer("zero", torch.zeros(n_latent or 0), persistent=False)
 
     def forward(self, minibatch: Minibatch) -> dist.TorchDistribution:
         """The prior of every cell of the minibatch."""
         return dist.StudentT(self.df, self.zero, 1.0).expand([len(minibatch), 1, len(self.zero)]).to_event(1)
 
 
-class ARD(nn.Module):
+class ARD(Described):
     """Automatic relevance determination: ``Normal(0, scale_k)`` in latent dimension k, its scale learnt.
 
-    A dimension that the data do not need ends with a scale near 0, provided that what decodes it cannot make up for a
-    small scale by large weights (`pyromosaic.nn.unit_columns`).
+    A dimension that the data do not need ends with a scale near 0, provided that the decoder cannot compensate a small
+    scale by large weights (`pyromosaic.nn.unit_columns`).
 
     Parameters
     ----------
     n_latent
-        Width of the latent space, an upper bound of what is needed.
+        Width of the latent space, an upper bound of what is needed; left out where this is the option of a model.
 
     References
     ----------
@@ -103,25 +107,28 @@ class ARD(nn.Module):
     [1.0, 1.0, 1.0]
     """
 
-    def __init__(self, n_latent: int) -> None:
+    needed = ("n_latent",)
+
+    def __init__(self, n_latent: int | None = None) -> None:
         super().__init__()
-        self.log_scale = nn.Parameter(torch.zeros(n_latent))
+        self.complete = n_latent is not None
+        self.log_scale = nn.Parameter(torch.zeros(n_latent or 0))
 
     def forward(self, minibatch: Minibatch) -> dist.TorchDistribution:
         """The prior of every cell of the minibatch."""
         return dist.Normal(0.0, self.log_scale.exp()).expand([len(minibatch), 1, len(self.log_scale)]).to_event(1)
 
 
-class GaussianMixture(nn.Module):
+class GaussianMixture(Described):
     """Mixture of diagonal normals, ``sum_l pi_l Normal(m_l, diag(s_l^2))``, its parameters learnt (DiagVI).
 
-    With labels there is a component a label. A cell whose label is known belongs to its component all but surely; a
-    cell without a label may belong to any, so partly labelled data are the normal case.
+    With labels, there is one component per label. A cell with a known label belongs almost certainly to the component
+    of the label; a cell without a label may belong to any component. Therefore data may be partly labelled.
 
     Parameters
     ----------
     n_latent
-        Width of the latent space.
+        Width of the latent space; left out where this is the option of a model.
     n_components
         Number of components, if there are no labels.
     labels
@@ -139,8 +146,13 @@ class GaussianMixture(nn.Module):
     >>> model = MultiVI(mosaic, n_latent=10, prior=prior)
     """
 
-    def __init__(self, n_latent: int, n_components: int = 10, labels: Labels | None = None) -> None:
+    needed = ("n_latent",)
+
+    def __init__(self, n_latent: int | None = None, n_components: int = 10, labels: Labels | None = None) -> None:
         super().__init__()
+        self.complete = n_latent is not None
+        if n_latent is None:
+            return
         self.labels = labels if labels is not None and len(labels) else None
         n = n_components if self.labels is None else len(self.labels)
         self.logits = nn.Parameter(torch.zeros(n))
@@ -163,15 +175,15 @@ class GaussianMixture(nn.Module):
 class VampPrior(nn.Module):
     """Mixture of the posteriors of pseudo-cells, whose measurements are learnt.
 
-    ``p(z) = sum_k pi_k q(z | u_k)``, with the encoder that infers z from one modality: the prior is where posteriors
-    are. It is made from the encoder of a model that is there, and takes the place of that model's prior.
+    ``p(z) = sum_k pi_k q(z | u_k)``, with the encoder that infers z from one modality. The prior therefore lies where
+    the posteriors are. Make it from the encoder of an existing model, and replace the prior of that model by it.
 
     Parameters
     ----------
     encoder
-        A modality's, ``model.guide.modalities["rna"].encoder`` say.
+        Encoder of a modality, e.g. ``model.guide.modalities["rna"].encoder``.
     n_latent
-        Width of the latent space.
+        Dimension of the latent space.
     n_components
         Number of pseudo-cells.
 

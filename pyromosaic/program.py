@@ -1,4 +1,4 @@
-"""What a Pyro model or guide over a mosaic shares: its parameters are its own, and its plates have one form."""
+"""Base of Pyro models and guides over a mosaic: local parameters, and checks of sites and plates."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from copy import deepcopy
@@ -24,21 +24,13 @@ from pyromosaic.data import Minibatch, Schema
 class weighted(Messenger):
     """Effect handler: the log densities of sites inside count this many times.
 
-    Beyond what `pyro.poutine.scale` does it remembers the weight, so that `pyromosaic.train.MosaicELBO` can say what
-    the bound is without it. As there, a latent site needs the same weight in model and guide.
+    Unlike `pyro.poutine.scale`, it remembers the weight, so that `pyromosaic.train.MosaicELBO` can compute the bound
+    without it. As with `scale`, a latent site needs the same weight in model and guide.
 
     Parameters
     ----------
     weight
-        How many times.
-
-    Examples
-    --------
-    >>> with poutine.trace() as tracer, weighted(0.5):
-    ...     x = pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.tensor(0.0))
-    >>> site = tracer.trace.nodes["x"]
-    >>> site["scale"], site["infer"]["weight"]
-    (0.5, 0.5)
+        The weight.
     """
 
     def __init__(self, weight: float) -> None:
@@ -56,14 +48,7 @@ class AtMean(Messenger):
     Parameters
     ----------
     which
-        Says by a site's name whether it is to take its mean; by default all do.
-
-    Examples
-    --------
-    >>> with AtMean():
-    ...     x = pyro.sample("x", dist.Gamma(6.0, 2.0))
-    >>> x
-    tensor(3.)
+        Function that says by the name of a site whether it takes its mean; by default all do.
     """
 
     def __init__(self, which: Callable[[str], bool] = lambda name: True) -> None:
@@ -93,14 +78,7 @@ class Part(PyroModule):
     Parameters
     ----------
     name
-        What the names of parameters begin with.
-
-    Examples
-    --------
-    >>> part = Part()
-    >>> part.linear = nn.Linear(2, 3)
-    >>> part.linear
-    Linear(in_features=2, out_features=3, bias=True)
+        Prefix of the names of parameters.
     """
 
     def __init__(self, name: str = "") -> None:
@@ -123,14 +101,6 @@ class Slots(Part):
     modules
         By modality. A name that torch cannot have for a module (``"rna.v2"``, ``"type"``) is replaced in the names of
         parameters by ``modality_<number>``.
-
-    Examples
-    --------
-    >>> modules = Slots({"rna": nn.Linear(2, 3), "rna.v2": nn.Linear(2, 1)})
-    >>> modules["rna.v2"], list(modules)
-    (Linear(in_features=2, out_features=1, bias=True), ['rna', 'rna.v2'])
-    >>> [name for name, _ in modules.named_parameters()]
-    ['rna.weight', 'rna.bias', 'modality_1.weight', 'modality_1.bias']
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
@@ -177,30 +147,21 @@ def _itself(parameter: Tensor) -> Tensor:
 class Program(Part):
     """A model or a guide: a `pyro.nn.PyroModule` called with a minibatch and a KL weight.
 
-    Parameters stay local to the module whatever Pyro's ``module_local_params`` setting is elsewhere in the process, so
-    several models, and a user's own programs, never share parameters by accident.
+    A subclass defines ``forward(self, minibatch, kl_weight=1.0)``; `pyromosaic.models.MosaicModel` says which sites it
+    makes. The KL weight grows from 0 to 1 while training warms up, and is for `pyromosaic.measurement.cells`.
+
+    Parameters stay local to the module, whatever Pyro's ``module_local_params`` setting is elsewhere in the process.
+    Therefore several models, and other Pyro programs, never share parameters by accident.
 
     A prior, decoder or likelihood may have global latent variables, as `pyro.nn.PyroSample` attributes. They are drawn
-    first, outside every plate, and each is one and the same for all cells. Their posterior stands in the guide as
-    ``global_posterior``, any of Pyro's automatic guides of ``model.globals``; by default independent normals.
+    first, outside every plate, and have one value for all cells. Their posterior is ``global_posterior`` in the guide,
+    any of Pyro's automatic guides of ``model.globals``; by default independent normals.
 
     Parameters
     ----------
     name
-        What the names of parameters begin with, so that those of a guide are not taken for the model's.
-
-    Examples
-    --------
-    >>> from pyro.nn import PyroSample
-    >>> class Story(Program):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.slope = PyroSample(dist.Normal(0.0, 1.0))  # global: one for all cells
-    ...
-    ...     def forward(self, x):
-    ...         pyro.sample("y", dist.Normal(self.slope * x, 1.0).to_event(1))
-    >>> list(poutine.trace(Story()).get_trace(torch.ones(3)).stochastic_nodes)
-    ['slope', 'y']
+        What the names of parameters begin with: ``"guide"`` for a guide, so that its parameters are not taken for the
+        model's.
     """
 
     def __init__(self, name: str = "") -> None:
@@ -236,23 +197,17 @@ _TAKEN: "WeakSet[nn.Module]" = WeakSet()  # objects that are part of a model
 
 
 def own(module: Any) -> Any:
-    """Let an object that was made outside of the package, a prior for example, be part of a model, and of that alone.
+    """Make an object from the user, e.g. a prior, part of a single model.
 
     Parameters
     ----------
     module
-        The object. If it is part of another model, a copy of it takes its place.
+        The object. If it is already part of another model, a copy is used.
 
     Returns
     -------
     nn.Module
         The object, or the copy.
-
-    Examples
-    --------
-    >>> prior = PyroModule()
-    >>> own(prior) is prior, own(prior) is prior
-    (True, False)
     """
     if not isinstance(module, nn.Module):
         return module
@@ -265,7 +220,7 @@ def own(module: Any) -> Any:
 
 
 def check_names(schema: Schema) -> None:
-    """Refuse a modality that has the name of a site or plate of a program.
+    """Refuse a modality with the name of a site or plate of a program.
 
     Raises
     ------
@@ -284,25 +239,13 @@ def check_names(schema: Schema) -> None:
         taken |= {f"s_{group}" for group in schema.cohorts.names}
     for name in schema.modalities:
         if name in taken:
-            raise ValueError(f"modality {name!r} has the name of a variable or plate of the models; give it another")
+            raise ValueError(
+                f"modality {name!r} has the name of a variable or plate of the models; give it another name"
+            )
 
 
 class SiteError(ValueError):
-    """A model and a guide that do not fit each other or the data, with the site at fault.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0])
-    >>> model = MultiVI(mosaic)
-    >>> guide = Program("guide")
-    >>> guide.forward = lambda minibatch: None  # infers nothing
-    >>> check(model.model, guide, measured(mosaic, mosaic.find(None)))
-    Traceback (most recent call last):
-        ...
-    pyromosaic.program.SiteError: site 'z' of the model, of shape (40, 1, 15), is latent and missing from the guide
-    """
+    """A model and a guide do not fit each other or the data; the message names the site."""
 
 
 class Inspection(Messenger):
@@ -314,13 +257,6 @@ class Inspection(Messenger):
         ``"model"`` or ``"guide"``, for the message.
     unchecked
         Names of sites whose values may lie outside the support.
-
-    Examples
-    --------
-    >>> with Inspection("model") as look:
-    ...     x = pyro.sample("x", dist.Normal(0.0, 1.0))
-    >>> list(look.sites)
-    ['x']
     """
 
     def __init__(self, part: str, unchecked: Collection[str] = ()) -> None:
@@ -335,11 +271,11 @@ class Inspection(Messenger):
             return
         here = f"site {name!r} of the {self.part}"
         if name in self.names:
-            raise SiteError(f"{here} is there twice; the name of a site, of a penalty say, is used once")
+            raise SiteError(f"{here} occurs twice; every site (for example a penalty) needs a different name")
         self.names.add(name)
         if isinstance(fn, dist.Unit):
             if fn.log_factor.dim():
-                raise SiteError(f"{here} is to be a scalar; found shape {tuple(fn.log_factor.shape)}")
+                raise SiteError(f"{here} must be a scalar; found shape {tuple(fn.log_factor.shape)}")
             return
         plates = {frame.dim: frame for frame in msg["cond_indep_stack"] if frame.vectorized}
         for dim, size in enumerate(reversed(fn.batch_shape), start=1):
@@ -347,7 +283,7 @@ class Inspection(Messenger):
                 known = ", ".join(f"{f.name!r} ({f.size} at dim {f.dim})" for f in plates.values()) or "none"
                 raise SiteError(
                     f"{here} has batch shape {tuple(fn.batch_shape)} and event shape {tuple(fn.event_shape)} in plates "
-                    f"{known}; a dimension of no plate belongs to the event: .to_event() says so"
+                    f"{known}; a dimension without a plate belongs to the event: use .to_event()"
                 )
         if msg["is_observed"]:
             _fits(here, fn, msg["value"], "measurements", name not in self.unchecked)
@@ -388,7 +324,7 @@ def _inspected(look: Inspection, program: Program, minibatch: Minibatch) -> Site
 
 
 def check(model: Program, guide: Program, minibatch: Minibatch, unchecked: Collection[str] = ()) -> None:
-    """Run model and guide once, and refuse what does not fit.
+    """Run model and guide once, and refuse them if they do not fit.
 
     Parameters
     ----------
@@ -402,8 +338,8 @@ def check(model: Program, guide: Program, minibatch: Minibatch, unchecked: Colle
     Raises
     ------
     SiteError
-        In one sentence with the name of the site: if a latent site is in one of the two programs only, if a shape does
-        not fit the plates, the other program or the measurements, or if values lie outside a support.
+        If a latent site is in only one of the two programs, if a shape does not fit the plates, the other program or
+        the measurements, or if values lie outside a support. The message names the site.
 
     Examples
     --------

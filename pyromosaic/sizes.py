@@ -1,4 +1,4 @@
-"""Sizes: how many counts a cell has in a modality, where it was not measured or is not taken for granted."""
+"""Sizes of cells (their counts in a modality), where the modality was not measured or the size is inferred."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,27 +14,16 @@ from pyromosaic.data import ModalitySchema, Schema, View
 class Size(nn.Module):
     """Size of a cell in which a modality was not measured: ``log l ~ Normal(m, residual)``.
 
-    m is linear in the latent variable and the covariates, and the residual is what they leave open. Both are from a
-    ridge regression once the model is trained; before, it is the median size. A size is drawn with the measurements;
-    expected measurements are those at the expected size.
+    m is linear in the latent variable and the covariates; `residual` is the standard deviation that they do not
+    explain. Both come from a ridge regression after training; before, the size is the median size. Draws of
+    measurements also draw the size; expected measurements are at the expected size.
 
     Parameters
     ----------
     name, schema
         The modality.
     n_latent
-        Width of the latent space.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0])
-    >>> view = replace(measured(mosaic, mosaic.find(None)).observed["rna"], library=torch.full((40, 1), torch.nan))
-    >>> size = Size("rna", mosaic.schema["rna"], n_latent=10)
-    >>> filled = size(torch.zeros(40, 10), view).library  # before `fit`, the median size
-    >>> torch.allclose(filled, torch.tensor(mosaic.schema["rna"].library), rtol=1e-4)
-    True
+        Dimension of the latent space.
     """
 
     weight: Tensor
@@ -53,7 +42,7 @@ class Size(nn.Module):
         return torch.cat([z, view.design().expand(*z.shape[:-1], -1)], dim=-1)
 
     def fit(self, z: Tensor, view: View) -> None:
-        """Learn from cells in which the modality was measured: z of shape (b, latent) and their view."""
+        """Fit to cells in which the modality was measured: z of shape (b, latent) and their view."""
         x, y = self._inputs(z, view).double(), view.library.clamp_min(1.0).log().double()
         centred = x - x.mean(0)
         ridge = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
@@ -74,29 +63,16 @@ class Size(nn.Module):
 
 
 class LatentSize(Size):
-    """Size of a cell as a latent variable: ``log l ~ Normal(m_b, s_b)``, with moments of the data's batch b.
+    """Size of a cell as a latent variable: ``log l ~ Normal(m_b, s_b)``, with the moments of batch b of the data.
 
-    Where the model is to predict, a size that is given is used, and a missing one is as in `Size`.
+    In prediction, a given size is used, and a missing one is drawn as in `Size`.
 
     Parameters
     ----------
     name, schema
         The modality.
     n_latent
-        Width of the latent space.
-
-    Examples
-    --------
-    >>> import pyro
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], batch_key="batch")
-    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
-    >>> size = LatentSize("rna", mosaic.schema["rna"], n_latent=10)
-    >>> size.start(view)
-    >>> trace = pyro.poutine.trace(size).get_trace(torch.zeros(40, 10), view)
-    >>> trace.nodes["rna_library"]["value"].shape  # its logarithm, a latent variable
-    torch.Size([40, 1])
+        Dimension of the latent space.
     """
 
     loc: Tensor
@@ -121,7 +97,7 @@ class LatentSize(Size):
         self.scale.copy_((batches.T @ (logs - batches @ self.loc).square() / n).sqrt().clamp_min(1e-2))
 
     def forward(self, z: Tensor, view: View) -> View:
-        """The view with drawn sizes, where there is something to explain."""
+        """The view with drawn sizes, where measurements are explained."""
         if view.counts is None:
             return super().forward(z, view)
         batches = self.batches(view, len(self.loc))
@@ -130,12 +106,13 @@ class LatentSize(Size):
 
 
 def latent_sizes(library: str | Mapping[str, str], schema: Schema) -> list[str]:
-    """The modalities whose sizes a model infers: those of RNA if it is told ``"latent"``, or some by name.
+    """The modalities whose sizes a model infers: RNA for ``"latent"``, or those named in a dictionary.
 
     Raises
     ------
     ValueError
-        If a choice is neither ``"observed"`` nor ``"latent"``, or a size to infer does not matter to a likelihood.
+        If a choice is neither ``"observed"`` nor ``"latent"``, or a likelihood does not depend on a size that is to be
+        inferred.
 
     Examples
     --------
@@ -151,8 +128,8 @@ def latent_sizes(library: str | Mapping[str, str], schema: Schema) -> list[str]:
         chosen = library
         for name in library:
             if library[name] == "latent" and not schema[name].spec.traits.sized:
-                raise ValueError(f"modality {name!r} has no size to infer: its likelihood does not depend on one")
+                raise ValueError(f"modality {name!r} has no size to infer: its likelihood does not depend on the size")
     for choice in chosen.values():
         if choice not in ("observed", "latent"):
-            raise ValueError(f'library is "observed" or "latent"; found {choice!r}')
+            raise ValueError(f'library must be "observed" or "latent"; found {choice!r}')
     return [name for name in schema.modalities if chosen.get(name) == "latent"]

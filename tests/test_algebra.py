@@ -16,7 +16,7 @@ from pyromosaic.measurement import encoded
 from pyromosaic.penalties import MMD, Adversary, Classifier, Jeffreys, MeanDistance, Sinkhorn
 from pyromosaic.train import MosaicELBO
 
-pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph is thin")
+pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph has few links")
 ALONE = {"jeffreys": 0.0, "mmd": 0.0, "left_out": 0.0}
 SIZE = {"n_latent": 4, "n_hidden": 16}
 
@@ -173,9 +173,9 @@ def test_with_an_adversary_diagvi_is_glue(data):
     mdata, truth = data
     mosaic = Mosaic.from_mudata(mdata, {"rna": "nb", "atac": "nb"}, batch_key="batch")
     links = truth.links.rename(columns={"gene": "rna", "feature": "atac"})[["rna", "atac"]]
-    off = {"lam_sinkhorn": 0.0, "lam_anchors": 0.0, "lam_pull": 0.0, "linkage": None, "n_private": 0}
+    off = {"alignment": 0.0, "anchors": 0.0, "pull": 0.0, "linkage": None, "n_private": 0}
     adversary = Adversary(mosaic.schema, 4, weight=3.0)
-    model = DiagVI(mosaic, links, penalties=[adversary], lam_graph=2.0, **off, **SIZE)
+    model = DiagVI(mosaic, links, penalties=[adversary], graph_weight=2.0, **off, **SIZE)
     terms, drawn, made, minibatch = evaluated(model, n=120)
     assert terms.keys() == {
         "v", "edges", "z", "rna", "atac", "penalty/adversary", "penalty/adversary_classifier"
@@ -241,7 +241,7 @@ def test_any_model_takes_any_penalty(name, penalty, penalties, data):
     links = truth.links.rename(columns={"gene": "rna", "feature": "atac"})[["rna", "atac"]]
     given = {**SIZE, "penalties": [penalties[penalty]()]}
     if name in ("DiagVI", "ScModal"):
-        off = {"lam_sinkhorn": 0.0, "lam_class": 0.0} if name == "DiagVI" else {"lam_adversary": 0.0}
+        off = {"alignment": 0.0, "classifier": 0.0} if name == "DiagVI" else {"adversary": 0.0}
         model = {"DiagVI": DiagVI, "ScModal": ScModal}[name](mosaic, links, linkage=None, **off, **given)
     elif name == "ContrastiveVI":
         cohorts = mosaic.with_cohorts("condition", background="control")

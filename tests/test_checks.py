@@ -15,8 +15,8 @@ from pyromosaic import ContrastiveVI, DiagVI, ModalitySpec, Mosaic, MultiVI, ScM
 from pyromosaic.data.matrix import Matrix
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:the shared latent space explains only"),  # of models that are hardly trained
-    pytest.mark.filterwarnings("ignore:the guidance graph is thin"),
+    pytest.mark.filterwarnings("ignore:the shared latent space carries only"),  # of models that are hardly trained
+    pytest.mark.filterwarnings("ignore:the guidance graph has few links"),
 ]
 
 # A model whose posterior is known: x ~ Normal(W z + b, sigma), z ~ Normal(0, I), W with orthogonal columns
@@ -136,7 +136,7 @@ def test_ranks_of_counts_are_randomised():
     halves = pd.Series(np.where(np.arange(4000) < 1000, "a", "b"), name="half")
     by = ranks.coverage((0.9,), by=halves)
     assert list(by["n"]) == [1000, 3000] and by.index.names == ["variable", "half", "level"]
-    with pytest.raises(ValueError, match="levels lie between 0 and 1"):
+    with pytest.raises(ValueError, match="levels must lie between 0 and 1"):
         ranks.coverage((90,))
 
 
@@ -237,7 +237,7 @@ def test_statistics_are_those_of_the_data(counts):
     assert_allclose(found, expected, atol=1e-5)
     table = check.table
     assert (table["lower"] <= table["upper"]).all() and table["p_value"].between(1 / 6, 1).all()
-    with pytest.raises(ValueError, match="links have no pair of features"):
+    with pytest.raises(ValueError, match="no pair in links has both features"):
         checks.predictive_check(model, links=links[2:])
 
 
@@ -327,7 +327,9 @@ def test_a_likelihood_without_weights_and_scales_is_the_sum_of_its_parts():
     model = made("DiagVI")
     found = checks.held_out_log_likelihood(model, n_samples=20)
     mdata = model.mosaic
-    other = DiagVI(mdata, model.graph, n_latent=3, n_private=1, linkage=None, lam_data=0.1, lam_kl=5.0, private_kl=9.0)
+    other = DiagVI(
+        mdata, model.graph, n_latent=3, n_private=1, linkage=None, likelihood_weight=0.1, shared_kl=5.0, private_kl=9.0
+    )
     other.model.load_state_dict(model.model.state_dict())
     other.guide.load_state_dict(model.guide.state_dict())
     pd.testing.assert_frame_equal(checks.held_out_log_likelihood(other, n_samples=20), found, rtol=1e-4)
@@ -343,9 +345,9 @@ def test_points_have_no_posterior_to_check():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: checks.predictive_check(m, n_samples=0), "n_samples is at least 1"),
-        (lambda m: checks.held_out_log_likelihood(m, n_samples=0), "n_samples is at least 1"),
-        (lambda m: checks.simulation_based_calibration(m, of="size"), 'ranked is "latent", "mean" or "effect"'),
+        (lambda m: checks.predictive_check(m, n_samples=0), "n_samples must be at least 1"),
+        (lambda m: checks.held_out_log_likelihood(m, n_samples=0), "n_samples must be at least 1"),
+        (lambda m: checks.simulation_based_calibration(m, of="size"), 'of must be "latent", "mean" or "effect"'),
         (lambda m: checks.predictive_check(m, [0]), "in 1 of the cells"),
     ],
 )

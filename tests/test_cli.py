@@ -204,17 +204,17 @@ REFUSALS = [
     (["integrate", "notes.txt", "--out", "result.h5mu"], "ends in .h5mu"),
     (["integrate", "notes.h5mu", "--out", "result.h5mu"], "cannot be read as MuData"),
     (["integrate", "single.h5mu", "--out", "result.h5mu"], "cannot be read as MuData"),
-    (["integrate", "data.h5mu", "--out", "result.h5ad"], "--out takes a file that ends in .h5mu"),
+    (["integrate", "data.h5mu", "--out", "result.h5ad"], "--out needs a file that ends in .h5mu"),
     (["integrate", "data.h5mu", "--out", "data.h5mu", "--overwrite"], "is the input"),
-    (["integrate", "data.h5mu", "--out", "there.h5mu"], "there.h5mu exists; --overwrite replaces it"),
+    (["integrate", "data.h5mu", "--out", "there.h5mu"], "there.h5mu exists; pass --overwrite to replace it"),
     (["integrate", "data.h5mu", "--out", "notes.txt/result.h5mu"], "cannot be written"),
     (["integrate", "data.h5mu", "--out", "folder.h5mu"], "is a folder"),
-    ([*TO_RESULT, "--figure", "figure.jpeg"], "--figure takes a file that ends in .png or .pdf or .svg"),
+    ([*TO_RESULT, "--figure", "figure.jpeg"], "--figure needs a file that ends in .png or .pdf or .svg"),
     ([*TO_RESULT, "--figure", "there.png"], "there.png exists"),
     ([*TO_RESULT, "--model", "notes.txt"], "is a file"),
     ([*TO_RESULT, "--model", "model"], "model exists"),
     ([*TO_RESULT, "--model", "result.h5mu"], "another output"),
-    ([*TO_RESULT, "--likelihood", "rna:nb"], "--likelihood takes MODALITY=NAME, rna=nb say; found 'rna:nb'"),
+    ([*TO_RESULT, "--likelihood", "rna:nb"], "--likelihood needs MODALITY=NAME, e.g. rna=nb; found 'rna:nb'"),
     ([*TO_RESULT, "--likelihood", "protein=nb"], "there is no modality 'protein'; found rna, adt"),
     ([*TO_RESULT, "--likelihood", "rna=gaussian"], "there is no likelihood 'gaussian'"),
     ([*TO_RESULT, "--batch-key", "plate"], "no obs has a column 'plate'"),
@@ -249,12 +249,12 @@ def test_modalities_whose_names_say_nothing_or_are_taken(folder, no_training, da
         mudata.MuData({"first": data["rna"], "adt": data["adt"]}).write("data.h5mu")
     outcome = integrate()
     assert outcome.exit_code == 2
-    assert "'first' does not say what it is; give --likelihood first=nb" in outcome.stderr
+    assert "'first' does not say which likelihood it needs; pass one, e.g. --likelihood first=nb" in outcome.stderr
     with kept_apart():
         mudata.MuData({"rna": data["rna"], "rna_imputed": data["adt"]}).write("data.h5mu")
     outcome = integrate("--likelihood", "rna_imputed=nb")
     assert outcome.exit_code == 2
-    assert "has a modality 'rna_imputed' already" in outcome.stderr
+    assert "already has a modality 'rna_imputed'" in outcome.stderr
 
 
 def test_hiding_needs_something_to_impute_from(folder, no_training, data):

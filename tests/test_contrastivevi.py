@@ -377,7 +377,7 @@ def test_salient_information_is_by_dimension(trained):
     information = trained.salient_information()
     assert list(information.index) == [f"s_{i}" for i in range(4)]
     assert information.max() > 0.5
-    with pytest.raises(ValueError, match="none of the cells asked for is in the target groups"):
+    with pytest.raises(ValueError, match="none of the given cells is in the target groups"):
         trained.salient_information(np.flatnonzero(trained.mosaic.groups == 0))
 
 
@@ -458,7 +458,7 @@ def test_several_groups_with_shared_or_own_salient_variables():
     drug, heat = (mosaic.groups == code for code in (1, 2))
     assert (s.loc[drug].iloc[:, :3] != 0).all(axis=None) and (s.loc[drug].iloc[:, 3:] == 0).all(axis=None)
     assert (s.loc[heat].iloc[:, 3:] != 0).all(axis=None) and (s.loc[heat].iloc[:, :3] == 0).all(axis=None)
-    with pytest.raises(ValueError, match="salient variables of its own"):
+    with pytest.raises(ValueError, match="each target group has separate salient variables"):
         own.get_latent_representation(as_target=True)
     trace = poutine.trace(own.model).get_trace(measured(mosaic, np.arange(30)))
     assert {"s_drug", "s_heat"} <= set(trace.nodes)
@@ -534,9 +534,9 @@ def test_same_seed_same_numbers(mosaic):
 def test_questions_that_make_no_sense_are_refused(trained):
     with pytest.raises(ValueError, match='"salient" or "background"'):
         trained.get_latent_representation(representation="both")
-    with pytest.raises(ValueError, match="none of the cells asked for is a target cell"):
+    with pytest.raises(ValueError, match="none of the given cells is a target cell"):
         trained.salient_effect(np.flatnonzero(trained.mosaic.groups == 0))
-    with pytest.raises(ValueError, match="n_samples is at least 1"):
+    with pytest.raises(ValueError, match="n_samples must be at least 1"):
         trained.salient_effect(n_samples=0)
     with pytest.raises(ValueError, match="fdr lies between 0 and 1"):
         trained.salient_effect(fdr=2.0)

@@ -26,7 +26,7 @@ from pyromosaic.priors import GaussianMixture
 from pyromosaic.train import MosaicELBO
 
 QUIET = {"progress_bar": False, "accelerator": "cpu"}
-pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph is thin")
+pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph has few links")
 
 
 def unpaired(mdata, **options) -> Mosaic:
@@ -63,7 +63,7 @@ def small(mosaic, graph, **options) -> DiagVI:
 
 @pytest.fixture(scope="module")
 def trained(mosaic, graph) -> DiagVI:
-    model = small(mosaic, graph, lam_sinkhorn=5.0)
+    model = small(mosaic, graph, alignment=5.0)
     model.train(15, batch_size=128, kl_warmup_epochs=5, learning_rate=5e-3, **QUIET)
     return model
 
@@ -175,7 +175,7 @@ def test_the_reference_loss_is_that_of_the_seed(data):
 
 
 def test_elbo_and_gradients_are_those_of_pyro(mosaic, graph):
-    model = small(mosaic, graph, lam_anchors=0.0, lam_pull=0.0)
+    model = small(mosaic, graph, anchors=0.0, pull=0.0)
     minibatch = measured(mosaic, np.arange(0, mosaic.n_cells, 7))
     results = []
     for elbo in (MosaicELBO(), TraceMeanField_ELBO()):
@@ -299,7 +299,7 @@ def test_sinkhorn_compares_some_of_the_cells(mosaic):
     minibatch = measured(mosaic, np.arange(50))
     expected = sinkhorn_divergence(draws["rna"][:25], draws["adt"])
     torch.testing.assert_close(Sinkhorn(n_cells=25)(posteriors, minibatch), expected)
-    with pytest.raises(ValueError, match="n_cells is at least 1; found 0"):
+    with pytest.raises(ValueError, match="n_cells must be at least 1; found 0"):
         Sinkhorn(n_cells=0)
 
 
@@ -317,7 +317,7 @@ def test_sinkhorn_sums_over_pairs_or_from_a_reference_and_warms_up(mosaic, graph
     torch.testing.assert_close(Sinkhorn(reference="b")(posteriors, None), to_b)
     assert Sinkhorn()({"a": posteriors["a"]}, None) == 0
     with pytest.raises(ValueError, match="the reference is one of rna, adt, or None; found 'atac'"):
-        small(mosaic, graph, reference="atac")
+        small(mosaic, graph, alignment=Sinkhorn(reference="atac"))
     assert Sinkhorn.warms_up
 
 
@@ -374,7 +374,7 @@ def test_labels_are_one_vocabulary(data):
     rna, adt = (data[0][name].copy() for name in ("rna", "adt"))
     adt.obs["celltype"] = adt.obs["celltype"].astype(str).where(adt.obs["celltype"] != "type2", "other")
     spec = {name: ModalitySpec(k, label_key="celltype") for name, k in (("rna", "nb"), ("adt", "nb_mixture"))}
-    with pytest.warns(UserWarning, match=r"in no other that has labels: 'type2' \(rna\), 'other' \(adt\)"):
+    with pytest.warns(UserWarning, match=r"although others have labels: 'type2' \(rna\), 'other' \(adt\)"):
         mosaic = Mosaic.from_anndata({"rna": rna, "adt": adt}, spec)
         check_labels(mosaic)
     labels = Labels(mosaic.schema)
@@ -583,24 +583,26 @@ def test_what_is_learnt_does_not_depend_on_order_or_hidden_columns(data):
 def test_bad_input_is_refused_in_one_sentence(mosaic, graph, data):
     cases = [
         ({"prior": "student"}, 'the prior is "normal", "mixture" or a module; found \'student\''),
-        ({"lam_sinkhorn": -1.0}, "a penalty's weight is at least 0; found -1"),
-        ({"lam_graph": -1.0}, "lam_graph is at least 0; found -1"),
+        ({"alignment": -1.0}, "a penalty's weight is at least 0; found -1"),
+        ({"graph_weight": -1.0}, "graph_weight is at least 0; found -1"),
         ({"n_private": -1}, "n_private at least 0; found 4 and -1"),
-        ({"blur": -1.0}, "blur is above 0, or None; found -1"),
+        ({"alignment": "sinkhorn"}, "alignment is a weight or a pyromosaic.penalties.Sinkhorn; found 'sinkhorn'"),
     ]
     for options, sentence in cases:
         with pytest.raises(ValueError, match=sentence):
             small(mosaic, graph, **options)
+    with pytest.raises(ValueError, match="blur is above 0, or None; found -1"):
+        Sinkhorn(blur=-1.0)
     with pytest.raises(ValueError, match="linkage is \"cca\", a table of scores, or None; found 'mnn'"):
         small(mosaic, graph, linkage="mnn").train(1, **QUIET)
     table = pd.DataFrame(np.zeros((2, 3)), index=mosaic.obs_names[:2])
-    with pytest.raises(ValueError, match="the linkage has no scores of cell"):
+    with pytest.raises(ValueError, match="the linkage has no scores for cell"):
         small(mosaic, graph, linkage=table).train(1, **QUIET)
     with pytest.raises(ValueError, match="no classifier"):
         small(unpaired(data[0]), graph).predict_celltype()
     adatas = {name: data[0][name].copy() for name in ("rna", "adt")}
     real = Mosaic.from_anndata(adatas, {"rna": "nb", "adt": "normal"})
-    with pytest.raises(ValueError, match="modality 'adt': all values are whole numbers, like counts"):
+    with pytest.raises(ValueError, match="modality 'adt': all values are integers, like counts"):
         small(real, graph)
     adatas["adt"].X = np.log1p(_values(adatas["adt"].X))
     with pytest.raises(ValueError, match="modality 'adt'"):

@@ -10,8 +10,10 @@ import pytest
 from pyro import distributions as dist
 from pyro.nn import PyroSample
 
-from pyromosaic import ContrastiveVI, DiagVI, MultiVI, ScModal
+from pyromosaic import ContrastiveVI, DiagVI, ModalitySpec, Mosaic, MultiVI, ScModal
 from pyromosaic.likelihoods import NB
+from pyromosaic.models.base import accepted_options
+from pyromosaic.models.formats import upgraded
 
 SAVED = Path(__file__).parent / "data" / "format_4"
 spec = importlib.util.spec_from_file_location("make", SAVED / "make.py")
@@ -59,5 +61,58 @@ def test_other_formats_are_refused(tmp_path):
         (tmp_path / file).write_bytes((SAVED / "multivi" / file).read_bytes())
     content = json.loads((tmp_path / "model.json").read_text())
     (tmp_path / "model.json").write_text(json.dumps(content | {"format": 3}))
-    with pytest.raises(ValueError, match="saved in format 3; this version of pyromosaic reads formats 4 and 5"):
+    with pytest.raises(ValueError, match="saved in format 3; this version of pyromosaic reads formats 4, 5, 6"):
         MultiVI.load(tmp_path)
+
+
+def test_options_of_format_5_become_arguments_of_parts():
+    old = {
+        "DiagVI": {"lam_sinkhorn": 85.0, "align_draws": True, "blur": None, "reach": 2.0, "reference": None}
+        | {"lam_data": 0.1, "lam_kl": 1.0, "lam_graph": 15.0, "lam_anchors": 0.0, "lam_pull": None, "lam_class": 5.0}
+        | {"prior": "mixture", "n_components": 7},
+        "ScModal": {"lam_anchors": 1.0, "n_neighbors": 30, "lam_geometry": 10.0, "geometry": "cosine"}
+        | {"lam_adversary": 2.0, "n_adversary_steps": 1, "lam_cycle": 3.0, "lam_pull": 4.0},
+        "MultiVI": {"adversary": 2.0, "adversary_target": "batch", "jeffreys": None},
+        "Silent": {"adversary": 0.0, "adversary_target": "pattern"},
+        "Own": {"adversary_target": "batch", "n_components": 3},  # a subclass that has such options itself
+    }
+    new = {
+        "DiagVI": {
+            "alignment": {
+                "part": "Sinkhorn",
+                "arguments": {"weight": 85.0, "sampled": True, "blur": None, "reach": 2.0, "reference": None},
+            },
+            "prior": {"part": "GaussianMixture", "arguments": {"n_components": 7}},
+        }
+        | {"likelihood_weight": 0.1, "shared_kl": 1.0, "graph_weight": 15.0}
+        | {"anchors": 0.0, "pull": None, "classifier": 5.0},
+        "ScModal": {
+            "anchors": {"part": "Anchors", "arguments": {"weight": 1.0, "n_neighbors": 30}},
+            "geometry": {"part": "Geometry", "arguments": {"weight": 10.0, "likeness": "cosine"}},
+            "adversary": {"part": "Discriminator", "arguments": {"weight": 2.0, "n_steps": 1}},
+        }
+        | {"cycle": 3.0, "pull": 4.0},
+        "MultiVI": {
+            "adversary": {"part": "Adversary", "arguments": {"weight": 2.0, "target": "batch"}},
+            "jeffreys": None,
+        },
+        "Silent": {"adversary": 0.0},
+        "Own": {"adversary_target": "batch", "n_components": 3},
+    }
+    kinds = {"DiagVI": DiagVI, "ScModal": ScModal}
+    for name, options in old.items():
+        accepted = accepted_options(kinds.get(name, MultiVI)) | (set(options) if name == "Own" else set())
+        found, _ = upgraded({"format": 5, "options": options}, {}, None, accepted)
+        assert found == new[name]
+
+
+def test_a_dispersion_that_a_multinomial_ignored_is_read(tmp_path):
+    mdata = make.data()
+    model = MultiVI(Mosaic.from_mudata(mdata, {"rna": ModalitySpec("multinomial", batch_key="batch")}), n_latent=2)
+    model.save(tmp_path)
+    content = json.loads((tmp_path / "model.json").read_text()) | {"format": 5}
+    content["schema"]["modalities"]["rna"]["spec"]["dispersion"] = "gene-batch"
+    (tmp_path / "model.json").write_text(json.dumps(content))
+    again = MultiVI.load(tmp_path, model.mosaic)
+    assert again.schema["rna"].spec.dispersion == "gene"
+    assert again.get_latent_representation().equals(model.get_latent_representation())

@@ -186,7 +186,7 @@ def test_cell_weights_belong_to_cells_by_name(mosaic, mdata):
     strangers = {name: adata.copy() for name, adata in mdata.mod.items()}
     for adata in strangers.values():
         adata.obs_names = "new_" + adata.obs_names
-    with pytest.warns(UserWarning, match="weighted as in all cells"):
+    with pytest.warns(UserWarning, match="get the global weights"):
         new = model.get_latent_representation(data=model.register(strangers))
     everyone = small(mosaic, fusion="global")
     everyone.guide.load_state_dict(
@@ -205,7 +205,7 @@ def test_a_fusion_of_the_users_own(mosaic):
     z = small(mosaic, fusion=First()).get_latent_representation()
     rna = small(mosaic).get_latent_representation(modality="rna")
     pd.testing.assert_frame_equal(z.loc[rna.index], rna)
-    with pytest.raises(ValueError, match="no fusion 'median'; accepted: mean"):
+    with pytest.raises(ValueError, match="unknown fusion 'median'; accepted: mean"):
         small(mosaic, fusion="median")
 
 

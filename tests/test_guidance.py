@@ -6,10 +6,10 @@ import pandas as pd
 import pytest
 import torch
 
-from pyromosaic import DiagVI, ModalitySpec, Mosaic, pbmc_mosaic, protein_gene_links
+from pyromosaic import DiagVI, ModalitySpec, Mosaic, linkage, pbmc_mosaic, protein_gene_links
 from pyromosaic.guidance import GuidanceGraph, shared_scores
 
-pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph is thin")
+pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph has few links")
 
 
 def make(**features) -> Mosaic:
@@ -141,9 +141,9 @@ def test_bad_graphs_are_refused_in_one_sentence(mosaic):
             lambda: GuidanceGraph.from_table(mosaic, pd.DataFrame({"gene": ["A"], "adt": ["a"]})),
             "a column for each of at least 2 modalities, out of 'rna', 'adt'; found the columns 'gene', 'adt'",
         ),
-        (lambda: GuidanceGraph.from_edges(mosaic, link, weight=1.5), r"lies in \(0, 1\]; found 1.5"),
-        (lambda: GuidanceGraph.from_edges(mosaic, link, weight=0.0), r"lies in \(0, 1\]; found 0"),
-        (lambda: GuidanceGraph.from_edges(mosaic, link, weight=np.nan), r"lies in \(0, 1\]; found nan"),
+        (lambda: GuidanceGraph.from_edges(mosaic, link, weight=1.5), "above 0 and up to 1; found 1.5"),
+        (lambda: GuidanceGraph.from_edges(mosaic, link, weight=0.0), "above 0 and up to 1; found 0"),
+        (lambda: GuidanceGraph.from_edges(mosaic, link, weight=np.nan), "above 0 and up to 1; found nan"),
         (lambda: GuidanceGraph.from_edges(mosaic, link, sign=0), "is 1 or -1; found 0"),
         (lambda: GuidanceGraph.from_edges(mosaic, link * 2, sign=[1, -1]), "'A' and 'a' is given with both signs"),
         (
@@ -156,11 +156,11 @@ def test_bad_graphs_are_refused_in_one_sentence(mosaic):
         ),
         (
             lambda: GuidanceGraph.from_data(mosaic, data(edge_index=torch.tensor([[0], [7]]), num_nodes=7)),
-            "numbers from 0 to 6, one a feature; found 0 to 7",
+            "integers from 0 to 6, one per feature; found 0 to 7",
         ),
         (
             lambda: GuidanceGraph.from_data(mosaic, data(edge_index=torch.tensor([[0], [-1]]), num_nodes=7)),
-            "numbers from 0 to 6, one a feature; found -1",
+            "integers from 0 to 6, one per feature; found -1",
         ),
         (
             lambda: GuidanceGraph.from_data(
@@ -172,7 +172,7 @@ def test_bad_graphs_are_refused_in_one_sentence(mosaic):
                     num_nodes=7,
                 ),
             ),
-            "do not number its nodes",
+            "do not match its nodes",
         ),
         (lambda: GuidanceGraph.from_data(mosaic, data(num_nodes=7)), "found none"),
         (lambda: GuidanceGraph.from_matrix(mosaic, "rna", "adt", np.ones((3, 4))), "accepted: 4 features of 'rna' × 3"),
@@ -195,7 +195,7 @@ def test_a_thin_graph_is_warned_about_with_counts():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         GuidanceGraph.from_names(mosaic)
-    with pytest.warns(UserWarning, match="thin: it links 3 of 40 rna features, 3 of 30 adt features"):
+    with pytest.warns(UserWarning, match="few links: it links 3 of 40 rna features, 3 of 30 adt features"):
         GuidanceGraph.from_table(mosaic, pd.DataFrame({"rna": names[:3], "adt": names[:3]}))
 
 
@@ -214,3 +214,18 @@ def test_shared_scores_do_not_see_pairs():
         scores.append(shared_scores(mosaic, graph, 5))
     np.testing.assert_allclose(scores[0][:300], scores[1][:300], atol=1e-3)
     np.testing.assert_allclose(scores[0][300:][order], scores[1][300:], atol=1e-3)
+
+
+def test_links_are_understood_in_every_form():
+    data = pbmc_mosaic()
+    mosaic = Mosaic.from_mudata(data)
+    table = protein_gene_links().rename(columns={"gene": "rna", "protein": "adt"})
+    links = linkage.links_from_table(mosaic, ("rna", "adt"), table)
+    graph = GuidanceGraph.of(links, mosaic)
+    assert graph.edges.tolist() == GuidanceGraph.from_table(mosaic, table, drop_absent=True).edges.tolist()
+    found = [linkage.cca(mosaic, ("rna", "adt"), given, n_components=3) for given in (links, graph, table)]
+    columns = ["rna", "adt", "weight", "sign"]
+    used = [link.links.pairs[columns].sort_values(columns, ignore_index=True) for link in found]
+    assert len(used[0]) == 74 and used[1].equals(used[0]) and used[2].equals(used[0])
+    with pytest.raises(ValueError, match="no modality 'atac'"):
+        linkage.cca(mosaic, ("rna", "atac"), graph)

@@ -78,7 +78,7 @@ def test_weight_and_sign_are_kept_and_checked(mdata):
         linkage.links_from_table(mosaic, ("rna", "adt"), table.assign(weight=[0.0, 1]))
     with pytest.raises(ValueError, match="the sign of a link is 1 or -1; found 2"):
         linkage.links_from_table(mosaic, ("rna", "adt"), table.assign(sign=[2, 1]))
-    with pytest.raises(ValueError, match="no linked feature is left: of 1 links, none has both"):
+    with pytest.raises(ValueError, match="no linked feature is left: none of the 1 links has both"):
         linkage.links_from_table(mosaic, ("rna", "adt"), pd.DataFrame({"rna": ["gene1"], "adt": ["cd8"]}))
     with pytest.raises(ValueError, match="found 'a'"):
         linkage.links_from_table(mosaic, ("rna", "adt"), pd.DataFrame({"a": ["gene1"]}))
@@ -122,7 +122,7 @@ def test_links_by_overlap_of_gene_body_and_promoter():
     assert found == {("a", "chr1-4000-4100"), ("b", "chr1_9000_9100"), ("b", "chr1:11990-12000")}
     with pytest.raises(ValueError, match="needs the columns chromosome, start, end, strand"):
         linkage.links_by_overlap(mosaic, ("rna", "atac"), genes[["start"]])
-    with pytest.raises(ValueError, match="the name 'a' is no region"):
+    with pytest.raises(ValueError, match="the name 'a' is not a region"):
         linkage.links_by_overlap(mosaic, ("atac", "rna"), genes)
 
 
@@ -413,7 +413,7 @@ def test_new_cells_get_the_scores_they_would_have_had(two_sets):
     new = link.transform(part)
     assert list(new) == ["adt"]
     assert_allclose(new["adt"], link.scores["adt"].loc[new["adt"].index], atol=1e-6)
-    with pytest.raises(ValueError, match="its features are not the 40"):
+    with pytest.raises(ValueError, match="the features must be the same 40"):
         link.transform(mosaic_of(MuData({"adt": mdata.mod["adt"][:, :30].copy()})))
     with pytest.raises(ValueError, match="the linkage is between 'rna' and 'adt'"):
         link.transform(Mosaic.from_anndata({"atac": mdata.mod["adt"]}, batch_key="batch"))
@@ -712,10 +712,10 @@ def test_one_matrix_under_two_names_is_refused():
     twice = Mosaic.from_anndata(
         {"rna": rna, "again": rna[order].copy()}, {"rna": "nb", "again": "nb"}, batch_key="batch"
     )
-    with pytest.raises(ValueError, match="the same matrix on both sides"):
+    with pytest.raises(ValueError, match="hold the same measurements"):
         linkage.cca(twice, ("rna", "again"), linkage.links_by_name(twice, ("rna", "again")))
     link = linkage.cca(mosaic_of(pbmc_mosaic()), ("rna", "adt"), protein_gene_links(), rounds=1)
-    with pytest.raises(ValueError, match="same matrix"):
+    with pytest.raises(ValueError, match="hold the same measurements"):
         metrics.foscttm(link.scores["rna"], link.scores["rna"])
 
 
@@ -741,23 +741,25 @@ def test_bad_input_is_refused_in_one_sentence(two_sets, mdata):
     run = partial(linkage.cca, mosaic, ("rna", "adt"))
     with pytest.raises(ValueError, match="there is no modality 'atac'; the mosaic has 'rna', 'adt'"):
         linkage.cca(mosaic, ("rna", "atac"), links)
-    with pytest.raises(ValueError, match="between two modalities; found 'rna' twice"):
+    with pytest.raises(ValueError, match="needs two different modalities; found 'rna' twice"):
         linkage.cca(mosaic, ("rna", "rna"), links)
     with pytest.raises(ValueError, match="has 24 cells; 30 principal components need at least 31"):
         linkage.cca(mosaic_of(mdata), ("rna", "adt"), pd.DataFrame({"rna": ["gene1"], "adt": ["protein1"]}))
     one = MuData({name: data[:1].copy() for name, data in whole.mod.items()})
     with pytest.raises(ValueError, match="has 1 cell; 30 principal components need"):
         linkage.cca(mosaic_of(one), ("rna", "adt"), links)
-    with pytest.raises(ValueError, match="n_components lies between 1 and the 20 principal components; found 21"):
+    with pytest.raises(
+        ValueError, match="n_components must be between 1 and 20, the number of principal components; found 21"
+    ):
         run(links, n_pcs=20, n_components=21)
-    with pytest.raises(ValueError, match="no linked feature is left: of 1 links"):
+    with pytest.raises(ValueError, match="no linked feature is left: none of the 1 links"):
         run(pd.DataFrame({"rna": ["unheard"], "adt": ["of"]}))
-    with pytest.raises(ValueError, match="there is no matching 'best'; accepted: 'transport', 'mutual', 'assignment'"):
+    with pytest.raises(ValueError, match="unknown match 'best'; accepted: 'transport', 'mutual', 'assignment'"):
         run(links, match="best")
-    with pytest.raises(ValueError, match="there is no start 'end'"):
+    with pytest.raises(ValueError, match="unknown start 'end'"):
         run(links, start="end")
     with pytest.raises(
-        ValueError, match="rounds is at least 1 and held_out from 0 up to less than 1; found 0 and 0.25"
+        ValueError, match="rounds must be at least 1, and held_out at least 0 and below 1; found 0 and 0.25"
     ):
         run(links, rounds=0)
     with pytest.raises(ValueError, match="at least one pair of cells"):

@@ -1,5 +1,7 @@
 """A modality's part in model and guide: names that data give, what is encoded once, and whose the objects are."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pyro
@@ -11,15 +13,29 @@ from pyro.nn import PyroSample
 
 from pyromosaic import ContrastiveVI, DiagVI, ModalitySpec, Mosaic, MultiVI, ScModal, checks, simulate
 from pyromosaic.data import measured
+from pyromosaic.described import Described
 from pyromosaic.likelihoods import NB
 from pyromosaic.measurement import encoded_once
 from pyromosaic.models import MosaicModel
+from pyromosaic.models.base import RENAMED, accepted_options
 from pyromosaic.nn import Encoder
-from pyromosaic.penalties import MMD, Geometry, Jeffreys, Penalty
-from pyromosaic.priors import ARD, GaussianMixture
+from pyromosaic.penalties import (
+    MMD,
+    Adversary,
+    Anchors,
+    Dependence,
+    Discriminator,
+    Geometry,
+    Jeffreys,
+    MeanDistance,
+    Penalty,
+    Pull,
+    Sinkhorn,
+)
+from pyromosaic.priors import ARD, GaussianMixture, StudentT
 from pyromosaic.program import Program
 
-pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph is thin")
+pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph has few links")
 SMALL = {"n_latent": 3, "n_hidden": 8}
 QUIET = {"progress_bar": False}
 
@@ -161,15 +177,109 @@ def test_options_of_a_subclass_are_kept(mosaic, tmp_path):
     assert type(again).__name__ == "Fixed"
 
 
+class Passing(DiagVI):
+    def __init__(self, data, graph, **options):
+        super().__init__(data, graph, linkage=None, **options)
+
+
+class Blurred(DiagVI):
+    def __init__(self, data, graph, blur=2.0, **options):
+        super().__init__(data, graph, linkage=None, alignment=Sinkhorn(blur=blur), **options)
+
+
 def test_options_of_earlier_versions_are_refused_by_their_new_name(mosaic):
     links = pd.DataFrame({"rna": ["rna_0", "rna_1"], "adt": ["adt_0", "adt_1"]})
-    for kind, old, new in (
-        (DiagVI, "n_layers", "n_encoder_layers"),
-        (DiagVI, "lam_private", "private_kl"),
-        (ScModal, "n_layers", "n_encoder_layers"),
-    ):
-        with pytest.raises(TypeError, match=f"{kind.__name__} calls the option '{old}' '{new}' now"):
-            kind(mosaic, links, **{old: 2})
+    for old, new in RENAMED.items():
+        kinds = [k for k in (MultiVI, DiagVI, ContrastiveVI, ScModal) if new.split("=")[0] in accepted_options(k)]
+        assert kinds, new
+        for kind in [*kinds, *([Passing] if DiagVI in kinds else [])]:
+            graph = [links] if issubclass(kind, DiagVI | ScModal) else []
+            data = contrasted(mosaic) if kind is ContrastiveVI else mosaic
+            message = f"{kind.__name__} calls the option '{old}' '{new}' now"
+            with pytest.raises(TypeError, match=re.escape(message)):
+                kind(data, *graph, **{old: 2})
+    assert Blurred(mosaic, links, 0.5, **SMALL).guide.penalties[0].blur == 0.5  # its own option
+
+
+def test_parts_of_the_package_are_saved_with_the_model(mosaic, tmp_path):
+    links = pd.DataFrame({"rna": ["rna_0", "rna_1"], "adt": ["adt_0", "adt_1"]})
+    unlinked = {"graph": links, "linkage": None}
+    made = {
+        MultiVI: {
+            "adversary": Adversary(target="batch", weight=2.0),
+            "mmd": MMD(3.0, n_cells=16),
+            "prior": StudentT(df=4.0),
+            "penalties": [MeanDistance(0.5)],
+        },
+        ContrastiveVI: {"dependence": Dependence(2.0), "salient_prior": ARD(), "penalties": {"modalities": [MMD(1.0)]}},
+        DiagVI: {
+            "alignment": Sinkhorn(4.0, reach=float("inf"), reference="rna"),
+            "prior": GaussianMixture(n_components=3),
+            "anchors": Anchors(1.0, n_neighbors=2),
+            **unlinked,
+        },
+        ScModal: {
+            "adversary": Discriminator(2.0, n_steps=1),
+            "geometry": Geometry(2.0, likeness="cosine"),
+            "pull": Pull(3.0),
+            **unlinked,
+        },
+    }
+    for kind, options in made.items():
+        model = kind(contrasted(mosaic) if kind is ContrastiveVI else mosaic, **options, **SMALL)
+        model.train(1, **QUIET)
+        model.save(tmp_path / kind.__name__)
+        again = kind.load(tmp_path / kind.__name__, model.mosaic)
+
+        def told(m):
+            plain = (str, int, float, type(None))
+            return [
+                (
+                    type(p).__name__,
+                    {k: v for k, v in vars(p).items() if isinstance(v, plain) and k[0] != "_" and k != "training"},
+                )
+                for p in [*m.guide.modules(), *m.model.modules()]
+                if isinstance(p, Described)
+            ]
+
+        assert told(again) == told(model)
+        assert again.get_latent_representation().equals(model.get_latent_representation())
+        assert kind.load(tmp_path / kind.__name__, **{k: v for k, v in options.items() if k == "prior"})
+    assert [p.n_steps for p in again.guide.modules() if isinstance(p, Discriminator)] == [1]
+    text = (tmp_path / "ScModal" / "model.json").read_text()
+    (tmp_path / "ScModal" / "model.json").write_text(text.replace('"Discriminator"', '"Popen"'))
+    with pytest.raises(ValueError, match="do not fit together: 'Popen'"):
+        ScModal.load(tmp_path / "ScModal")
+
+
+def test_a_users_part_is_given_again(mosaic, tmp_path):
+    model = MultiVI(mosaic, penalties=[Spread(2.0)], **SMALL)
+    model.save(tmp_path)
+    with pytest.raises(ValueError, match="give penalties again"):
+        MultiVI.load(tmp_path)
+    assert MultiVI.load(tmp_path, penalties=[Spread(2.0)]).guide.penalties[-1].weight == 2
+
+
+def test_parts_that_only_some_models_complete_are_refused_elsewhere(mosaic):
+    for part, needed in ((Anchors(1.0), "scores"), (Pull(1.0), "scores"), (Adversary(), "schema and n_latent")):
+        with pytest.raises(ValueError, match=f"{type(part).__name__} takes {needed}, unless"):
+            MultiVI(mosaic, penalties=[part], **SMALL)
+
+
+@pytest.mark.filterwarnings("ignore:the shared latent space carries only")
+@pytest.mark.parametrize("kind", [MultiVI, DiagVI, ScModal])
+def test_the_history_counts_private_divergences_once(kind, mosaic):
+    links = pd.DataFrame({"rna": ["rna_0", "rna_1"], "adt": ["adt_0", "adt_1"]})
+    linked = {} if kind is MultiVI else {"graph": links, "linkage": None}
+    found = {}
+    for weight in (0.0, 1.0, 4.0):
+        model = kind(mosaic, n_private=2, private_kl=weight, **linked, **SMALL)
+        model.train(1, learning_rate=0.0, gradient_clip=0.0, validation=0.0, batch_size=1000, **QUIET)
+        found[weight] = model.history.iloc[0]
+    assert found[1.0]["train_z_rna"] > 0 == found[0.0]["train_z_rna"]
+    for column in ("train_z_rna", "train_z_adt", "train_elbo"):
+        assert found[4.0][column] == pytest.approx(found[1.0][column], rel=1e-4)
+    assert found[4.0]["train_objective"] > found[1.0]["train_objective"]
 
 
 # Penalties
@@ -221,7 +331,7 @@ def test_latent_sizes_mean_the_same_in_all_models(mosaic):
             nodes = pyro.poutine.trace(model.guide).get_trace(minibatch).nodes
             sites.append([name for name in nodes if name.endswith("_library")])
     assert sites == [["rna_library"]] * 2 + [["rna_library", "adt_library"]] * 2
-    with pytest.raises(ValueError, match='library is "observed" or "latent"; found \'known\''):
+    with pytest.raises(ValueError, match='library must be "observed" or "latent"; found \'known\''):
         MultiVI(mosaic, library={"rna": "known"})
     with pytest.raises(KeyError, match="there is no modality 'atac'"):
         MultiVI(mosaic, library={"atac": "latent"})
@@ -258,7 +368,7 @@ class BareGuide(Program):
 
 class BareModel(MosaicModel):
     def __init__(self, data, *, seed=0):
-        with self._construction(data, seed) as schema:
+        with self.construction(data, seed) as schema:
             self.model, self.guide = Bare(schema), BareGuide(schema)
 
 
@@ -269,7 +379,7 @@ def test_a_program_without_parts_trains_and_says_what_it_cannot_answer(data, tmp
     assert model.get_latent_representation().shape == (mosaic.n_cells, 2)
     assert np.isfinite(model.get_imputed_values("rna", n_samples=3).mean.to_numpy()).all()
     assert model.posterior_predictive_sample("rna", n_samples=2).shape == (2, mosaic.n_cells, 20)
-    with pytest.raises(ValueError, match="the program has no likelihood of modality 'rna' to ask"):
+    with pytest.raises(ValueError, match="the program has no likelihood for modality 'rna'"):
         model.get_normalized_expression("rna")
     model.save(tmp_path / "bare")
     pd.testing.assert_frame_equal(

@@ -28,6 +28,7 @@ from pyromosaic.metrics import (
     smooth_by_neighbors,
 )
 from pyromosaic.metrics.neighbors import nearest_neighbors
+from pyromosaic.neighbors import vote
 
 few_draws = settings(max_examples=40, deadline=None, derandomize=True)
 small_integers = st.integers(-2, 2).map(float)
@@ -725,3 +726,12 @@ def test_inputs_are_left_as_they_were(rng):
 def test_everything_public_is_documented():
     for name in metrics.__all__:
         assert len(getattr(metrics, name).__doc__) > 30
+
+
+def test_of_labels_with_equal_votes_the_nearest_cells_wins_in_metrics_and_models():
+    nearest_first = np.array([[0, 1, 1, 1, 0, 0], [1, 0, 0, 1, 2, 2], [2, 2, 1, 0, 1, 1]])
+    winners, shares = vote(nearest_first)
+    assert winners.tolist() == [0, 1, 1] and shares.tolist() == [1 / 2, 1 / 3, 1 / 2]
+    reference, query = np.arange(1.0, 7.0)[:, None], np.array([[0.0]])
+    labels = np.array(["A", "B", "B", "B", "A", "A"])
+    assert label_transfer_accuracy(reference, labels, query, ["A"], n_neighbors=6) == 1

@@ -222,7 +222,7 @@ def test_a_loss_that_is_not_finite_stops_with_an_adversary_too(mosaic):
 
 
 def test_models_with_an_adversary_are_kept(mosaic, mdata, tmp_path):
-    model = small(mosaic, adversary=1.0, adversary_target="batch")
+    model = small(mosaic, adversary=Adversary(target="batch"))
     model.train(2, **QUIET)
     model.save(tmp_path / "model")
     loaded = MultiVI.load(tmp_path / "model", mdata)

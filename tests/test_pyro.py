@@ -19,7 +19,7 @@ from pyromosaic.likelihoods import NB
 from pyromosaic.priors import GaussianMixture
 from pyromosaic.train import MosaicELBO
 
-pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph is thin")
+pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph has few links")
 LINKS = pd.DataFrame({"rna": [f"rna_{i}" for i in range(6)], "adt": [f"adt_{i}" for i in range(6)]})
 MODELS = ("MultiVI", "DiagVI", "ContrastiveVI", "ScModal")
 
@@ -239,7 +239,7 @@ def test_posterior_of_global_variables_is_returned_saved_and_loaded(data, automa
         model.save(tmp_path)
         again = MultiVI.load(tmp_path, Scaled=Scaled)
         pd.testing.assert_frame_equal(again.get_global_posterior(20), model.get_global_posterior(20))
-        with pytest.raises(ValueError, match="give Scaled again"):
+        with pytest.raises(ValueError, match="pass Scaled=<object> to load"):
             MultiVI.load(tmp_path)
 
 
@@ -268,7 +268,7 @@ def test_decoders_with_global_variables_in_other_models(name, data):
     mosaic = Mosaic.from_mudata(data, batch_key="batch").with_cohorts("condition", background="control")
     options = {"n_latent": 4, "n_hidden": 16, "decoder": Effects}
     if name == "ScModal":  # whose cycle would draw the effects in the guide
-        model = ScModal(mosaic, LINKS, linkage=None, lam_cycle=0.0, **options)
+        model = ScModal(mosaic, LINKS, linkage=None, cycle=0.0, **options)
     else:
         model = ContrastiveVI(mosaic, **options)
     model.train(1, progress_bar=False)

@@ -20,18 +20,19 @@ from pyromosaic.linkage import link_recovery, links_from_table
 from pyromosaic.penalties import (
     Anchors,
     Discriminator,
+    Geometry,
     Pairs,
     Scores,
     kernel_alignment,
     mutual_neighbors,
     row_cosine,
 )
-from pyromosaic.penalties.geometry import squared_distances
+from pyromosaic.penalties.kernels import squared_distances
 from pyromosaic.train import MosaicELBO
 from pyromosaic.train.plan import Optimisation, Plan
 
 QUIET = {"progress_bar": False, "accelerator": "cpu"}
-pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph is thin")
+pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph has few links")
 REFERENCE = dict(ScModal.presets["reference"].options)
 
 
@@ -106,7 +107,7 @@ def test_sites_and_shapes_read_like_the_story(mosaic, graph):
 
 def test_every_term_of_the_reference_is_the_formula(mosaic, graph):
     """The loss written out with plain matrix products, for fixed weights."""
-    model = reference(mosaic, graph, n_neighbors=8)
+    model = reference(mosaic, graph, anchors=Anchors(1.0, n_neighbors=8))
     minibatch = measured(mosaic, np.arange(0, mosaic.n_cells, 3))
     model.matches["rna", "adt"].set(torch.from_numpy(model.linked_features(mosaic, "rna", "adt")))
     elbo = MosaicELBO()
@@ -410,7 +411,7 @@ def simulated():
 @pytest.fixture(scope="module")
 def trained(simulated) -> ScModal:
     mosaic = unpaired(simulated[0], batch_key="batch")
-    model = small(mosaic, linked(mosaic, simulated[1]), n_latent=6, n_hidden=32, n_adversary_steps=1)
+    model = small(mosaic, linked(mosaic, simulated[1]), n_latent=6, n_hidden=32, adversary=Discriminator(n_steps=1))
     model.train(45, batch_size=200, learning_rate=5e-3, kl_warmup_epochs=8, **QUIET)
     return model
 
@@ -437,7 +438,8 @@ def test_pairs_are_found_and_labels_cross(trained, simulated):
 def test_the_deterministic_program_aligns_too(simulated):
     """With heavier anchors of fewer neighbours, and one step of the discriminator: not the reference's own weights."""
     mosaic = unpaired(simulated[0])
-    options = {"n_hidden": 64, "n_latent": 8, "n_neighbors": 10, "n_adversary_steps": 1, "lam_anchors": 10.0}
+    parts = {"anchors": Anchors(10.0, n_neighbors=10), "adversary": Discriminator(n_steps=1)}
+    options = {"n_hidden": 64, "n_latent": 8, **parts}
     model = reference(mosaic, linked(mosaic, simulated[1]), **options)
     training = {**ScModal.presets["reference"].training, "max_steps": 100, "batch_size": 400}
     model.train(**training | QUIET)
@@ -516,7 +518,7 @@ def test_three_data_sets_in_a_chain_are_aligned_pair_by_pair():
         seed=3,
     )
     mosaic = unpaired(mdata, modalities=kinds)
-    model = small(mosaic, linked(mosaic, truth), n_latent=12, n_hidden=64, n_adversary_steps=1)
+    model = small(mosaic, linked(mosaic, truth), n_latent=12, n_hidden=64, adversary=Discriminator(n_steps=1))
     assert list(model.matches) == [("adt", "rna"), ("rna", "image")]
     model.train(20, batch_size=100, learning_rate=5e-3, kl_warmup_epochs=5, **QUIET)
     latent = model.get_latent_representation()
@@ -555,7 +557,7 @@ def test_shuffled_features_come_out_at_chance(simulated):
     for adata in adatas.values():
         adata.X = rng.permuted(_values(adata.X), axis=0)
     mosaic = Mosaic.from_anndata(adatas)
-    model = small(mosaic, linked(mosaic, simulated[1]), n_adversary_steps=1)
+    model = small(mosaic, linked(mosaic, simulated[1]), adversary=Discriminator(n_steps=1))
     model.train(8, batch_size=200, **QUIET)
     assert abs(aligned(model, simulated[0]) - 0.5) < 0.06
 
@@ -633,7 +635,7 @@ def part():
     links = linked(mosaic, truth).links("rna", "adt")
     out = np.random.default_rng(0).permutation(len(links)) < len(links) // 3
     graph = GuidanceGraph.from_table(mosaic, links[~out].reset_index(drop=True))
-    model = small(mosaic, graph, n_latent=8, n_hidden=32, n_adversary_steps=1)
+    model = small(mosaic, graph, n_latent=8, n_hidden=32, adversary=Discriminator(n_steps=1))
     model.train(20, batch_size=200, learning_rate=5e-3, kl_warmup_epochs=5, **QUIET)
     return model, links[out].reset_index(drop=True)
 
@@ -713,25 +715,31 @@ def test_bad_input_is_answered_in_one_sentence(mosaic, graph, data):
     adatas = {name: adata.copy() for name, adata in data[0].mod.items()}
     with pytest.raises(ValueError, match="modality 'adt' has 1 cell; accepted: at least 2"):
         small(Mosaic.from_anndata({**adatas, "adt": adatas["adt"][:1].copy()}), graph)
-    with pytest.raises(ValueError, match="takes at least 2 modalities; found 'rna'"):
+    with pytest.raises(ValueError, match="needs at least 2 modalities; found 'rna'"):
         small(Mosaic.from_anndata({"rna": adatas["rna"]}), None, linkage=None)
     with pytest.raises(ValueError, match="no feature names in common"):
         small(mosaic, None)
     with pytest.raises(ValueError, match="a deterministic program has no private variables"):
         reference(mosaic, graph, n_private=2)
-    for wrong in ({"pairs": "ring"}, {"geometry": "flat"}, {"encoder": "graph"}):
+    with pytest.raises(ValueError, match=r"calls geometry='cosine' geometry=Geometry\(1.0, likeness='cosine'\) now"):
+        small(mosaic, graph, geometry="cosine")
+    with pytest.raises(ValueError, match="there is no likeness 'flat'; accepted: 'alignment', 'cosine'"):
+        Geometry(likeness="flat")
+    with pytest.raises(ValueError, match="anchors is a weight or a pyromosaic.penalties.Anchors; found"):
+        small(mosaic, graph, anchors=Geometry())
+    for wrong in ({"pairs": "ring"}, {"encoder": "graph"}):
         with pytest.raises(ValueError, match="there is no choice"):
             small(mosaic, graph, **wrong)
-    with pytest.raises(ValueError, match="refresh_every is a number of epochs"):
+    with pytest.raises(ValueError, match="refresh_every must be a number of epochs"):
         small(mosaic, graph, refresh_every=-1)
-    with pytest.raises(ValueError, match="linkage is"):
+    with pytest.raises(ValueError, match="linkage must be"):
         small(mosaic, graph, linkage="labels")
     with pytest.raises(ValueError, match="weights are at least 0"):
-        small(mosaic, graph, lam_data=-1.0)
+        small(mosaic, graph, likelihood_weight=-1.0)
     with pytest.raises(ValueError, match="a penalty's weight is at least 0"):
-        small(mosaic, graph, lam_geometry=-1.0)
+        small(mosaic, graph, geometry=-1.0)
     own = pd.DataFrame(np.zeros((3, 2)), mosaic.obs_names[:3])
-    with pytest.raises(ValueError, match="the linkage has no scores of cell"):
+    with pytest.raises(ValueError, match="the linkage has no scores for cell"):
         small(mosaic, None, linkage=own).train(1, **QUIET)
 
 

@@ -1,4 +1,4 @@
-"""Model criticism: whether a model fits the data, and whether its uncertainties are right.
+"""Model criticism: whether a model fits the data, and whether its uncertainty is right.
 
 ==========================================  ==========================================================================
 do data drawn from the model look like      :func:`predictive_check`

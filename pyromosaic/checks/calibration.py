@@ -1,6 +1,8 @@
-"""Calibration: whether true values lie among a model's draws as they should."""
+"""Calibration: whether the ranks of true values among a model's draws are uniform."""
 
 import copy
+from collections.abc import Iterator
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -27,6 +29,7 @@ from pyromosaic.measurement import encoded_once
 from pyromosaic.models.asking import CHUNK_ENTRIES
 from pyromosaic.models.mosaic_model import Cells, MosaicModel
 from pyromosaic.tasks import inference_mode
+from pyromosaic.train import minimise
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -48,30 +51,30 @@ def simulation_based_calibration(
 ) -> Ranks:
     """Ranks of true values, drawn from the model itself, among draws from the posterior that the guide infers.
 
-    For each cell, latent variables are drawn from their prior and measurements given these. The guide looks at the
-    measurements, and the true values are ranked among its draws. The parameters of the model are fixed throughout.
-    If posteriors are right, ranks are uniform (`Ranks.test`), and intervals hold what they are to hold
-    (`Ranks.coverage`); posteriors that are too narrow make a U of the ranks' histogram (`pyromosaic.plot.ranks`).
+    For each cell, latent variables are drawn from their prior, and measurements given these. The guide sees the
+    measurements, and the true values are ranked among its draws. The parameters of the model are fixed throughout. If
+    posteriors are right, ranks are uniform (`Ranks.test`), and intervals have the right coverage (`Ranks.coverage`). If
+    posteriors are too narrow, the histogram of ranks has a U shape (`pyromosaic.plot.ranks`).
 
     Parameters
     ----------
     model
         The model, trained or not; it is not changed.
     cells
-        Cells whose modalities, covariates and sizes the drawn cells have: names, numbers or a mask; None for all.
+        Cells whose modalities, covariates and sizes the drawn cells get: names, positions or a mask; None for all.
     of
-        What is ranked: ``"latent"``, each dimension of the cells' latent variables; ``"mean"``, the expected
+        Quantity to rank: ``"latent"``, each dimension of the cells' latent variables; ``"mean"``, the expected
         measurement of each feature where it is measured; ``"effect"``, the log ratio (the difference, of real values)
         of the expected measurements of a feature in two successive cells that have it, as in a differential test.
     n_samples
         Number of posterior draws for each cell.
     n_steps
-        Number of steps by which a copy of the guide is first fitted to data drawn from the model: fresh draws at each
-        step, the plain ELBO, no penalties. 0 judges the guide as it is, which was trained on real data, with penalties.
+        Number of steps for which a copy of the guide is first fitted to data drawn from the model: new draws at each
+        step, the plain ELBO, no penalties. 0 judges the guide as it is, trained on real data, with penalties.
     batch_size, learning_rate
-        Cells of a step; step size of Adam at the beginning, from where it falls to 0 along a cosine.
+        Number of cells in a step; initial learning rate of Adam, which falls to 0 along a cosine.
     data
-        Other cells than the training data.
+        Cells other than the training data.
     seed
         Seed of all draws.
 
@@ -98,7 +101,7 @@ def simulation_based_calibration(
     Ranks of 200 cells among 9 draws: adt_background (5), z (3)
     """
     if of not in ("latent", "mean", "effect"):
-        raise ValueError(f'what is ranked is "latent", "mean" or "effect"; found {of!r}')
+        raise ValueError(f'of must be "latent", "mean" or "effect"; found {of!r}')
     mosaic = model._data(data)
     index = mosaic.find(cells)
     if mosaic.groups is not None:
@@ -140,34 +143,25 @@ def fit_guide(
     learning_rate: float,
     seed: int,
 ) -> None:
-    """Fit a guide to data drawn from a model, whose parameters stay as they are, by the plain ELBO."""
+    """Fit a guide to data drawn from a model with fixed parameters, by the plain ELBO."""
     if n_steps == 0:
         return
     owned = {id(parameter) for parameter in model.parameters()}
     parameters = [parameter for parameter in guide.parameters() if id(parameter) not in owned]
-    device = parameters[0].device
-    optimiser = torch.optim.Adam(parameters, lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, n_steps)
-    minibatches = loader(mosaic, index, batch_size, seed)
-    step = 0
-    while step < n_steps:
-        for minibatch in minibatches:
+    device, minibatches = parameters[0].device, loader(mosaic, index, batch_size, seed)
+
+    def losses() -> Iterator[Tensor]:
+        for minibatch in chain.from_iterable(repeat(minibatches)):
             minibatch = minibatch.to(device)
             simulated = drawn_minibatch(model, minibatch, draw_prior(model, minibatch, shared))
-            optimiser.zero_grad()
             inferred = infer(guide, simulated, shared)
-            loss = -log_weight(explain(model, simulated, inferred), inferred, simulated).mean()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 10.0)
-            optimiser.step()
-            schedule.step()
-            step += 1
-            if step == n_steps:
-                break
+            yield -log_weight(explain(model, simulated, inferred), inferred, simulated).mean()
+
+    minimise(losses(), parameters, learning_rate, n_steps, gradient_clip=10.0)
 
 
 def quantities(found: poutine.Trace, minibatch: Minibatch, of: Quantity) -> dict[str, tuple[Tensor, Tensor]]:
-    """What is ranked, by variable: positions of the cells, and values of shape (cells, names)."""
+    """The quantities to rank, by variable: positions of the cells, and values of shape (cells, names)."""
     values = {}
     for name, site, where in cell_sites(found, minibatch):
         if of == "latent" and name not in minibatch.decoded:
@@ -211,24 +205,25 @@ def imputation_ranks(
 ) -> Ranks:
     """Ranks of held-out measurements among draws from their posterior predictive distribution.
 
-    ``imputation_ranks(...).coverage([0.9])`` says what share of them lies in the 90 % intervals; for counts, look at
-    the randomised share. The draws have the noise of everything that is not known of such a cell, its size included.
+    ``imputation_ranks(...).coverage([0.9])`` returns the share of measurements in the 90 % intervals; for counts, look
+    at the randomised share. The draws have the noise of everything that is unknown about such a cell, including its
+    size.
 
     Parameters
     ----------
     model
         The model, which has not seen these measurements.
     modality
-        Their modality.
+        Modality of the measurements.
     truth
-        Held-out measurements of cells of the mosaic, from `pyromosaic.hide` say; as a table, cells × features. Cells
-        of a model that takes modalities apart have names such as ``"rna:cell"``.
+        Held-out measurements of cells of the mosaic, e.g. from `pyromosaic.hide`; or a table, cells × features. If the
+        model splits cells by modality, names of cells are like ``"rna:cell"``.
     n_samples
         Number of draws.
     encode
-        Modalities to infer from; by default all that a cell has.
+        Modalities to infer from; by default all modalities of a cell.
     data
-        Other cells than the training data.
+        Cells other than the training data.
     seed
         Seed of the draws.
 

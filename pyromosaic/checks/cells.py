@@ -1,4 +1,4 @@
-"""A model's program cell by cell: what is drawn of each cell, and how likely that is."""
+"""A model's program cell by cell: draws for each cell, and their log densities."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ def blocks(model: MosaicModel, mosaic: Mosaic, index: np.ndarray, size: int = BL
 
 @contextmanager
 def without_penalties(guide: nn.Module) -> Iterator[None]:
-    """A guide that only infers: its penalties, which are no part of the posterior, have weight 0."""
+    """A guide that only infers: its penalties, which are not part of the posterior, have weight 0."""
     penalties = [module for module in guide.modules() if isinstance(module, Penalty)]
     weights = [penalty.weight for penalty in penalties]
     for penalty in penalties:
@@ -47,12 +47,12 @@ def without_penalties(guide: nn.Module) -> Iterator[None]:
 
 
 def trace(program: Any, minibatch: Minibatch) -> poutine.Trace:
-    """Trace of a program, without the sites by which Pyro notes minibatches."""
+    """Trace of a program, without the sites by which Pyro records minibatches."""
     return prune_subsample_sites(poutine.trace(program).get_trace(minibatch))
 
 
 def rows(site: Any, minibatch: Minibatch) -> Tensor | None:
-    """Positions in the minibatch of the cells of a site; None for a site that is not one of cells."""
+    """Positions in the minibatch of the cells of a site; None if the site does not belong to cells."""
     for frame in site["cond_indep_stack"]:
         name = frame.name.removesuffix("_cells")
         if frame.name == "cells":
@@ -63,7 +63,7 @@ def rows(site: Any, minibatch: Minibatch) -> Tensor | None:
 
 
 def cell_sites(found: poutine.Trace, minibatch: Minibatch) -> Iterator[tuple[str, Any, Tensor]]:
-    """Sites that are of cells, each with the positions of its cells."""
+    """Sites that belong to cells, each with the positions of its cells."""
     for name, site in found.nodes.items():
         if site["type"] == "sample":
             where = rows(site, minibatch)
@@ -72,7 +72,7 @@ def cell_sites(found: poutine.Trace, minibatch: Minibatch) -> Iterator[tuple[str
 
 
 def shared_variables(guide: nn.Module, minibatch: Minibatch) -> poutine.Trace:
-    """What is inferred of latent variables that all cells share, such as embeddings of features, at its mean."""
+    """Posterior means of latent variables that all cells share, such as embeddings of features."""
     shared = poutine.Trace()
     with torch.no_grad(), AtMean():
         for name, site in trace(guide, minibatch).nodes.items():
@@ -88,7 +88,7 @@ def draw_prior(model: nn.Module, minibatch: Minibatch, shared: poutine.Trace) ->
 
 
 def drawn_minibatch(model: Any, minibatch: Minibatch, drawn: poutine.Trace) -> Minibatch:
-    """The minibatch with drawn measurements in place of its own; a size that is latent is counted anew."""
+    """The minibatch with drawn measurements instead of its own; a latent size is counted again."""
     views = {}
     for name, view in minibatch.decoded.items():
         counts = drawn.nodes[name]["value"]
@@ -99,7 +99,7 @@ def drawn_minibatch(model: Any, minibatch: Minibatch, drawn: poutine.Trace) -> M
 
 
 def infer(guide: Any, minibatch: Minibatch, shared: poutine.Trace | None = None) -> poutine.Trace:
-    """One draw from the guide; of variables that all cells share too, unless they are given."""
+    """One draw from the guide; also of variables that all cells share, unless they are given."""
     return trace(guide if shared is None else poutine.replay(guide, trace=shared), minibatch)
 
 
@@ -109,16 +109,15 @@ def explain(model: Any, minibatch: Minibatch, inferred: poutine.Trace) -> poutin
 
 
 def log_weight(explained: poutine.Trace, inferred: poutine.Trace, minibatch: Minibatch) -> Tensor:
-    """Of each cell ``log p(x, latent) - log q(latent)``, shape (B,), float64.
+    """``log p(x, latent) - log q(latent)`` of each cell, shape (B,), float64.
 
-    Weights and scales of sites do not count, masked sites are not there, and latent variables that all cells share
-    have no part in the sum.
+    Weights and scales of sites are ignored. Masked sites and latent variables that all cells share are not in the sum.
     """
     total = torch.zeros(len(minibatch), dtype=torch.float64, device=minibatch.index.device)
     for sign, found in ((1.0, explained), (-1.0, inferred)):
         for name, site, where in cell_sites(found, minibatch):
             if isinstance(site["fn"], dist.Delta):
-                raise ValueError(f"the guide gives {name!r} as a point; a check of posteriors takes a distribution")
+                raise ValueError(f"the guide gives {name!r} as a point; a check of posteriors needs a distribution")
             density = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
             total = total.index_add(0, where, sign * density.reshape(len(where), -1).sum(-1).double())
     return total
@@ -127,41 +126,29 @@ def log_weight(explained: poutine.Trace, inferred: poutine.Trace, minibatch: Min
 def prior_sample(
     model: MosaicModel, cells: Cells = None, *, data: Mosaic | None = None, seed: int = 0
 ) -> tuple[Mosaic, dict[str, pd.DataFrame]]:
-    """A mosaic drawn from the model, and the latent variables that it was drawn with.
+    """A mosaic drawn from the model, and the latent variables with which it was drawn.
 
-    Cells have the modalities, covariates, cohorts and sizes that they have in the data; a size that is latent in the
-    model is drawn, and counted anew. Parameters, and latent variables that all cells share, are as learnt.
+    Cells have the same modalities, covariates, cohorts and sizes as in the data; a size that is latent in the model is
+    drawn and counted again. Parameters, and latent variables that all cells share, are as learnt.
 
     Parameters
     ----------
     model
         The model.
     cells
-        Names, numbers or a mask; None for all.
+        Names, positions or a mask; None for all.
     data
-        Other cells than the training data.
+        Cells other than the training data.
     seed
         Seed of the draw.
 
     Returns
     -------
     mosaic
-        Of the model's schema, so that the model takes it as ``data``.
+        Mosaic with the schema of the model, so that the model accepts it as ``data``.
     latent
-        By site of the model, cells × dimensions; of a modality's own variable, the cells that have the modality.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, checks, simulate
-    >>> mosaic = Mosaic.from_mudata(simulate(200, {"rna": 50, "adt": 5})[0])
-    >>> model = MultiVI(mosaic, n_latent=3)
-    >>> drawn, latent = checks.prior_sample(model)
-    >>> drawn
-    Mosaic of 200 cells
-      rna: 133 cells × 50 features, nb
-      adt: 134 cells × 5 features, nb_mixture
-    >>> latent["z"].shape
-    (200, 3)
+        Latent variables by site of the model, cells × dimensions; for a private variable, only the cells with the
+        modality.
     """
     mosaic = model._data(data)
     index = mosaic.find(cells)

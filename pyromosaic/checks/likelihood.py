@@ -1,4 +1,4 @@
-"""How likely held-out cells are under a model."""
+"""Likelihood of held-out cells under a model."""
 
 import numpy as np
 import pandas as pd
@@ -25,11 +25,11 @@ def held_out_log_likelihood(
     model
         The model.
     cells
-        Names, numbers or a mask, ``model.split.test`` say; None for all.
+        Names, positions or a mask, e.g. ``model.split.test``; None for all.
     n_samples
         Number K of posterior draws.
     data
-        Other cells than the training data.
+        Cells other than the training data.
     seed
         Seed of the draws.
 
@@ -37,8 +37,8 @@ def held_out_log_likelihood(
     -------
     pandas.DataFrame
         Cells × ``log_likelihood`` in nats; ``elbo``, the mean of the logarithms instead of the logarithm of the mean;
-        and ``n_effective``, the number of draws that the estimate rests on, from 1 to K. With few of them the estimate
-        is too low: on average it rises to the truth as K grows.
+        and ``n_effective``, the effective number of draws, from 1 to K. If it is small, the estimate is too low: on
+        average, it rises to the true value as K grows.
 
     Raises
     ------
@@ -47,10 +47,10 @@ def held_out_log_likelihood(
 
     Notes
     -----
-    The model's joint density alone counts: no penalty, no weight of a divergence or a modality. Values of models are
-    comparable if they explain the same measurements on the same scale, sizes included: counts under observed sizes are
-    explained given these. Latent variables that all cells share, such as embeddings of features, are drawn
-    from their posterior and count as known: the density is that of a new cell.
+    Only the joint density of the model is used: no penalty, no weight of a divergence or a modality. Values of two
+    models are comparable if the models explain the same measurements on the same scale, including sizes: with observed
+    sizes, counts are explained given the sizes. Latent variables that all cells share, such as embeddings of features,
+    are drawn from their posterior and taken as known: the density is that of a new cell.
 
     References
     ----------
@@ -65,7 +65,7 @@ def held_out_log_likelihood(
     True
     """
     if n_samples < 1:
-        raise ValueError(f"n_samples is at least 1; found {n_samples}")
+        raise ValueError(f"n_samples must be at least 1; found {n_samples}")
     mosaic = model._data(data)
     index = mosaic.find(cells)
     parts = []

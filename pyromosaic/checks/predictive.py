@@ -12,8 +12,9 @@ from torch import Tensor
 
 from pyromosaic.checks.cells import BLOCK, blocks, draw_prior, shared_variables, without_penalties
 from pyromosaic.data import Minibatch, Mosaic
-from pyromosaic.measurement import encoded_once
+from pyromosaic.measurement import encoded_once, part_of
 from pyromosaic.models.mosaic_model import Cells, MosaicModel
+from pyromosaic.nn import log_scale
 from pyromosaic.tasks import inference_mode
 from pyromosaic.tasks.prediction import run
 
@@ -25,7 +26,7 @@ Key = tuple[str, str]  # modality (or two, joined by " ~ ") and statistic
 
 @dataclass(frozen=True)
 class PredictiveCheck:
-    """Statistics of the data among those of data drawn from the model.
+    """Statistics of the data, compared with those of data drawn from the model.
 
     Parameters
     ----------
@@ -34,22 +35,12 @@ class PredictiveCheck:
         ``mean``, ``lower`` and ``upper``, the mean and the 5 % and 95 % quantiles over the draws; and ``p_value``,
         two-sided.
     overall
-        By ``modality`` and ``statistic``: ``p_value``, of how far all values of the statistic together are from those
-        of the draws; ``outside``, the share of values outside their 90 % intervals; and their number ``n``.
+        By ``modality`` and ``statistic``: ``p_value``, for the distance of all values of the statistic together from
+        those of the draws; ``outside``, the share of values outside their 90 % intervals; and ``n``, their number.
     prior
         Whether the draws are from the prior.
     n_samples
-        Number of draws. No p-value is below 1 / (n_samples + 1).
-
-    Examples
-    --------
-    >>> from pyromosaic import MultiVI, simulate
-    >>> model = MultiVI(Mosaic.from_mudata(simulate(100, {"rna": 50})[0]), n_latent=3)
-    >>> check = predictive_check(model, n_samples=9)
-    >>> list(check.overall.loc["rna"].index)
-    ['mean', 'size', 'variance', 'zeros']
-    >>> check.table.loc[("rna", "zeros")].shape
-    (50, 5)
+        Number of draws. The smallest possible p-value is 1 / (n_samples + 1).
     """
 
     table: pd.DataFrame
@@ -70,28 +61,28 @@ def predictive_check(
 ) -> PredictiveCheck:
     """Compare the data with data drawn from the model, by statistics of every modality.
 
-    ``mean``, ``variance`` and share of ``zeros`` of each feature; the quantiles of the cells' ``size`` (their counts,
-    or open regions); of antibodies the ``background``, the share of cells with no more counts than the mean background
-    learnt for their batch and size; and between modalities the ``correlation`` of pairs of features, and of sizes,
-    over cells that have both. Zeros and sizes are not of real values. Correlations are of log(1 + count), of open
-    regions as 0 and 1, and of real values as they are.
+    The statistics are the ``mean``, the ``variance`` and the share of ``zeros`` of each feature; the quantiles of the
+    cells' ``size`` (their counts, or open regions); for antibodies the ``background``, the share of cells with no more
+    counts than the mean background learnt for their batch and size; and between modalities the ``correlation`` of pairs
+    of features, and of sizes, over cells that have both. Real values have no zeros and sizes. Correlations use log(1 +
+    count), open regions as 0 and 1, and real values as they are.
 
     Parameters
     ----------
     model
         The model.
     cells
-        Names, numbers or a mask; None for all.
+        Names, positions or a mask; None for all.
     prior
-        Draw the cells' latent variables from their prior, rather than from what is inferred of the same cells.
-        Parameters, and latent variables that all cells share, are as learnt in either case.
+        Draw the latent variables of the cells from their prior instead of their posterior. In both cases, parameters
+        and latent variables that all cells share are as learnt.
     links
-        Pairs of features whose correlations to look at, a column for each modality; features that the model does not
-        have are passed over. By default all pairs of the 10 features of either modality that vary most.
+        Pairs of features whose correlations to compare, with a column for each modality; features that the model does
+        not have are skipped. By default, all pairs of the 10 most variable features of each modality.
     n_samples
         Number of draws.
     data
-        Other cells than the training data.
+        Cells other than the training data.
     seed
         Seed of the draws.
 
@@ -107,16 +98,15 @@ def predictive_check(
 
     Notes
     -----
-    Draws are of the measurements that the cells have: same modalities, covariates and sizes. A cell's size is taken as
-    known wherever the model takes it as known, and in all draws from the posterior; sums of drawn counts vary around
-    it.
+    The draws have the same modalities, covariates and sizes as the cells. The size of a cell is taken as known wherever
+    the model takes it as known, and in all draws from the posterior; sums of drawn counts vary around it.
 
-    Data that come from the model have uniform p-values against the prior, up to what was learnt from the very same
-    data. Against the posterior, which has seen the data, p-values of a right model lie nearer 0.5 than uniform ones;
-    small ones mean the more (Meng 1994). They speak of model and guide together: a guide that is far from the
-    posterior fails the check with a right model, see `simulation_based_calibration`. Values of one statistic depend on
-    each other: to judge them together look at `PredictiveCheck.overall`, whose distance is the mean square of
-    standardised values.
+    Data that come from the model have uniform p-values against the prior, apart from the effect of parameters learnt
+    from the same data. The posterior has seen the data; against it, p-values of a correct model are closer to 0.5 than
+    uniform ones, so small ones mean more (Meng 1994). They test model and guide together: a guide that is far from the
+    posterior fails the check even if the model is correct, see `simulation_based_calibration`. Values of one statistic
+    depend on each other. To judge them together, look at `PredictiveCheck.overall`, whose distance is the mean square
+    of standardised values.
 
     References
     ----------
@@ -132,7 +122,7 @@ def predictive_check(
     ['background', 'mean', 'size', 'variance', 'zeros']
     """
     if n_samples < 1:
-        raise ValueError(f"n_samples is at least 1; found {n_samples}")
+        raise ValueError(f"n_samples must be at least 1; found {n_samples}")
     mosaic = model._data(data)
     index = mosaic.find(cells)
     pairs = _pairs(model, mosaic, index, links)
@@ -204,41 +194,36 @@ def _pairs(model: MosaicModel, mosaic: Mosaic, index: np.ndarray, links: pd.Data
             )
     if links is not None and not pairs:
         raise ValueError(
-            "links have no pair of features that the model has in modalities measured in the same cells; accepted: a "
+            "no pair in links has both features in the model, in modalities measured in the same cells; accepted: a "
             f"table with a column for each modality ({', '.join(model.schema.modalities)})"
         )
     return pairs
 
 
 def _leading(mosaic: Mosaic, name: str) -> np.ndarray:
-    """Numbers of the features that vary most."""
+    """Positions of the most variable features."""
     modality = mosaic.modalities[name]
     counts = modality.tensor(modality.sample()).to_dense()
-    return np.sort(np.argsort(-_scaled(counts, modality.spec.data_kind).var(0).numpy())[:N_LEADING])
-
-
-def _scaled(x: Tensor, data_kind: str) -> Tensor:
-    """Measurements on the scale on which correlations are taken."""
-    return x if data_kind == "real" else torch.log1p(x)
+    return np.sort(np.argsort(-log_scale(counts, modality.spec.data_kind).var(0).numpy())[:N_LEADING])
 
 
 def _add(
     total: dict[Key, Any], model: MosaicModel, minibatch: Minibatch, drawn: Mapping[str, Tensor], pairs: Pairs
 ) -> None:
-    """Add the sums of the cells of a minibatch that the statistics are made of."""
+    """Add the sums over the cells of a minibatch from which the statistics are computed."""
     sums: dict[Key, Any] = {}
     whole = {}
     for name, view in minibatch.decoded.items():
-        spec, likelihood = model.schema[name].spec, model._likelihood(name)
+        spec = model.schema[name].spec
         x = (drawn[name] > 0).double() if spec.traits.binary else drawn[name].double()
         sums |= {(name, "n"): len(x), (name, "sum"): x.sum(0), (name, "squares"): x.square().sum(0)}
         if spec.data_kind != "real":
             sums |= {(name, "zeros"): (x == 0).sum(0), (name, "size"): [x.sum(1)]}
-        if spec.traits.background:
+        likelihood: Any = getattr(part_of(model.model, name), "likelihood", None)
+        if spec.traits.background and hasattr(likelihood, "background"):
             background = likelihood.cell_factor(view) * likelihood.background(view)[0].exp()
             sums[name, "background"] = (x <= background).sum(0)
-        size = torch.log1p(x.sum(1, keepdim=True)) if spec.data_kind != "real" else x.sum(1, keepdim=True)
-        values = torch.cat([_scaled(x, spec.data_kind), size], dim=1)
+        values = log_scale(torch.cat([x, x.sum(1, keepdim=True)], dim=1), spec.data_kind)
         # Cells without the modality are NaN, and so are their products.
         whole[name] = values.new_full((len(minibatch), values.shape[1]), torch.nan).index_copy(0, view.rows, values)
     for key, (first, second, _) in pairs.items():
@@ -253,12 +238,12 @@ def _add(
 
 
 def _statistics(total: Mapping[Key, Any]) -> dict[Key, np.ndarray]:
-    """Statistics by modality, each an array of one value a name."""
+    """Statistics by modality, each an array with one value per name."""
     found = {}
     for (name, what), value in total.items():
         if what == "n":
             if value < 2:
-                raise ValueError(f"modality {name!r} is measured in {value} of the cells; accepted: at least 2")
+                raise ValueError(f"modality {name!r} is measured in {value} of the cells; the check needs at least 2")
             mean = total[name, "sum"] / value
             found[name, "mean"] = mean
             found[name, "variance"] = (total[name, "squares"] - value * mean.square()) / (value - 1)
@@ -280,7 +265,7 @@ def _names(key: Key, model: MosaicModel) -> list[str]:
 
 
 def _compare(values: np.ndarray, names: list[str]) -> pd.DataFrame:
-    """Each observed value, the first row, among those of the draws."""
+    """Compare each observed value, the first row, with those of the draws."""
     observed, draws = values[0], values[1:]
     place = ((draws < observed).sum(0) + 0.5 * (draws == observed).sum(0) + 0.5) / len(values)
     lower, upper = np.quantile(draws, [0.05, 0.95], axis=0)

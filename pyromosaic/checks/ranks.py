@@ -1,4 +1,4 @@
-"""Where true values lie among draws that claim to be exchangeable with them."""
+"""Ranks of true values among draws that should be exchangeable with them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Ranks:
-    """Ranks of true values among draws from distributions that are to be judged.
+    """Ranks of true values among draws from the distributions to be checked.
 
     If a distribution is right, the true value is like one more draw from it, and its rank is uniform.
 
@@ -46,13 +46,13 @@ class Ranks:
     def uniform(self, seed: int = 0) -> pd.DataFrame:
         """Ranks as numbers between 0 and 1, uniform if all is right.
 
-        A true value that equals some draws, as counts do, has its place among them at random. So this is uniform for
-        discrete values too: the randomised probability integral transform.
+        If a true value equals some draws, as counts often do, it gets a random rank among them. Therefore this is
+        uniform for discrete values too: it is the randomised probability integral transform.
 
         Parameters
         ----------
         seed
-            Seed of the random places.
+            Seed of the random ranks.
         """
         places = np.random.default_rng(seed).random(self.below.shape)
         return (self.below + places * (self.equal + 1)) / (self.n_samples + 1)
@@ -65,23 +65,23 @@ class Ranks:
         Parameters
         ----------
         levels
-            What the intervals are to hold, between 0 and 1.
+            Levels of the intervals, between 0 and 1.
         by
             A group for each cell, matched by name; all cells together by default.
         seed
-            Of `uniform`.
+            Seed of `uniform`.
 
         Returns
         -------
         pandas.DataFrame
             By variable, group (if any) and level: ``interval``, the share in the closed interval between two quantiles
-            of the draws; ``randomised``, the share whose place (see `uniform`) is in the middle; and ``n``, the number
-            of values. Both are the same for continuous values. The closed interval of counts holds more than its
-            level even if all is right, as an end with many equal draws belongs to it whole, nearly everything where
-            most counts are 0; the randomised share is the level itself if all is right.
+            of the draws; ``randomised``, the share whose rank (see `uniform`) is in the middle; and ``n``, the number
+            of values. Both shares are the same for continuous values. For counts, the closed interval contains more
+            than its level even if all is right, because it includes all draws that equal an end; if most counts are 0,
+            it contains nearly everything. The randomised share equals the level if all is right.
         """
         if any(not 0 < level < 1 for level in levels):
-            raise ValueError(f"levels lie between 0 and 1; found {list(levels)}")
+            raise ValueError(f"levels must lie between 0 and 1; found {list(levels)}")
         uniform = self.uniform(seed)
         groups = (
             {(): self.below.index} if by is None else {(k,): i for k, i in by.groupby(by, observed=True).groups.items()}
@@ -112,7 +112,7 @@ class Ranks:
         n_bins
             Number of bins of equal width.
         seed
-            Of `uniform`.
+            Seed of `uniform`.
 
         Returns
         -------

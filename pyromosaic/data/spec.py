@@ -96,7 +96,7 @@ class ModalitySpec:
             raise ValueError(f'empty_cells is "refuse", "holes" or "keep"; found {self.empty_cells!r}')
         if self.dispersion not in ("gene", "gene-batch", "gene-label"):
             raise ValueError(f'dispersion is "gene", "gene-batch" or "gene-label"; found {self.dispersion!r}')
-        if self.dispersion != "gene" and not self.needs_library:
+        if self.dispersion != "gene" and not (self.traits.sized and self.traits.dispersed):
             raise ValueError(f"likelihood {self.likelihood_name!r} has no inverse dispersion to be {self.dispersion!r}")
         if self.dispersion == "gene-batch" and self.batch_key is None:
             raise ValueError("dispersion 'gene-batch' takes a batch_key; found none")

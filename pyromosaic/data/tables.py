@@ -282,10 +282,9 @@ def find(names: pd.Index, wanted: Any, noun: str, owner: str, numbers: bool = Tr
                     f"the Series of whole numbers may be names or numbers of {noun}s; give names as text, "
                     ".astype(str), or numbers without an index, .to_numpy()"
                 )
-        if positions.min() < 0 or positions.max() >= len(names):
-            raise ValueError(
-                f"{noun} numbers run from 0 to {len(names) - 1}; found {positions.min()} to {positions.max()}"
-            )
+        low, high = np.min(positions), np.max(positions)
+        if low < 0 or high >= len(names):
+            raise ValueError(f"{noun} numbers run from 0 to {len(names) - 1}; found {low} to {high}")
         return positions
     return _places(spelled, pd.Index([str(value) for value in values], dtype=object), noun, owner)
 

@@ -20,6 +20,8 @@ class Traits:
         Whether what is expected is proportional to the cell's size.
     shares
         Whether the denoised values are shares of a cell's total, as of RNA.
+    dispersed
+        Whether counts have an inverse dispersion, as `ModalitySpec.dispersion` shapes it; only those that are `sized`.
     latent_size
         Whether ``library="latent"`` of a model infers the cell's size.
     binary
@@ -44,6 +46,7 @@ class Traits:
     kind: DataKind = "real"
     sized: bool = False
     shares: bool = False
+    dispersed: bool = True
     latent_size: bool = False
     binary: bool = False
     background: bool = False
@@ -70,7 +73,7 @@ TRAITS: Mapping[str, Traits] = {
     "nb": _RNA,
     "zinb": _RNA,
     "nb_mixture": Traits("count", sized=True, background=True, transform="centred_log_ratio"),
-    "multinomial": _SHARES,
+    "multinomial": replace(_SHARES, dispersed=False),
     "bernoulli": Traits("count", binary=True, transform="open"),
     "normal": Traits("real"),
     "log1p_normal": _POSITIVE,

@@ -14,17 +14,18 @@ class AccessibilityBernoulli(_CountDistribution):
 
     .. math:: P(x > 0) = \sigma(\text{logits})\,\sigma(\text{region\_logits})\,\sigma(\text{cell\_logits})
 
-    The accessibility that a decoder gives, times a factor of the region (its width, its bias) and a factor of the cell
-    (its sequencing depth), as in PeakVI (Ashuach et al. 2022) and MultiVI (Ashuach et al. 2023). Computed in log space.
+    The probability is the decoded accessibility, times a factor of the region (its width, its bias) and a factor of the
+    cell (its sequencing depth), as in PeakVI (Ashuach et al. 2022) and MultiVI (Ashuach et al. 2023). It is computed in
+    log space.
 
-    ``log_prob`` takes fragment counts as well as zeros and ones: every positive count means open. Samples are 0 or 1.
+    ``log_prob`` accepts fragment counts as well as zeros and ones: every positive count means open. Samples are 0 or 1.
 
     Parameters
     ----------
     logits
         Log-odds of the decoded accessibility, cells by regions.
     region_logits
-        Log-odds of the region factor; broadcasts with ``logits``, usually one a region, and is never expanded.
+        Log-odds of the region factor; broadcasts with ``logits``, usually one per region, and is never expanded.
     cell_logits
         Log-odds of the cell factor; broadcasts with ``logits``, usually of shape (cells, 1), and is never expanded.
     validate_args

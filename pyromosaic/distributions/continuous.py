@@ -35,7 +35,7 @@ class Log1pNormal(TransformedDistribution):
 
     .. math:: \log(1 + x) \sim \operatorname{Normal}(\text{loc}, \text{scale})
 
-    Meant for non-negative intensities; the density reaches down to -1, where log1p ends.
+    It is meant for non-negative intensities; the support starts at -1, where log1p is defined.
 
     Parameters
     ----------
@@ -120,7 +120,7 @@ class _ZeroInflated(TorchDistribution):
         return torch.where(is_zero, logsigmoid(self.gate_logits), logsigmoid(-self.gate_logits) + density)
 
     def sample(self, sample_shape: _size = ()) -> Tensor:
-        """Draw positive values and put zeros in the place of some."""
+        """Draw positive values and replace some by zeros."""
         with torch.no_grad():
             present = torch.bernoulli(torch.sigmoid(-self.gate_logits).expand(self._extended_shape(sample_shape)))
             return present * self.positive.sample(sample_shape)
@@ -140,7 +140,7 @@ class _ZeroInflated(TorchDistribution):
 class ZeroInflatedLogNormal(_ZeroInflated):
     r"""Zero with probability :math:`\operatorname{sigmoid}(\text{gate\_logits})`, else LogNormal.
 
-    A likelihood for non-negative measurements with exact zeros. ``log_prob`` is a log-probability at zero and a
+    It is a likelihood for non-negative measurements with exact zeros. ``log_prob`` is a log-probability at zero and a
     log-density elsewhere.
 
     Parameters
@@ -175,7 +175,7 @@ class ZeroInflatedLogNormal(_ZeroInflated):
 class ZeroInflatedGamma(_ZeroInflated):
     r"""Zero with probability :math:`\operatorname{sigmoid}(\text{gate\_logits})`, else Gamma.
 
-    A likelihood for non-negative measurements with exact zeros. ``log_prob`` is a log-probability at zero and a
+    It is a likelihood for non-negative measurements with exact zeros. ``log_prob`` is a log-probability at zero and a
     log-density elsewhere.
 
     Parameters

@@ -26,9 +26,9 @@ from pyromosaic.distributions.count_terms import (
 class _CountDistribution(TorchDistribution):
     """Counts, most of which are zero.
 
-    A subclass gives the log-probability of a zero, which is cheap and dense, and that of given counts, which for sparse
-    counts is evaluated at their entries alone. Parameters keep the shapes they were given; only ``batch_shape`` is
-    broadcast.
+    A subclass gives the log-probability of a zero, which is cheap and dense, and that of given counts. For sparse
+    counts the latter is evaluated only at their entries. Parameters keep the shapes that they were given; only
+    ``batch_shape`` is broadcast.
     """
 
     support = constraints.nonnegative_integer
@@ -53,9 +53,9 @@ class _CountDistribution(TorchDistribution):
         Parameters
         ----------
         value
-            Counts: strided, of a shape that broadcasts with ``batch_shape``, or sparse, of the shape that results.
-            A sparse tensor is never made dense, and the expensive terms are evaluated at its entries alone: give one
-            where most counts are zero.
+            Counts: dense, with a shape that broadcasts with ``batch_shape``, or sparse, with the resulting shape. A
+            sparse tensor is never made dense, and the expensive terms are evaluated only at its entries. Use one where
+            most counts are zero.
 
         Returns
         -------
@@ -65,7 +65,7 @@ class _CountDistribution(TorchDistribution):
         Raises
         ------
         ValueError
-            If the shape does not fit or, with validation on, if a value is not a non-negative integer.
+            If the shape does not fit, or, with validation on, if a value is not a non-negative integer.
         """
         if self._validate_args:
             self._validate_sample(value)
@@ -102,15 +102,16 @@ class NegativeBinomial(_CountDistribution):
 
     .. math:: \operatorname{Var}(x) = \mu + \mu^2 / \theta
 
-    A Poisson count whose rate is Gamma distributed with mean :math:`\mu` and shape :math:`\theta`: the gene expression
-    likelihood of scVI (Lopez et al. 2018) and of most models after it.
+    It is a Poisson count whose rate is Gamma distributed with mean :math:`\mu` and shape :math:`\theta`: the gene
+    expression likelihood of scVI (Lopez et al. 2018) and of most later models.
 
     Parameters
     ----------
     mu
-        Mean, zero or positive. A mean of zero counts as 6e-16 (1e-123 in float64) where a positive count is observed.
+        Mean, zero or positive. Where a positive count is observed, a mean of zero is replaced by 6e-16 (1e-123 in
+        float64).
     theta
-        Inverse dispersion, positive; broadcasts with ``mu`` (often one a feature) and is never expanded.
+        Inverse dispersion, positive; broadcasts with ``mu`` (often one per feature) and is never expanded.
     validate_args
         Check parameters and values; Pyro's global setting by default.
 
@@ -163,7 +164,7 @@ class NegativeBinomial(_CountDistribution):
 
 
 class ZeroInflatedNegativeBinomial(_CountDistribution):
-    r"""Negative binomial counts of which some are replaced by structural zeros (dropout).
+    r"""Negative binomial counts, some of which are replaced by structural zeros (dropout).
 
     With :math:`\pi = \operatorname{sigmoid}(\text{gate\_logits})` and the negative binomial mass :math:`f`,
 
@@ -220,7 +221,7 @@ class ZeroInflatedNegativeBinomial(_CountDistribution):
         return (torch.sigmoid(-self.gate_logits) * (within + gate * self.mu**2)).expand(self.batch_shape)
 
     def sample(self, sample_shape: _size = ()) -> Tensor:
-        """Draw negative binomial counts and put zeros in the place of some."""
+        """Draw negative binomial counts and replace some by zeros."""
         shape = self._extended_shape(sample_shape)
         with torch.no_grad():
             counted = torch.bernoulli(torch.sigmoid(-self.gate_logits).expand(shape))
@@ -246,8 +247,8 @@ class NegativeBinomialMixture(_CountDistribution):
 
     .. math:: P(x) = \pi\,f(x; \mu_b, \theta) + (1 - \pi)\,f(x; \mu_f, \theta)
 
-    the antibody likelihood of totalVI (Gayoso et al. 2021) and MultiVI (Ashuach et al. 2023). Nothing orders the two
-    means; a model makes the foreground the larger, for instance as background times one plus a positive factor.
+    It is the antibody likelihood of totalVI (Gayoso et al. 2021) and MultiVI (Ashuach et al. 2023). The two means are
+    not ordered here; a model makes the foreground larger, for example as background times one plus a positive factor.
 
     Parameters
     ----------

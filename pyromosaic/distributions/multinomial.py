@@ -1,4 +1,4 @@
-"""Counts whose total is given."""
+"""Counts with a given total."""
 
 import copy
 
@@ -12,17 +12,17 @@ from torch.types import _size
 class Multinomial(TorchDistribution):
     """Counts of a cell's features given their total, each count an element of the batch.
 
-    The features of a cell are dependent, but stand in ``batch_shape`` like those of the other likelihoods, so that they
-    can stand in a plate. What ``log_prob`` gives for a count is its part of the log-probability of the cell,
-    ``log N! - sum_g log x_g! + sum_g x_g log share_g``, of which ``log N!`` is divided in proportion to the counts: it
-    is 0 for a count of 0, and the sum over the last dimension is the multinomial's.
+    The features of a cell are dependent, but they are in ``batch_shape`` like those of the other likelihoods, so that
+    they can be in a plate. ``log_prob`` of a count is its part of the log-probability of the cell,
+    ``log N! - sum_g log x_g! + sum_g x_g log share_g``, where ``log N!`` is divided in proportion to the counts. It is
+    0 for a count of 0, and its sum over the last dimension is that of the multinomial.
 
     Parameters
     ----------
     total_count
         Total of each cell, for moments and samples; shape (..., cells, 1).
     logits
-        Of the shares, up to a constant a cell; shape (..., cells, features).
+        Logarithms of the proportions, up to a constant per cell; shape (..., cells, features).
     validate_args
         Check parameters and values; Pyro's global setting by default.
 

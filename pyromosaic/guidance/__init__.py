@@ -1,6 +1,6 @@
-"""What is known of features that go together, and what it says of cells."""
+"""Guidance graphs of linked features, and scores of cells from them."""
 
-from pyromosaic.guidance.graph import GuidanceGraph
 from pyromosaic.guidance.scores import linked_scores, shared_scores
+from pyromosaic.links import GuidanceGraph
 
 __all__ = ["GuidanceGraph", "linked_scores", "shared_scores"]

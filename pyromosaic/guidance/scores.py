@@ -1,4 +1,4 @@
-"""Scores of cells that all modalities share, from the links of their features."""
+"""Scores of cells in one space for all modalities, from the links of their features."""
 
 from typing import Any
 
@@ -6,17 +6,17 @@ import numpy as np
 import pandas as pd
 
 from pyromosaic.data import Mosaic
-from pyromosaic.guidance.graph import GuidanceGraph
 from pyromosaic.linkage import cca
+from pyromosaic.links import GuidanceGraph
 
 
 def linked_scores(linkage: Any, mosaic: Mosaic, graph: GuidanceGraph | None, n_components: int) -> np.ndarray:
-    """Scores of cells that all modalities share, from what a model was given as `linkage`.
+    """Scores of cells in one space for all modalities, from the `linkage` argument of a model.
 
     Parameters
     ----------
     linkage
-        ``"cca"`` for `shared_scores` of the graph, or a table with a row a cell.
+        ``"cca"`` for `shared_scores` of the graph, or a table with one row per cell.
     mosaic, graph, n_components
         As in `shared_scores`.
 
@@ -36,18 +36,18 @@ def linked_scores(linkage: Any, mosaic: Mosaic, graph: GuidanceGraph | None, n_c
     if isinstance(linkage, pd.DataFrame):
         missing = mosaic.obs_names.difference(linkage.index)
         if len(missing):
-            raise ValueError(f"the linkage has no scores of cell {missing[0]!r}; accepted: a row for every cell")
+            raise ValueError(f"the linkage has no scores for cell {missing[0]!r}; give a row for every cell")
         return linkage.loc[mosaic.obs_names].to_numpy(dtype=np.float32)
     if linkage != "cca" or graph is None:
-        raise ValueError(f'linkage is "cca", a table of scores, or None; found {linkage!r}')
+        raise ValueError(f'linkage must be "cca", a table of scores, or None; found {linkage!r}')
     return shared_scores(mosaic, graph, n_components)
 
 
 def shared_scores(mosaic: Mosaic, graph: GuidanceGraph, n_components: int, seed: int = 0) -> np.ndarray:
-    """Scores of cells that all modalities share, from canonical correlation started at the graph's links.
+    """Scores of cells in one space for all modalities, from canonical correlation that starts from linked features.
 
-    The two modalities with the most links are linked by `pyromosaic.linkage.cca`. Each further one is linked to one of
-    those before, and its cells get the scores that they are expected to have there.
+    The two modalities with the most links are linked by `pyromosaic.linkage.cca`. Each further modality is linked to a
+    previous one, and its cells get their expected scores there.
 
     Parameters
     ----------
@@ -58,22 +58,13 @@ def shared_scores(mosaic: Mosaic, graph: GuidanceGraph, n_components: int, seed:
     n_components
         Number of scores.
     seed
-        Of the linkage.
+        Seed of the linkage.
 
     Returns
     -------
     numpy.ndarray
-        Cells × scores. The mean square of a cell's scores summed is the sum of squared canonical correlations: so they
-        are on the scale of posterior means under a standard normal prior.
-
-    Examples
-    --------
-    >>> from pyromosaic import pbmc_mosaic, protein_gene_links
-    >>> mosaic = Mosaic.from_mudata(pbmc_mosaic())
-    >>> links = protein_gene_links().rename(columns={"protein": "adt", "gene": "rna"})
-    >>> graph = GuidanceGraph.from_table(mosaic, links, drop_absent=True)
-    >>> shared_scores(mosaic, graph, n_components=5).shape
-    (1600, 5)
+        Cells × scores. The mean over cells of the summed squared scores is the sum of squared canonical correlations.
+        Therefore the scores are on the scale of posterior means under a standard normal prior.
     """
     scores: dict[str, np.ndarray] = {}
     radius = 1.0

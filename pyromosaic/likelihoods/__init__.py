@@ -1,12 +1,12 @@
-"""Likelihoods: from a decoder's predictors to the observed site of a modality.
+"""Likelihoods: map the predictors of a decoder to the observed site of a modality.
 
-A likelihood names the predictors it needs (the decoder has one head each), owns the feature-level parameters, and says
-where training should start given the data. `Likelihood.forward` stands in the model, inside the plates of the
-modality's cells (dim -2) and features (dim -1); a likelihood with latent variables of its own also has
-`Likelihood.posterior`, which stands in the guide.
+A likelihood names the predictors that it needs (the decoder has one head for each), owns the feature-level parameters,
+and computes start values of training from the data. `Likelihood.forward` is part of the model, inside the plates of the
+modality's cells (dim -2) and features (dim -1). A likelihood with its own latent variables also has
+`Likelihood.posterior`, which is part of the guide.
 
-A likelihood of your own is a subclass of `Likelihood`, or of one of those below; `pyromosaic.ModalitySpec` takes the
-class in place of a name.
+To write a likelihood, subclass `Likelihood` or one of the classes below, and pass the class to
+`pyromosaic.ModalitySpec` in place of a name.
 """
 
 from collections.abc import Mapping
@@ -46,7 +46,7 @@ LIKELIHOODS: Mapping[str, type[Likelihood]] = {
 
 
 def likelihoods_of(schema: Schema) -> dict[str, Any]:
-    """The likelihood of each modality, by its name or of the user's class.
+    """The likelihood of each modality, by name or from the user's class.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ def likelihoods_of(schema: Schema) -> dict[str, Any]:
     Returns
     -------
     dict
-        By modality.
+        Likelihoods by modality.
 
     Examples
     --------

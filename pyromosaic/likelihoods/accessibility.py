@@ -16,24 +16,13 @@ from pyromosaic.likelihoods.likelihood import Likelihood, Predictors, logit
 class Bernoulli(Likelihood):
     """Accessibility: ``P(x > 0) = d * r * sigmoid(accessibility)``, cell factor d, region factor r (PeakVI; MultiVI).
 
-    The region factor is ``sigmoid`` of a free parameter; the cell factor is ``sigmoid`` of a small network of the
-    cell's depth, the log of its fragment count relative to the median cell's.
+    The region factor is the ``sigmoid`` of a free parameter. The cell factor is the ``sigmoid`` of a small network of
+    the cell's depth, the log of its fragment count relative to that of the median cell.
 
     Parameters
     ----------
     schema
         The modality.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"atac": 50})[0], {"atac": "bernoulli"})
-    >>> view = measured(mosaic, mosaic.find(None)).observed["atac"]
-    >>> likelihood = Bernoulli(mosaic.schema["atac"])
-    >>> distribution = likelihood.distribution(likelihood.start(view), view)
-    >>> bool((distribution.mean < likelihood.normalized(distribution)).all())  # as the factors are below 1
-    True
     """
 
     family = "bernoulli"
@@ -46,7 +35,7 @@ class Bernoulli(Likelihood):
         self.depth = nn.Sequential(nn.Linear(1, 16), nn.LeakyReLU(), nn.Linear(16, 1))
 
     def start(self, view: View) -> dict[str, Tensor]:
-        """Share of cells in which each region is open, given cell and region factors of one half."""
+        """Start at the share of cells in which each region is open, given cell and region factors of one half."""
         share = (view.dense_counts() > 0).to(torch.float32).mean(0)
         return {"accessibility": logit((4 * share).clamp(1e-4, 0.9))}
 

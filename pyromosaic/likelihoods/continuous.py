@@ -21,17 +21,6 @@ class Normal(Likelihood):
     ----------
     schema
         The modality.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"x": 50}, likelihoods={"x": "normal"})[0], {"x": "normal"})
-    >>> view = measured(mosaic, mosaic.find(None)).observed["x"]
-    >>> likelihood = Normal(mosaic.schema["x"])
-    >>> distribution = likelihood.distribution(likelihood.start(view), view)
-    >>> torch.allclose(distribution.mean, view.counts.mean(0), atol=1e-5)
-    True
     """
 
     family = "normal"
@@ -65,17 +54,6 @@ class Log1pNormalLikelihood(Normal):
     ----------
     schema
         The modality.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], {"rna": "log1p_normal"})
-    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
-    >>> likelihood = Log1pNormalLikelihood(mosaic.schema["rna"])
-    >>> distribution = likelihood.distribution(likelihood.start(view), view)
-    >>> distribution.log_prob(view.dense_counts()).shape
-    torch.Size([40, 50])
     """
 
     family = "log1p_normal"
@@ -97,18 +75,6 @@ class ZILN(Likelihood):
     ----------
     schema
         The modality.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], {"rna": "ziln"})
-    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
-    >>> likelihood = ZILN(mosaic.schema["rna"])
-    >>> distribution = likelihood.distribution(likelihood.start(view), view)
-    >>> zeros = distribution.log_prob(torch.zeros(())).exp()  # as many as in the data
-    >>> torch.allclose(zeros, (view.dense_counts() == 0).float().mean(0), atol=0.02)
-    True
     """
 
     family = "ziln"
@@ -137,24 +103,12 @@ class ZILN(Likelihood):
 
 
 class ZIG(Likelihood):
-    """Non-negative values with exact zeros: of probability ``sigmoid(gate)``, else ``Gamma(softplus(shape), rate)``.
+    """Non-negative values with exact zeros, of probability ``sigmoid(gate)``; else ``Gamma(softplus(shape), rate)``.
 
     Parameters
     ----------
     schema
         The modality.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], {"rna": "zig"})
-    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
-    >>> likelihood = ZIG(mosaic.schema["rna"])
-    >>> distribution = likelihood.distribution(likelihood.start(view), view)
-    >>> zeros = distribution.log_prob(torch.zeros(())).exp()  # as many as in the data
-    >>> torch.allclose(zeros, (view.dense_counts() == 0).float().mean(0), atol=0.02)
-    True
     """
 
     family = "zig"

@@ -1,4 +1,4 @@
-"""What all likelihoods share."""
+"""Base classes of likelihoods."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -27,36 +27,28 @@ def logit(p: Tensor) -> Tensor:
     -------
     Tensor
         Log odds in nats, of the same shape.
-
-    Examples
-    --------
-    >>> logit(torch.tensor([0.5, 0.9]))
-    tensor([0.0000, 2.1972])
     """
     return torch.logit(p, eps=1e-6)
 
 
 class Likelihood(PyroModule):
-    """What all likelihoods share; a subclass defines `distribution` and names its `predictors`.
+    """Base class of likelihoods; a subclass defines `distribution` and names its `predictors`.
 
     Parameters
     ----------
     schema
         The modality.
 
-    Examples
-    --------
-    Methylation: methylated counts out of a coverage, which is another layer of the data.
-
-    >>> from pyro import distributions as dist
-    >>> from pyromosaic import ModalitySpec
-    >>> class Binomial(Likelihood):
-    ...     data_kind = "count"
-    ...     predictors = ("level",)
-    ...
-    ...     def distribution(self, predictors, view):
-    ...         return dist.Binomial(view.exposure, logits=predictors["level"])
-    >>> spec = ModalitySpec(Binomial, exposure_layer="coverage")
+    Attributes
+    ----------
+    data_kind
+        Numbers that the data are checked to be: ``"count"``, ``"nonnegative"`` or ``"real"``.
+    traits
+        More than that: whether the cell's size matters, how groups of cells are compared; see `pyromosaic.data.Traits`.
+    predictors
+        Names of what the decoder is to say, each for every cell and feature.
+    posterior_predictors
+        The same for a decoder in the guide, for the `posterior` of latent variables of the likelihood's own.
     """
 
     family: ClassVar[str] = ""  # the name that `pyromosaic.ModalitySpec` takes; empty for a likelihood of one's own
@@ -83,39 +75,28 @@ class Likelihood(PyroModule):
         raise TypeError(f"{type(self).__name__} does not define distribution()")
 
     def forward(self, name: str, predictors: Predictors, view: View, kl_weight: float = 1.0) -> None:
-        """The generative story of the modality: its observed site, named after the modality."""
+        """The generative model of the modality: its observed site, named after the modality."""
         pyro.sample(name, self.distribution(predictors, view), obs=view.counts)
 
     def normalized(self, distribution: dist.TorchDistribution) -> Tensor:
-        """The biological signal in a distribution that was made for a cell of size 1."""
+        """The biological signal in a distribution for a cell of size 1."""
         return distribution.mean
 
     def cell_factor(self, view: View) -> Tensor:
-        """What the signal of each cell is multiplied by, shape (b, 1)."""
+        """Factor by which the signal of each cell is multiplied, shape (b, 1)."""
         return torch.ones_like(view.library)
 
 
 class CountLikelihood(Likelihood):
-    """What negative binomial likelihoods share: sizes of cells, and the inverse dispersion theta.
+    """Base class of negative binomial likelihoods: sizes of cells, and the inverse dispersion theta.
 
-    theta is one number a feature, or one a feature and batch or label; where a cell's batch or label is not known, the
-    geometric mean over them.
+    theta is one number per feature, or one per feature and batch or label. If a cell's batch or label is not known,
+    theta is the geometric mean over them.
 
     Parameters
     ----------
     schema
         The modality.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, ModalitySpec, simulate
-    >>> from pyromosaic.data import measured
-    >>> spec = ModalitySpec("nb", batch_key="batch", dispersion="gene-batch")
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], {"rna": spec})
-    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
-    >>> likelihood = CountLikelihood(mosaic.schema["rna"])
-    >>> likelihood.log_theta.shape, likelihood.theta(view).shape
-    (torch.Size([2, 50]), torch.Size([40, 50]))
     """
 
     def __init__(self, schema: ModalitySchema) -> None:

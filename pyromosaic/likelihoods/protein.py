@@ -17,27 +17,15 @@ from pyromosaic.program import weighted
 class NBMixture(CountLikelihood):
     """Antibody counts: background or foreground (totalVI; MultiVI, Methods).
 
-    A log background level is drawn for every cell and protein, ``b ~ Normal(m, s)`` with m and s learnt per protein
-    and batch. With probability ``sigmoid(mixing)`` the count is background, ``NB(l * exp(b), theta)``, else it is
-    foreground, ``NB(l * exp(b) * (1 + exp(foreground)), theta)``; l is the cell's antibody count over the median
-    cell's. The posterior of b given the latent variable is normal, by a decoder of the guide.
+    A log background level is drawn for every cell and protein, ``b ~ Normal(m, s)``, with m and s learnt per protein
+    and batch. With probability ``sigmoid(mixing)`` the count is background, ``NB(l * exp(b), theta)``. Otherwise it is
+    foreground, ``NB(l * exp(b) * (1 + exp(foreground)), theta)``. l is the cell's antibody count divided by that of the
+    median cell. The posterior of b given the latent variable is normal and comes from a decoder of the guide.
 
     Parameters
     ----------
     schema
         The modality.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"adt": 5})[0], {"adt": "nb_mixture"})
-    >>> view = measured(mosaic, mosaic.find(None)).observed["adt"]
-    >>> likelihood = NBMixture(mosaic.schema["adt"])
-    >>> {name: bias.shape for name, bias in likelihood.start(view).items()}
-    {'foreground': torch.Size([5]), 'mixing': torch.Size([5]), 'loc': torch.Size([5]), 'log_scale': torch.Size([5])}
-    >>> bool(likelihood.theta(view).isclose(torch.tensor(10.0)).all())
-    True
     """
 
     family = "nb_mixture"
@@ -52,10 +40,10 @@ class NBMixture(CountLikelihood):
         self.background_log_scale = nn.Parameter(torch.zeros(n_batches, schema.n_features))
 
     def start(self, view: View) -> dict[str, Tensor]:
-        """Background, foreground and mixing as in a two-component normal fit of log1p counts, per batch and protein.
+        """Start at a two-component normal fit to log1p counts, per batch and protein.
 
-        theta starts at 10: antibodies are far less dispersed than genes, and as a logarithm theta goes no further than
-        its number of steps takes it. Predictive intervals of held-out counts are too wide where it lags behind.
+        theta starts at 10, because antibodies are far less dispersed than genes, and log theta can move only a limited
+        way in the steps of a run. If it lags behind, predictive intervals of held-out counts are too wide.
         """
         x = torch.log1p(view.dense_counts() * self.schema.library / view.library).numpy()
         batches = view.one_hot().argmax(-1).numpy() if self.schema.spec.batch_key else np.zeros(len(x), dtype=int)
@@ -94,17 +82,17 @@ class NBMixture(CountLikelihood):
         pyro.sample(name, mixture, obs=view.counts)
 
     def posterior(self, name: str, predictors: Predictors, kl_weight: float = 1.0) -> None:
-        """Posterior of the log background given the latent variable; stands in the guide."""
+        """Posterior of the log background given the latent variable; part of the guide."""
         with weighted(kl_weight):
             scale = predictors["log_scale"].clamp(-10.0, 3.0).exp()
             pyro.sample(f"{name}_background", dist.Normal(predictors["loc"], scale))
 
     def cell_factor(self, view: View) -> Tensor:
-        """Size of each cell over the median cell's, shape (b, 1)."""
+        """Size of each cell divided by that of the median cell, shape (b, 1)."""
         return view.library / self.schema.library
 
     def normalized(self, distribution: dist.TorchDistribution) -> Tensor:
-        """Expected foreground: its probability times its mean."""
+        """Expected foreground: the probability of foreground times its mean."""
         return (1 - distribution.mixing_probability) * distribution.mu_foreground
 
 
@@ -116,7 +104,7 @@ def two_normals(x: np.ndarray, n_cells: int = 500, n_steps: int = 20) -> tuple[n
     x
         Values, shape (cells, features).
     n_cells
-        Number of cells, evenly spaced, that are enough for start values.
+        Number of cells to use, evenly spaced; a sample is enough for start values.
     n_steps
         Number of steps.
 

@@ -1,4 +1,4 @@
-"""Counts of RNA, and other counts whose shares of a cell's total are modelled."""
+"""Counts of RNA, and other counts that are modelled as proportions of a cell's total."""
 
 import torch
 from pyro import distributions as dist
@@ -14,23 +14,12 @@ from pyromosaic.likelihoods.likelihood import CountLikelihood, Predictors
 
 
 class NB(CountLikelihood):
-    """RNA counts: ``x ~ NB(mean = l * softmax(rate), theta)``, l the cell's size, theta per gene (MultiVI, Methods).
+    """RNA counts: ``x ~ NB(mean = l * softmax(rate), theta)`` with cell size l and theta per gene (MultiVI, Methods).
 
     Parameters
     ----------
     schema
         The modality.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], {"rna": "nb"})
-    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
-    >>> likelihood = NB(mosaic.schema["rna"])
-    >>> distribution = likelihood.distribution(likelihood.start(view), view)
-    >>> torch.allclose(distribution.mean.sum(-1, keepdim=True), view.library)  # the cell's size
-    True
     """
 
     family = "nb"
@@ -38,7 +27,7 @@ class NB(CountLikelihood):
     predictors: tuple[str, ...] = ("rate",)
 
     def start(self, view: View) -> dict[str, Tensor]:
-        """Mean profile of the cells; theta stays at 1."""
+        """Start at the mean profile of the cells; theta stays at 1."""
         total = view.dense_counts().sum(0)
         return {"rate": torch.log((total + 0.5) / (total + 0.5).sum())}
 
@@ -52,23 +41,12 @@ class NB(CountLikelihood):
 
 
 class ZINB(NB):
-    """RNA counts with structural zeros, of probability ``sigmoid(gate)``; else as `NB`.
+    """RNA counts with structural zeros: 0 with probability ``sigmoid(gate)``, else as `NB`.
 
     Parameters
     ----------
     schema
         The modality.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50}, likelihoods={"rna": "zinb"})[0], {"rna": "zinb"})
-    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
-    >>> likelihood = ZINB(mosaic.schema["rna"])
-    >>> start = likelihood.start(view)
-    >>> sorted(start), likelihood.distribution(start, view).batch_shape
-    (['gate', 'rate'], torch.Size([40, 50]))
     """
 
     family = "zinb"
@@ -76,7 +54,7 @@ class ZINB(NB):
     predictors = ("rate", "gate")
 
     def start(self, view: View) -> dict[str, Tensor]:
-        """Mean profile of the cells, and few structural zeros."""
+        """Start at the mean profile of the cells, with few structural zeros."""
         return {**super().start(view), "gate": torch.full((self.schema.n_features,), -3.0)}
 
     def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
@@ -89,23 +67,12 @@ class ZINB(NB):
 class MultinomialLikelihood(NB):
     """Counts given a cell's total: ``x ~ Multinomial(l, softmax(rate))`` (Cobolt; Gong et al. 2021).
 
-    Nothing but the shares is modelled: no dispersion, and no chance in the total.
+    It models only the proportions: there is no dispersion, and the total is not random.
 
     Parameters
     ----------
     schema
         The modality.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0], {"rna": "multinomial"})
-    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
-    >>> likelihood = MultinomialLikelihood(mosaic.schema["rna"])
-    >>> distribution = likelihood.distribution(likelihood.start(view), view)
-    >>> distribution.batch_shape, distribution.log_prob(view.dense_counts()).shape
-    (torch.Size([40, 50]), torch.Size([40, 50]))
     """
 
     family = "multinomial"

@@ -21,7 +21,6 @@ from pyromosaic.linkage.canonical import (
     crossfit_correlations,
     shuffled_covariances,
 )
-from pyromosaic.linkage.links import Links, links_by_name, links_by_overlap, links_from_table
 from pyromosaic.linkage.matching import (
     Correspondence,
     assignment,
@@ -36,6 +35,7 @@ from pyromosaic.linkage.variational import (
     VariationalLinkage,
     variational_cca,
 )
+from pyromosaic.links import Links, links_by_name, links_by_overlap, links_from_table
 
 __all__ = [
     "Canonical",

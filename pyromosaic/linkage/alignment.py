@@ -16,7 +16,6 @@ from pyromosaic.linkage.canonical import (
     crossfit_correlations,
     shuffled_covariances,
 )
-from pyromosaic.linkage.links import Links, links_from_table
 from pyromosaic.linkage.matching import (
     Correspondence,
     assignment,
@@ -28,6 +27,7 @@ from pyromosaic.linkage.preprocess import (
     Standardiser,
 )
 from pyromosaic.linkage.rounds import Match, Pair, Side
+from pyromosaic.links import GuidanceGraph, Links, links_of
 
 #: Ways of matching cells by similarity.
 MATCHES: Mapping[str, Match] = {"transport": transport, "mutual": mutual_nearest, "assignment": assignment}
@@ -41,19 +41,19 @@ class Linkage:
     ----------
     scores
         For each modality cells × components: canonical variables weighted by their correlations, each cell scaled to
-        length one, so that Euclidean distance orders cells as the cosine does.
+        length one, so that Euclidean distance gives the same order of cells as the cosine.
     correlations
-        Canonical correlation of each component. Its scale is that of all cells, so it may exceed 1 where those that
-        correspond vary more. Cells that were matched by scores have correlated scores: it is no evidence that the
-        matching is right.
+        Canonical correlation of each component. It is scaled by the variance of all cells, so it may exceed 1 if
+        corresponding cells vary more. Cells that were matched by scores have correlated scores, so it is no evidence
+        that the matching is right.
     crossfit
         The same in cells that were left out when the component was estimated (but not when cells were matched).
     correspondence
         The soft matching of the cells.
     agreement
         Mean correlation, over matched cells, of links that were left out of a trial, after each of its rounds and for
-        each start that was tried; empty without a trial. Start and number of rounds were chosen by it, and it is near
-        0 where nothing is shared. Harder ways of matching have larger values without being better.
+        each start; empty without a trial. It was used to choose the start and the number of rounds. It is near 0 where
+        nothing is shared. Harder matchings have larger values without being better.
     links
         The linked features that were used, if any.
 
@@ -80,13 +80,13 @@ class Linkage:
     _reduced: "dict[str, tuple[Standardiser, np.ndarray, np.ndarray]]" = field(repr=False)
 
     def transform(self, mosaic: Mosaic) -> dict[str, pd.DataFrame]:
-        """Scores of cells that were not there before.
+        """Scores of new cells.
 
         Parameters
         ----------
         mosaic
-            Cells with one of the modalities or both, of the same features. A batch that was not seen before is centred
-            by itself.
+            Cells with one of the modalities or both, with the same features. A batch that was not seen before is
+            centred separately.
 
         Returns
         -------
@@ -96,7 +96,7 @@ class Linkage:
         Raises
         ------
         ValueError
-            If neither modality is there, or its features are others.
+            If neither modality is in the mosaic, or its features differ.
         """
         canonical = self._canonical.keep(len(self.correlations))
         names = list(self._reduced)
@@ -106,7 +106,7 @@ class Linkage:
         }
 
     def components(self, mosaic: Mosaic) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Numbers of the cells that have a modality and their principal components; raises as `transform` does."""
+        """Positions of the cells that have a modality and their principal components; raises as `transform` does."""
         found = {}
         for name, (standardiser, loadings, _) in self._reduced.items():
             if name in mosaic.modalities:
@@ -114,7 +114,7 @@ class Linkage:
                 found[name] = cells, standardiser.apply(mosaic.modalities[name], cells) @ loadings
         if not found:
             raise ValueError(
-                f"the mosaic has {', '.join(map(repr, mosaic.modalities))}; the linkage is between "
+                f"the mosaic has the modalities {', '.join(map(repr, mosaic.modalities))}, but the linkage is between "
                 f"{' and '.join(map(repr, self._reduced))}"
             )
         return found
@@ -123,8 +123,8 @@ class Linkage:
         r"""Features whose correlation across the modalities is beyond chance.
 
         The correlation of features j and k is that of the canonical model, :math:`l_j^T C_{xx} A \,\mathrm{diag}(\rho)
-        B^T C_{yy} m_k`, with l and m the features' loadings on the principal components. It is beyond chance where
-        it is larger, in absolute value, than the largest of all pairs in all but a share `level` of the shuffled
+        B^T C_{yy} m_k`, with l and m the loadings of the features on the principal components. It is beyond chance if
+        its absolute value is larger than the largest of all pairs in all but a share `level` of the shuffled
         correspondences.
 
         Parameters
@@ -135,7 +135,7 @@ class Linkage:
         Returns
         -------
         pandas.DataFrame
-            One row a pair, the strongest first: columns named after the modalities, ``correlation``, and ``mutual``:
+            One row per pair, the strongest first: columns named after the modalities, ``correlation``, and ``mutual``,
             whether each is the strongest partner of the other.
         """
         n = len(self.correlations)
@@ -176,16 +176,9 @@ def link_recovery(found: pd.DataFrame, held_out: Links) -> tuple[float, float]:
     Returns
     -------
     precision : float
-        Share of known links among the found pairs of two features that both have a known link; NaN if there is none.
+        Share of known links among the found pairs whose features both have a known link; NaN if there is no such pair.
     recall : float
         Share of the known links that were found.
-
-    Examples
-    --------
-    >>> held_out = Links(pd.DataFrame({"rna": ["CD19", "CD14"], "adt": ["cd19", "cd14"]}))
-    >>> found = pd.DataFrame({"rna": ["CD19", "CD14"], "adt": ["cd19", "cd19"]})
-    >>> link_recovery(found, held_out)
-    (0.5, 0.5)
     """
     names = list(held_out.modalities)
     judged = found[np.all([found[name].isin(held_out.pairs[name]) for name in names], axis=0)]
@@ -196,7 +189,7 @@ def link_recovery(found: pd.DataFrame, held_out: Links) -> tuple[float, float]:
 def cca(
     mosaic: Mosaic,
     modalities: tuple[str, str],
-    links: pd.DataFrame | Links | None = None,
+    links: pd.DataFrame | Links | GuidanceGraph | None = None,
     *,
     match: Literal["transport", "mutual", "assignment"] | Match = "transport",
     start: Literal["links", "diagonal", "geometry"] | None = None,
@@ -214,10 +207,10 @@ def cca(
     """Link two modalities by soft-correspondence canonical correlation analysis, without pairs or labels.
 
     Cells are matched by their linked features, smoothed over nearest neighbours within each modality. Canonical
-    correlation analysis of all features over the soft matching gives scores, by which (and by the linked features)
-    the cells are matched again. How the matching starts and how often it is repeated is chosen by
-    links that trial runs are not given: as their two features correlate best over matched cells. The cells of the two
-    modalities are separate rows throughout, also where a cell has both; of `obs` nothing is read but the batch.
+    correlation analysis of all features over the soft matching gives scores. The cells are matched again by these
+    scores and the linked features. Links that trial runs do not get decide the start and the number of rounds: those
+    are chosen for which the two features of these links correlate best over matched cells. The cells of the two
+    modalities are separate rows throughout, even if a cell has both; from `obs` only the batch is read.
 
     Parameters
     ----------
@@ -226,35 +219,37 @@ def cca(
     modalities
         Names of the two modalities.
     links
-        Linked features: a table (see `links_from_table`) or `Links`. Without any, cells are matched by geometry.
+        Linked features: a table (see `links_from_table`), `Links`, or a `GuidanceGraph`. Without any, cells are matched
+        by geometry.
     match
         ``"transport"`` (entropic optimal transport on the cosine: soft), ``"mutual"`` (mutual nearest neighbours),
-        ``"assignment"`` (one to one), or a function from similarities and weights to a plan, such as
-        ``functools.partial(linkage.transport, epsilon=0.05)``, softer.
+        ``"assignment"`` (one to one), or a function that maps similarities and weights to a plan, such as
+        ``functools.partial(linkage.transport, epsilon=0.05)``, which is softer.
     start
-        What the first matching goes by: ``"links"`` (the linked features themselves), ``"diagonal"`` (singular vectors
-        of their product) or ``"geometry"`` (fused Gromov–Wasserstein of 256 metacells; needs POT). By default the
-        better one of the first two in a trial (links without one), and geometry where there are no links.
+        Basis of the first matching: ``"links"`` (the linked features themselves), ``"diagonal"`` (singular vectors of
+        their product) or ``"geometry"`` (fused Gromov–Wasserstein of 256 metacells; needs POT). By default, the better
+        one of the first two in a trial (``"links"`` without a trial), and geometry if there are no links.
     rounds
         Largest number of rounds.
     held_out
-        Share of the links that trial runs leave out; 0 for no trial and all rounds, as without links.
+        Share of the links that trial runs leave out; with 0, as without links, there is no trial and all rounds are
+        made.
     link_share
-        Share of the linked features in the similarity after the first round.
+        Weight of the linked features in the similarity after the first round.
     n_components
-        Number of components; by default those, at most 15, that are beyond chance, see `count_components`.
+        Number of components; by default the number that is beyond chance, at most 15, see `count_components`.
     n_pcs
-        Principal components that each modality is reduced to.
+        Number of principal components of each modality.
     n_neighbors
-        Neighbours in smoothing.
+        Number of neighbours in smoothing.
     ridge
         Added to the diagonal of covariances, as a share of their mean.
     n_metacells
-        With more cells than that, cells are matched as metacells of equal size: halved again and again along their
-        longest direction. Covariances within a modality and scores are those of all cells. What grows with the square
-        of a number of cells stops there: 4,096 metacells make matrices of 64 MB.
+        With more cells than this, metacells of equal size are matched instead of cells; they come from repeated halving
+        along the longest direction. Covariances within a modality and scores still use all cells. This limits
+        everything that grows with the square of the number of cells: 4,096 metacells make matrices of 64 MB.
     correspondence
-        A correspondence to use as it is, in place of matching. From pairs or labels, the result is an upper bound or
+        A correspondence to use instead of matching. With pairs, the result is an upper bound; with labels, it is
         supervised.
     seed
         Seed of principal components, trial and shuffles.
@@ -267,8 +262,8 @@ def cca(
     Raises
     ------
     ValueError
-        In one sentence, if a modality does not exist, an argument is out of range, both modalities hold the same
-        measurements, there are fewer cells than components, or no linked feature is left that varies.
+        If a modality does not exist, an argument is out of range, both modalities hold the same measurements, there are
+        fewer cells than components, or no linked feature is left that varies.
 
     References
     ----------
@@ -285,20 +280,23 @@ def cca(
     """
     _check(mosaic, modalities)
     if isinstance(match, str) and match not in MATCHES:
-        raise ValueError(f"there is no matching {match!r}; accepted: {', '.join(map(repr, MATCHES))} or a function")
+        raise ValueError(f"unknown match {match!r}; accepted: {', '.join(map(repr, MATCHES))} or a function")
     if start not in (None, "links", "diagonal", "geometry"):
-        raise ValueError(f"there is no start {start!r}; accepted: 'links', 'diagonal', 'geometry' or None")
+        raise ValueError(f"unknown start {start!r}; accepted: 'links', 'diagonal', 'geometry' or None")
     if rounds < 1 or not 0 <= held_out < 1:
-        raise ValueError(f"rounds is at least 1 and held_out from 0 up to less than 1; found {rounds} and {held_out}")
+        raise ValueError(
+            f"rounds must be at least 1, and held_out at least 0 and below 1; found {rounds} and {held_out}"
+        )
     most = 15 if n_components is None else n_components
     first, second = (Side.fit(mosaic, name, n_pcs, n_neighbors, n_metacells, seed) for name in modalities)
     _refuse_same(first, second)
     smallest = min(first.loadings.shape[1], second.loadings.shape[1])
     if n_components is not None and not 1 <= n_components <= smallest:
-        raise ValueError(f"n_components lies between 1 and the {smallest} principal components; found {n_components}")
+        raise ValueError(
+            f"n_components must be between 1 and {smallest}, the number of principal components; found {n_components}"
+        )
     if links is not None:
-        links = links if isinstance(links, Links) else links_from_table(mosaic, modalities, links)
-        links = _varying(links, mosaic, first, second)
+        links = _varying(links_of(links, mosaic, modalities), mosaic, first, second)
     pair = Pair(
         (first, second),
         _linked(links, mosaic, first, second),
@@ -343,7 +341,7 @@ def cca(
 
 
 def scores_table(scores: np.ndarray, cells: pd.Index) -> pd.DataFrame:
-    """Scores as a linkage shows them: each cell of length one."""
+    """Scores as a linkage returns them: each cell has length one."""
     return pd.DataFrame(unit_rows(scores), cells, [f"cc{i + 1}" for i in range(scores.shape[1])])
 
 
@@ -352,7 +350,7 @@ def _check(mosaic: Mosaic, modalities: tuple[str, str]) -> None:
         if name not in mosaic.modalities:
             raise ValueError(f"there is no modality {name!r}; the mosaic has {', '.join(map(repr, mosaic.modalities))}")
     if modalities[0] == modalities[1]:
-        raise ValueError(f"linkage is between two modalities; found {modalities[0]!r} twice")
+        raise ValueError(f"linkage needs two different modalities; found {modalities[0]!r} twice")
 
 
 def _refuse_same(first: Side, second: Side) -> None:
@@ -360,8 +358,7 @@ def _refuse_same(first: Side, second: Side) -> None:
     x, y = np.sort(first.data.scale), np.sort(second.data.scale)
     if len(first.cells) == len(second.cells) and x.shape == y.shape and np.allclose(x, y, rtol=1e-3):
         raise ValueError(
-            f"modalities {first.name!r} and {second.name!r} hold the same measurements; the same matrix on both sides "
-            "is not a linkage"
+            f"modalities {first.name!r} and {second.name!r} hold the same measurements; give two different modalities"
         )
 
 
@@ -374,7 +371,7 @@ def _varying(links: Links, mosaic: Mosaic, first: Side, second: Side) -> Links:
     if not varies.all():
         pair = links.pairs[list(links.modalities)].iloc[int(np.argmin(varies))]
         warnings.warn(
-            f"{int((~varies).sum())} of {len(links)} links are left out, since one of their features never varies "
+            f"{int((~varies).sum())} of {len(links)} links are left out, because one of their features never varies "
             f"within a batch (the first: {pair.iloc[0]!r} and {pair.iloc[1]!r})",
             stacklevel=3,
         )
@@ -382,7 +379,7 @@ def _varying(links: Links, mosaic: Mosaic, first: Side, second: Side) -> Links:
 
 
 def _linked(links: Links | None, mosaic: Mosaic, first: Side, second: Side) -> tuple[np.ndarray, np.ndarray]:
-    """Linked features of the metacells, weighted and of positive sign; no column without links."""
+    """Linked features of the metacells, weighted and with positive sign; no column without links."""
     if links is None:
         return np.zeros((len(first.means), 0)), np.zeros((len(second.means), 0))
     columns = links.positions(mosaic)

@@ -15,21 +15,9 @@ class Canonical:
     Parameters
     ----------
     coefficients
-        From centred variables to canonical variables, one matrix a modality, shape (variables, components).
+        Matrices that map centred variables to canonical variables, one per modality, shape (variables, components).
     correlations
-        Canonical correlations, falling, shape (components,).
-
-    Examples
-    --------
-    >>> rng = np.random.default_rng(0)
-    >>> shared = rng.standard_normal((300, 1))
-    >>> x, y = (np.hstack([shared, rng.standard_normal((300, 2))]) for _ in range(2))  # one variable in common
-    >>> pairs = Correspondence.from_pairs(np.arange(300), np.arange(300), (300, 300))
-    >>> canonical = canonical_correlation(x, y, pairs, ridge=0.01)
-    >>> canonical.keep(1).correlations.round(1)
-    array([1.])
-    >>> canonical.keep(1).scores(x - x.mean(0), side=0).shape
-    (300, 1)
+        Canonical correlations in decreasing order, shape (components,).
     """
 
     coefficients: tuple[np.ndarray, np.ndarray]
@@ -61,7 +49,7 @@ def canonical_correlation(x: np.ndarray, y: np.ndarray, pi: Correspondence, ridg
     Parameters
     ----------
     x, y
-        Variables (principal components, say), cells × variables.
+        Variables (e.g. principal components), cells × variables.
     pi
         The correspondence.
     ridge
@@ -70,16 +58,7 @@ def canonical_correlation(x: np.ndarray, y: np.ndarray, pi: Correspondence, ridg
     Returns
     -------
     Canonical
-        As many components as the narrower of the two has variables, correlations falling.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from pyromosaic.linkage import Correspondence, canonical_correlation
-    >>> x = np.random.default_rng(0).standard_normal((200, 3))
-    >>> pairs = Correspondence.from_pairs(np.arange(200), np.arange(200), (200, 200))
-    >>> canonical_correlation(x, x[:, ::-1], pairs, ridge=0).correlations.round(3)
-    array([1., 1., 1.])
+        As many components as the smaller number of variables, with correlations in decreasing order.
     """
     return canonical_variables([ridged(values, ridge) for values in (x, y)], pi.cross_covariance(x, y))
 
@@ -115,7 +94,7 @@ def shuffled_covariances(
     Returns
     -------
     numpy.ndarray
-        What `Correspondence.cross_covariance` is for each shuffle.
+        `Correspondence.cross_covariance` for each shuffle.
 
     Examples
     --------
@@ -141,7 +120,7 @@ def shuffled_covariances(
 def count_components(canonical: Canonical, null: np.ndarray, level: float = 0.05) -> int:
     """Number of leading components whose correlation is beyond chance.
 
-    Component k is judged by the largest correlation that shuffling finds in what components 1 to k - 1 leave over
+    Component k is compared with the largest correlation in shuffled data after components 1 to k - 1 are removed
     (Winkler et al., "Permutation inference for canonical correlation analysis", NeuroImage 2020).
 
     Parameters
@@ -179,8 +158,8 @@ def crossfit_correlations(
 ) -> np.ndarray:
     """Canonical correlations in cells that the coefficients have not seen.
 
-    Both modalities are split into halves; coefficients from the correspondence within one half are judged by the
-    correspondence within the other, and the other way round.
+    Both modalities are split into halves. Coefficients from the correspondence within one half are evaluated with the
+    correspondence within the other half, in both directions.
 
     Parameters
     ----------
@@ -192,17 +171,7 @@ def crossfit_correlations(
     Returns
     -------
     numpy.ndarray
-        Mean over both halves, shape (components,); not sorted, and about 0 for a component that was over-fitted.
-
-    Examples
-    --------
-    >>> rng = np.random.default_rng(0)
-    >>> shared = rng.standard_normal((300, 1))
-    >>> x, y = (np.hstack([shared, rng.standard_normal((300, 2))]) for _ in range(2))  # one variable in common
-    >>> pairs = Correspondence.from_pairs(np.arange(300), np.arange(300), (300, 300))
-    >>> held_out = crossfit_correlations(x, y, pairs, ridge=0.01)
-    >>> held_out.shape, bool(held_out[0] > 0.9)
-    ((3,), True)
+        Mean over both halves, shape (components,); not sorted, and about 0 for an overfitted component.
     """
     rng = np.random.default_rng(seed)
     halves = []
@@ -235,5 +204,5 @@ def _inverse_root(covariance: np.ndarray) -> np.ndarray:
 
 
 def _by_content(values: np.ndarray) -> np.ndarray:
-    """An order that goes with what was measured, so that draws do not depend on the order of the cells."""
+    """An order by the measurements, so that draws do not depend on the order of the cells."""
     return np.lexsort(values.T)

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy import sparse
-from sklearn.neighbors import NearestNeighbors
 
 from pyromosaic.data.mosaic import Modality
+from pyromosaic.neighbors import nearest
 
 
 def group_means(groups: np.ndarray, values: Any, n_groups: int) -> Any:
@@ -20,7 +20,7 @@ def group_means(groups: np.ndarray, values: Any, n_groups: int) -> Any:
 
 @dataclass
 class Standardised:
-    """The matrix ``(values - mean[batch]) / scale`` without being written out.
+    """The matrix ``(values - mean[batch]) / scale``, which is never formed.
 
     Parameters
     ----------
@@ -59,7 +59,7 @@ class Standardised:
 
 @dataclass(frozen=True)
 class Standardiser:
-    """How one modality was normalised and standardised, for cells to come.
+    """How one modality was normalised and standardised, to apply it to new cells.
 
     Parameters
     ----------
@@ -68,9 +68,9 @@ class Standardiser:
     transform
         See `pyromosaic.data.Traits`.
     target
-        Counts that each cell is normalised to, if the transform does that.
+        Counts to which each cell is normalised, if the transform does that.
     batches
-        Names of the batches; one empty name where there are none.
+        Names of the batches; one empty name if there are none.
     mean, scale
         As in `Standardised`.
     """
@@ -85,7 +85,7 @@ class Standardiser:
 
     @classmethod
     def fit(cls, modality: Modality, cells: np.ndarray) -> "tuple[Standardiser, Standardised]":
-        """Learn means and scales from cells that have the modality, and standardise them."""
+        """Fit means and scales to cells that have the modality, and standardise them."""
         transform = modality.spec.traits.transform
         target = float(np.median(modality.library[cells])) if transform == "log" else 1.0
         values = _transformed(modality, cells, transform, target)
@@ -106,17 +106,17 @@ class Standardiser:
         return self, Standardised(values, batch, mean, scale)
 
     def apply(self, modality: Modality, cells: np.ndarray) -> Standardised:
-        """Standardise cells to come; a batch that was not seen before gets its own mean.
+        """Standardise new cells; a batch that was not seen before gets its own mean.
 
         Raises
         ------
         ValueError
-            If the features are not those that were seen before.
+            If the features differ from those that were seen before.
         """
         if modality.schema.features != self.features:
             raise ValueError(
-                f"modality {self.name!r}: its features are not the {len(self.features)} that the linkage was made "
-                "with, in the same order"
+                f"modality {self.name!r}: the features must be the same {len(self.features)} features as in the "
+                "linkage, in the same order"
             )
         values = _transformed(modality, cells, self.transform, self.target)
         batches, batch = _batches(modality, cells)
@@ -166,7 +166,7 @@ def _dense(values: Any) -> np.ndarray:
 def principal_components(data: Standardised, n_components: int, seed: int) -> np.ndarray:
     """Loadings of the leading principal components by randomised subspace iteration, shape (p, n_components).
 
-    The random start lies in the space of features, so the order of the cells does not matter.
+    The random start is in the space of features, so the order of the cells does not matter.
     """
     n_features = data.values.shape[1]
     basis = np.random.default_rng(seed).standard_normal((n_features, min(n_components + 10, n_features)))
@@ -185,12 +185,12 @@ def metacells(x: np.ndarray, at_most: int) -> np.ndarray:
     x
         Principal components, cells × components.
     at_most
-        Largest number of groups; fewer cells than that stay on their own.
+        Largest number of groups; with fewer cells, each cell is a group.
 
     Returns
     -------
     numpy.ndarray
-        Group of each cell; it depends on what was measured, not on the order of the cells.
+        Group of each cell; it depends on the measurements, not on the order of the cells.
     """
     if len(x) <= at_most:
         return np.arange(len(x))
@@ -217,7 +217,7 @@ class Smoother:
     weights
         Row-normalised neighbour matrix, without the diagonal.
     own
-        Share of the own value.
+        Weight of the cell's own value.
     """
 
     weights: sparse.csr_array
@@ -226,8 +226,8 @@ class Smoother:
     @classmethod
     def fit(cls, x: np.ndarray, n_neighbors: int) -> "Smoother":
         """Find the nearest neighbours by Euclidean distance of `x`, cells × components."""
-        k = min(n_neighbors, len(x) - 1)
-        neighbors = NearestNeighbors(n_neighbors=k).fit(x).kneighbors(return_distance=False)
+        _, neighbors = nearest(x, n_neighbors)
+        k = neighbors.shape[1]
         pointers = np.arange(len(x) + 1) * k
         weights = sparse.csr_array((np.full(neighbors.size, 1 / k), neighbors.ravel(), pointers), shape=(len(x),) * 2)
         return cls(weights)

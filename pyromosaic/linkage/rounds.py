@@ -34,7 +34,7 @@ N_COARSE = 256  # metacells whose geometries are compared
 
 @dataclass
 class Side:
-    """One modality on its way through the linkage."""
+    """One modality during the linkage."""
 
     name: str
     cells: np.ndarray
@@ -54,13 +54,14 @@ class Side:
         if len(cells) <= n_pcs:
             raise ValueError(
                 f"modality {name!r} has {len(cells)} cell{'s' * (len(cells) != 1)}; {n_pcs} principal components need "
-                f"at least {n_pcs + 1} (lower n_pcs, or give more cells)"
+                f"at least {n_pcs + 1} cells (lower n_pcs, or give more cells)"
             )
         standardiser, data = Standardiser.fit(modality, cells)
         n_varying = int(np.isfinite(data.scale).sum())
         if n_varying < 2:
             raise ValueError(
-                f"modality {name!r}: {n_varying} of its {len(data.scale)} features vary within a batch; linkage needs 2"
+                f"modality {name!r}: {n_varying} of its {len(data.scale)} features vary within a batch; linkage "
+                "needs at least 2"
             )
         loadings = principal_components(data, min(n_pcs, n_varying), seed)
         components = data @ loadings
@@ -87,11 +88,11 @@ class Pair:
     linked
         Standardised linked features of the metacells, metacells × links each.
     match
-        How cells of given similarity are matched.
+        Function that matches cells by their similarity.
     link_share
-        Share of the linked features in similarities after the first.
+        Weight of the linked features in similarities after the first round.
     ridge, n_components
-        Of the canonical correlation analysis.
+        Settings of the canonical correlation analysis.
     """
 
     sides: tuple[Side, Side]
@@ -106,11 +107,11 @@ class Pair:
         return self.correspondence(self.match(similarity, (self.sides[0].weights, self.sides[1].weights)))
 
     def correspondence(self, plan: Any) -> Correspondence:
-        """The correspondence of cells that a plan between metacells means."""
+        """The correspondence of cells that follows from a plan between metacells."""
         return Correspondence(plan, (self.sides[0].groups, self.sides[1].groups))
 
     def by_links(self, chosen: np.ndarray, start: str) -> np.ndarray | None:
-        """Similarity of metacells by the chosen linked features; None where there is no link."""
+        """Similarity of metacells by the chosen linked features; None if there are no links."""
         if not chosen.any():
             return None
         x, y = (s.smooth(linked[:, chosen]) for s, linked in zip(self.sides, self.linked, strict=True))
@@ -131,7 +132,7 @@ class Pair:
         return self.correspondence(share[0].T @ plan @ share[1])
 
     def rounds(self, chosen: np.ndarray, start: str) -> Iterator[tuple[Correspondence, Canonical]]:
-        """Match and correlate, round after round, with the chosen links."""
+        """Match and correlate in rounds, with the chosen links."""
         by_links = self.by_links(chosen, start)
         if by_links is None or start == "geometry":
             pi = self.by_geometry(by_links)

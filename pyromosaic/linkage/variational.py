@@ -17,8 +17,8 @@ from pyromosaic.data import Mosaic
 from pyromosaic.fusion import Posterior, ProductFusion, presence
 from pyromosaic.linkage.alignment import Linkage, cca, scores_table
 from pyromosaic.linkage.canonical import Canonical, canonical_variables
-from pyromosaic.linkage.links import Links
 from pyromosaic.linkage.matching import Correspondence
+from pyromosaic.links import GuidanceGraph, Links
 from pyromosaic.program import Program
 
 #: For each modality the positions of its cells in the minibatch, shape (b,), and their values, shape (b, variables).
@@ -26,7 +26,7 @@ Views = Mapping[str, tuple[Tensor, Tensor]]
 
 
 class Curve(nn.Module):
-    """A linear map, plus a network with one hidden layer that begins as zero (none if `n_hidden` is 0)."""
+    """A linear map, plus a network with one hidden layer that starts at zero (no network if `n_hidden` is 0)."""
 
     def __init__(self, n_in: int, n_out: int, n_hidden: int) -> None:
         super().__init__()
@@ -44,14 +44,14 @@ class Curve(nn.Module):
 
 
 class VariationalCCAModel(Program):
-    r"""The generative story.
+    r"""The generative model.
 
     A cell has a shared variable :math:`z \sim N(0, I)` and in each modality a private one, :math:`h \sim N(0, I)`. A
-    modality measures :math:`x = f(z) + B h + e` with :math:`e \sim N(0, \mathrm{diag}(\sigma^2))`. As h enters
-    linearly it is integrated out: :math:`x \mid z \sim N(f(z), B B^T + \mathrm{diag}(\sigma^2))`; it is as wide as
-    x, so z has no reason to tell what one modality alone can see. With linear f this is probabilistic canonical
-    correlation analysis (Bach and Jordan, "A probabilistic interpretation of canonical correlation analysis", 2005);
-    with networks it is deep (Wang et al., "Deep variational canonical correlation analysis", 2016, where private
+    modality measures :math:`x = f(z) + B h + e` with :math:`e \sim N(0, \mathrm{diag}(\sigma^2))`. Because h enters
+    linearly, it is integrated out: :math:`x \mid z \sim N(f(z), B B^T + \mathrm{diag}(\sigma^2))`. It has the dimension
+    of x, so z does not have to explain variation that only one modality measures. With linear f this is probabilistic
+    canonical correlation analysis (Bach and Jordan, "A probabilistic interpretation of canonical correlation analysis",
+    2005); with networks it is deep (Wang et al., "Deep variational canonical correlation analysis", 2016, where private
     variables go through the networks too).
 
     Parameters
@@ -59,17 +59,9 @@ class VariationalCCAModel(Program):
     widths
         Number of variables of each modality.
     n_latent
-        Width of z.
+        Dimension of z.
     n_hidden
-        Hidden units of the decoders f; 0 for linear ones.
-
-    Examples
-    --------
-    >>> views = {"rna": (torch.arange(4), torch.zeros(4, 3)), "adt": (torch.arange(2), torch.zeros(2, 5))}
-    >>> model = VariationalCCAModel({"rna": 3, "adt": 5}, n_latent=2, n_hidden=0)
-    >>> trace = poutine.trace(model).get_trace(views, 4)
-    >>> trace.nodes["z"]["value"].shape, trace.nodes["adt"]["fn"].event_shape
-    (torch.Size([4, 2]), torch.Size([5]))
+        Number of hidden units of the decoders f; 0 for linear decoders.
     """
 
     def __init__(self, widths: Mapping[str, int], n_latent: int, n_hidden: int) -> None:
@@ -80,7 +72,7 @@ class VariationalCCAModel(Program):
         self.log_noise: Any = nn.ParameterDict({name: torch.zeros(p) for name, p in widths.items()})
 
     def forward(self, views: Views, n_cells: int) -> None:
-        """Sites: ``z``, and one of each modality's name; log densities are divided by the number of cells."""
+        """Sites: ``z``, and one named after each modality; log densities are divided by the number of cells."""
         zero = next(self.parameters()).new_zeros(())
         with poutine.scale(scale=1 / n_cells):
             with pyro.plate("cells", n_cells):
@@ -96,23 +88,16 @@ class VariationalCCAModel(Program):
 
 
 class VariationalCCAGuide(Program):
-    """The inference story: each modality is an expert on z, and experts are multiplied with each other and the prior.
+    """The variational posterior: each modality is an expert on z; the experts and the prior are multiplied.
 
-    So a cell with both modalities has a narrower posterior than with one. The family contains the exact posterior of
-    the linear model in canonical coordinates, and the bound is tightest there: so the axes of z are canonical ones.
+    Therefore a cell with both modalities has a narrower posterior than a cell with one. The family contains the exact
+    posterior of the linear model in canonical coordinates, and the bound is tightest there. Therefore the axes of z are
+    the canonical axes.
 
     Parameters
     ----------
     widths, n_latent, n_hidden
         As in `VariationalCCAModel`.
-
-    Examples
-    --------
-    >>> views = {"rna": (torch.arange(4), torch.zeros(4, 3)), "adt": (torch.arange(2), torch.zeros(2, 5))}
-    >>> guide = VariationalCCAGuide({"rna": 3, "adt": 5}, n_latent=2, n_hidden=0)
-    >>> loc, scale = guide.posterior(views, 4)
-    >>> bool((scale[:2] < scale[2:]).all())  # the first two cells have both modalities
-    True
     """
 
     def __init__(self, widths: Mapping[str, int], n_latent: int, n_hidden: int) -> None:
@@ -143,18 +128,18 @@ class VariationalCCAGuide(Program):
 def start(
     model: VariationalCCAModel, guide: VariationalCCAGuide, canonical: Canonical, covariances: Mapping[str, np.ndarray]
 ) -> None:
-    r"""Begin at the maximum likelihood of the linear model, which has a closed form (Bach and Jordan 2005).
+    r"""Start at the maximum likelihood of the linear model, which has a closed form (Bach and Jordan 2005).
 
     With canonical coefficients A, correlations :math:`\rho` and a covariance C, the decoder is
-    :math:`W = C A \,\mathrm{diag}(\sqrt\rho)`, what it leaves over, :math:`C - W W^T`, is private and noise, and the
-    expert has mean :math:`\mathrm{diag}(1 / \sqrt\rho) A^T x` and variances :math:`(1 - \rho) / \rho`.
+    :math:`W = C A \,\mathrm{diag}(\sqrt\rho)`. The remaining covariance :math:`C - W W^T` is private variation and
+    noise. The expert has mean :math:`\mathrm{diag}(1 / \sqrt\rho) A^T x` and variances :math:`(1 - \rho) / \rho`.
 
     Parameters
     ----------
     model, guide
-        What is to begin.
+        The programs to initialise.
     canonical
-        Canonical variables, as many as z is wide.
+        Canonical variables, as many as z has dimensions.
     covariances
         Covariance within each modality.
     """
@@ -181,7 +166,7 @@ def _set(linear: nn.Linear, weight: np.ndarray, bias: np.ndarray) -> None:
 def minibatches(
     data: Mapping[str, Tensor], pi: Correspondence, noise: Mapping[str, Tensor], n: int, size: int, seed: int
 ) -> Iterator[tuple[Views, int]]:
-    """Minibatches in which half of the cells are corresponding pairs and a quarter has one modality alone each.
+    """Minibatches in which half of the cells are corresponding pairs, and a quarter each has one modality alone.
 
     Parameters
     ----------
@@ -199,7 +184,7 @@ def minibatches(
     Yields
     ------
     tuple
-        What `VariationalCCAModel` and `VariationalCCAGuide` are called with.
+        Arguments of `VariationalCCAModel` and `VariationalCCAGuide`.
     """
     rng = np.random.default_rng(seed)
     pairs = np.stack(pi.draw(n * size // 2, rng)).reshape(2, n, size // 2)
@@ -216,8 +201,8 @@ def minibatches(
 class VariationalLinkage(Linkage):
     """Two modalities in one space, by a generative model.
 
-    What is not named here is as in `Linkage`: which cells correspond (`correspondence`), how that was found
-    (`agreement`, `links`), and `crossfit`, of the classical analysis.
+    All other attributes are as in `Linkage`: which cells correspond (`correspondence`), how that was found
+    (`agreement`, `links`), and `crossfit` of the classical analysis.
 
     Parameters
     ----------
@@ -231,8 +216,8 @@ class VariationalLinkage(Linkage):
     elbo
         Evidence lower bound in nats per cell of the minibatch, after each training step.
     shares
-        Standard deviation over cells of the posterior mean of each component of z: near 1 where one modality tells the
-        component, near 0 where it does not.
+        Standard deviation over cells of the posterior mean of each component of z: near 1 if one modality determines
+        the component, near 0 if it does not.
 
     Examples
     --------
@@ -252,7 +237,7 @@ class VariationalLinkage(Linkage):
     _scale: dict[str, np.ndarray] = field(repr=False)
 
     def transform(self, mosaic: Mosaic) -> dict[str, pd.DataFrame]:
-        """Scores of cells that were not there before; see `Linkage.transform`."""
+        """Scores of new cells; see `Linkage.transform`."""
         scores = {}
         for name, (cells, x) in self.components(mosaic).items():
             mean, _ = encoded(self.guide, {name: (np.arange(len(cells)), x / self._scale[name])}, len(cells))
@@ -260,7 +245,7 @@ class VariationalLinkage(Linkage):
         return scores
 
     def posterior(self, mosaic: Mosaic) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """What is known of the shared variable z of each cell, from all of the two modalities that it has.
+        """Posterior of the shared variable z of each cell, given all of its modalities.
 
         Parameters
         ----------
@@ -290,7 +275,7 @@ class VariationalLinkage(Linkage):
 def encoded(
     guide: VariationalCCAGuide, views: Mapping[str, tuple[np.ndarray, np.ndarray]], n_cells: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Posterior means and standard deviations of z as arrays; see `VariationalCCAGuide.posterior`."""
+    """Posterior means and standard deviations of z, as arrays; see `VariationalCCAGuide.posterior`."""
     tensors = {
         name: (torch.from_numpy(rows), torch.from_numpy(values).float()) for name, (rows, values) in views.items()
     }
@@ -311,7 +296,7 @@ def implied_covariance(model: VariationalCCAModel, n_draws: int = 20_000) -> np.
 def variational_cca(
     mosaic: Mosaic,
     modalities: tuple[str, str],
-    links: pd.DataFrame | Links | None = None,
+    links: pd.DataFrame | Links | GuidanceGraph | None = None,
     *,
     n_hidden: int = 0,
     ridge: float = 0.2,
@@ -324,34 +309,35 @@ def variational_cca(
     r"""Link two modalities by probabilistic canonical correlation analysis, linear or deep.
 
     The correspondence of cells is found by `cca`, or given. The programs `VariationalCCAModel` and
-    `VariationalCCAGuide` describe principal components, each divided by its standard deviation. They begin at the
-    closed form of the linear model; then the evidence lower bound is maximised over pairs of cells that are drawn from
-    the correspondence (half of each minibatch), and over all cells of either modality alone, whichever pairs they are
-    in: so the posterior given one modality is learnt too.
+    `VariationalCCAGuide` describe principal components, each divided by its standard deviation. They start from the
+    closed form of the linear model. Training then maximises the evidence lower bound over pairs of cells that are drawn
+    from the correspondence (half of each minibatch), and over all cells of each modality alone, regardless of pairs.
+    Therefore the posterior given one modality is learnt too.
 
     Parameters
     ----------
     mosaic, modalities, links
         As in `cca`.
     n_hidden
-        Hidden units of the networks that decoders and encoders have beside their linear maps; 0 for the linear model.
-        Networks pay where pairs are known. A correspondence that was found without pairs has errors, and they learn
-        these too.
+        Number of hidden units of the networks that decoders and encoders have in addition to their linear maps; 0 for
+        the linear model. Networks help if pairs are known. A correspondence that was found without pairs has errors,
+        and networks learn these too.
     ridge
         Variance of the noise that is added to the principal components in training, as a share of their mean variance.
-        With linear decoders it is what the ridge is in `cca`.
+        With linear decoders it acts like the ridge in `cca`.
     n_steps, batch_size, learning_rate
-        Steps of Adam, cells of a minibatch (a multiple of 4), and the learning rate, which falls to 0 along a cosine.
+        Number of steps of Adam, number of cells in a minibatch (a multiple of 4), and learning rate, which falls to 0
+        along a cosine.
     seed
-        Seed of `cca`, start values and minibatches. Minibatches go by the order of the cells.
+        Seed of `cca`, start values and minibatches. Minibatches depend on the order of the cells.
     **matching
-        Further arguments of `cca`: ``correspondence`` (from true pairs it makes an upper bound, from labels the result
-        is supervised), ``n_components`` (width of z), ``n_pcs``, how cells are matched.
+        Further arguments of `cca`: ``correspondence`` (with true pairs the result is an upper bound, with labels it is
+        supervised), ``n_components`` (dimension of z), ``n_pcs``, and how cells are matched.
 
     Returns
     -------
     VariationalLinkage
-        Scores of the cells of both modalities, the trained programs, and the course of training.
+        Scores of the cells of both modalities, the trained programs, and the training curve.
 
     Raises
     ------
@@ -376,7 +362,7 @@ def variational_cca(
     """
     if n_hidden < 0 or n_steps < 1 or batch_size < 4 or batch_size % 4 or ridge <= 0:
         raise ValueError(
-            "n_hidden is at least 0, n_steps at least 1, batch_size a multiple of 4 and ridge above 0; found "
+            "n_hidden must be at least 0, n_steps at least 1, batch_size a multiple of 4 and ridge above 0; found "
             f"{n_hidden}, {n_steps}, {batch_size} and {ridge}"
         )
     link = cca(mosaic, modalities, links, ridge=ridge, seed=seed, **matching)
@@ -438,14 +424,8 @@ def train(
     numpy.ndarray
         The bound at each step, in nats per cell.
     """
-    optimizer = torch.optim.Adam([*model.parameters(), *guide.parameters()], learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
-    bound, elbo = TraceMeanField_ELBO(), []
-    for minibatch in minibatches:
-        optimizer.zero_grad()
-        loss = bound.differentiable_loss(model, guide, *minibatch)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        elbo.append(-loss.item())
-    return np.array(elbo)
+    from pyromosaic.train import minimise  # beside Lightning, which is slow to import
+
+    bound = TraceMeanField_ELBO()
+    losses = (bound.differentiable_loss(model, guide, *minibatch) for minibatch in minibatches)
+    return -minimise(losses, [*model.parameters(), *guide.parameters()], learning_rate, n_steps)

@@ -9,6 +9,7 @@ from scipy.spatial.distance import cdist
 
 from pyromosaic.metrics._checks import aligned, as_copies, as_labels, as_latent, as_latent_pair, check_number
 from pyromosaic.metrics.neighbors import nearest_neighbors
+from pyromosaic.neighbors import vote
 
 
 def foscttm(
@@ -227,13 +228,8 @@ def label_transfer_accuracy(
     known = as_labels(reference_labels, len(reference), "reference_labels")
     wanted = as_labels(query_labels, len(query), "query_labels")
     codes, labels = pd.factorize(known)
-    neighbors = codes[nearest_neighbors(reference, n_neighbors, query)]
-    rows = np.arange(len(query))
-    votes = np.zeros((len(query), len(labels)), dtype=np.intp)
-    np.add.at(votes, (rows[:, None], neighbors), 1)
-    # The first neighbour whose label has the most votes settles equal votes.
-    winner = np.argmax(votes[rows[:, None], neighbors] == votes.max(axis=1, keepdims=True), axis=1)
-    return float(np.mean(labels[neighbors[rows, winner]] == wanted))
+    winners, _ = vote(codes[nearest_neighbors(reference, n_neighbors, query)])
+    return float(np.mean(labels[winners] == wanted))
 
 
 def label_transfer_both_ways(

@@ -2,9 +2,9 @@
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.neighbors import NearestNeighbors
 
 from pyromosaic.metrics._checks import check_number
+from pyromosaic.neighbors import nearest
 
 
 def nearest_neighbors(
@@ -42,5 +42,4 @@ def nearest_neighbors(
     check_number(n_neighbors, "n_neighbors", n_candidates, limit)
     # A tree takes coordinate differences; scikit-learn's brute search expands the square, which loses digits far from
     # the origin and leaves ties to rounding and to the number of threads.
-    search = NearestNeighbors(n_neighbors=n_neighbors, algorithm="kd_tree").fit(reference)
-    return search.kneighbors(query, return_distance=False)
+    return nearest(reference, n_neighbors, query, algorithm="kd_tree")[1]

@@ -1,4 +1,4 @@
-"""The models; each is one file with a generative story, an inference story and what is special to it."""
+"""The models; each file has a generative model, a guide and the methods that only this model has."""
 
 from pyromosaic.models.contrastivevi import ContrastiveVI
 from pyromosaic.models.diagvi import DiagVI

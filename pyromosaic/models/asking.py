@@ -1,4 +1,4 @@
-"""What a trained model says of measurements: denoised, imputed, drawn, and compared between groups of cells."""
+"""Methods of a trained model about measurements: denoise, impute, draw, and compare groups of cells."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -20,7 +20,7 @@ CHUNK_ENTRIES = 20_000_000  # draws × cells × features in memory at once
 
 
 class Asking(TrainedModel):
-    """Questions about measurements; see `pyromosaic.models.MosaicModel`."""
+    """Methods about measurements; see `pyromosaic.models.MosaicModel`."""
 
     def get_normalized_expression(
         self,
@@ -34,24 +34,24 @@ class Asking(TrainedModel):
         data: Mosaic | None = None,
         seed: int = 0,
     ) -> pd.DataFrame:
-        """Denoised expression, measured or not: the share of each gene, or a protein's expected foreground.
+        """Denoised expression, measured or not: proportions of genes, or the expected foreground of proteins.
 
         Parameters
         ----------
         modality
             The modality; by default the first of the model that is not accessibility.
         cells, features
-            Names (cells also by number or mask); None for all.
+            Names (for cells also positions or a mask); None for all.
         batch
-            Predict as if cells had been measured in this batch, or on average over these; by default in each cell's
-            own.
+            Predict as if the cells had been measured in this batch, or average over these batches; by default, each
+            cell is predicted for its own batch.
         library
-            Size of the cells to predict at, in counts; by default 1 for RNA, which gives shares, and the median cell's
-            for protein. Modalities without sizes take none.
+            Size of the cells in the prediction, in counts; by default 1 for RNA, which gives proportions, and the
+            median for protein. Modalities without sizes take none.
         n_samples
             Average over this many posterior draws; None decodes the posterior mean.
         data
-            Other cells than the training data.
+            Cells other than the training data.
         seed
             Seed of the draws.
 
@@ -88,7 +88,7 @@ class Asking(TrainedModel):
         data: Mosaic | None = None,
         seed: int = 0,
     ) -> pd.DataFrame:
-        """Probability that a cell has a protein, rather than only its background, measured or not.
+        """Probability that a cell has a protein, rather than only background, measured or not.
 
         Parameters
         ----------
@@ -112,7 +112,7 @@ class Asking(TrainedModel):
         """
         modality = self._first("'nb_mixture'", lambda traits: traits.background) if modality is None else modality
         if not self.schema[modality].spec.traits.background:
-            raise ValueError(f"modality {modality!r} has no foreground; that is of the likelihood 'nb_mixture'")
+            raise ValueError(f"modality {modality!r} has no foreground; only the likelihood 'nb_mixture' has one")
         if "mixing" not in self._likelihood(modality).predictors:
             raise ValueError(f"modality {modality!r} has no foreground here: the program does not use its likelihood")
         size = self.schema[modality].library
@@ -145,7 +145,7 @@ class Asking(TrainedModel):
         cells, features, batch, n_samples, data, seed
             As in `get_normalized_expression`.
         factors
-            Multiply by cell and region factor, which gives the probability of observing a fragment.
+            Multiply by the cell factor and the region factor; this gives the probability of observing a fragment.
 
         Returns
         -------
@@ -168,17 +168,17 @@ class Asking(TrainedModel):
         return self._expected(question, batch)
 
     def get_cell_factors(self, cells: Cells = None, *, data: Mosaic | None = None) -> pd.DataFrame:
-        """What the signal of each cell is multiplied by.
+        """Factor by which the signal of each cell is multiplied.
 
-        For RNA its size in counts, for protein its size over the median cell's, for accessibility the probability that
-        an open region is seen.
+        For RNA it is the size in counts; for protein, the size divided by that of the median cell; for accessibility,
+        the probability that an open region is observed.
 
         Parameters
         ----------
         cells
-            Names, numbers or a mask; None for all.
+            Names, positions or a mask; None for all.
         data
-            Other cells than the training data.
+            Cells other than the training data.
 
         Returns
         -------
@@ -210,7 +210,7 @@ class Asking(TrainedModel):
         return pd.DataFrame(factors, mosaic.obs_names[index])
 
     def get_region_factors(self, modality: str | None = None) -> pd.Series:
-        """Factor of each region, between 0 and 1: its width and its bias, whatever the cell.
+        """Factor of each region, between 0 and 1: it describes width and bias, and is the same for all cells.
 
         Parameters
         ----------
@@ -227,7 +227,7 @@ class Asking(TrainedModel):
         """
         modality = self._first("'bernoulli'", lambda traits: traits.binary) if modality is None else modality
         if not self.schema[modality].spec.traits.binary:
-            raise ValueError(f"modality {modality!r} has no region factors; they are of the likelihood 'bernoulli'")
+            raise ValueError(f"modality {modality!r} has no region factors; only the likelihood 'bernoulli' has them")
         if not hasattr(self._likelihood(modality), "region_factor"):
             raise ValueError(
                 f"modality {modality!r} has no region factors here: the program does not use its likelihood"
@@ -249,7 +249,7 @@ class Asking(TrainedModel):
         data: Mosaic | None = None,
         seed: int = 0,
     ) -> Estimate:
-        """Expected measurements of a modality with their uncertainty, from whatever the cells were measured by.
+        """Expected measurements of a modality with their uncertainty, inferred from all modalities of each cell.
 
         Parameters
         ----------
@@ -258,15 +258,15 @@ class Asking(TrainedModel):
         cells, features, data, seed
             As in `get_normalized_expression`.
         encode
-            Modalities to infer from; by default all that a cell has.
+            Modalities to infer from; by default all modalities of a cell.
         batch
-            Predict as if measured in this batch; by default the cell's own, or an average over batches where the
+            Predict as if measured in this batch; by default the cell's own batch, or an average over batches if the
             modality was never measured in the cell's batch.
         library
-            Size of the cells in counts; by default the cell's own, or where the modality is missing what the model
-            expects of a cell with such a latent variable.
+            Size of the cells in counts; by default the cell's own size, or where the modality is missing, the size that
+            the model expects given the latent variable.
         n_samples
-            Number of independent posterior draws; None evaluates at the mean of the posterior, without uncertainty.
+            Number of independent posterior draws; None evaluates at the posterior mean, without uncertainty.
         quantiles
             Levels at which to report quantiles over the draws.
 
@@ -319,8 +319,8 @@ class Asking(TrainedModel):
 
         Notes
         -----
-        A cell in which the modality was measured keeps its size. Elsewhere the size is drawn as well, see
-        `pyromosaic.sizes.Size`, so the draws have the noise of depth.
+        A cell in which the modality was measured keeps its size. For other cells the size is drawn too (see
+        `pyromosaic.sizes.Size`), so that the draws have the noise of depth.
 
         Examples
         --------
@@ -356,50 +356,50 @@ class Asking(TrainedModel):
     ) -> pd.DataFrame:
         """Differential expression, accessibility or protein between groups of cells, measured or not.
 
-        Pairs of cells, one of each group, are compared by posterior draws of their denoised values; see
-        `pyromosaic.tasks.compare`. The effect is the log2 fold change of shares (RNA) or of expected counts
+        The test compares pairs of cells, one from each group, by posterior draws of their denoised values; see
+        `pyromosaic.tasks.compare`. The effect is the log2 fold change of proportions (RNA) or of expected counts
         (protein), or the difference of probabilities (accessibility).
 
         Parameters
         ----------
         groupby
-            Column of `obs` with the groups; cells without a value take no part.
+            Column of `obs` with the groups; cells without a value are ignored.
         group1, group2
-            Values in that column. Without `group1` every group is compared with the rest in turn; without `group2` the
-            second group is the rest.
+            Values in that column. Without `group1`, each group is compared with all other cells in turn; without
+            `group2`, the second group is all other cells.
         cells1, cells2
-            Groups given by names, numbers or masks instead; without `cells2` the second group is the rest.
+            The groups as names, positions or masks of cells; without `cells2`, the second group is all other cells.
         modality
             The modality; by default the model's first.
         mode
             ``"change"``: is the effect at least `delta` in size? ``"vanilla"``: which of the two is larger?
         delta
-            Smallest effect that counts: by default a log2 fold change of 0.25 or a difference of 0.05; None estimates
-            it for each pair of groups.
+            Smallest relevant effect: by default a log2 fold change of 0.25 or a difference of 0.05; None estimates it
+            for each pair of groups.
         fdr
-            Share of false discoveries accepted among the features called.
+            Accepted false discovery rate among the features that are called significant.
         batch_correction
-            Compare within batches, and average over them: both cells of a pair are decoded for the same batch. By
-            default each is decoded for its own.
+            Decode both cells of a pair for the same batch, and average over batches. By default, each cell is decoded
+            for its own batch.
         protein_foreground
-            Compare a protein's expected foreground instead of its whole expected count. Less steady: where background
-            and foreground are hard to tell apart, the model may call the same count either, and the foreground changes
-            alone.
+            Compare the expected foreground of a protein instead of its whole expected count. This is less stable: where
+            background and foreground are hard to distinguish, the model may assign the same count to either, and only
+            the foreground changes.
         n_samples
             Number of pairs.
         features
             Names of the features to compare; None for all.
         data
-            Other cells than the training data.
+            Cells other than the training data.
         seed
-            Seed of pairs and draws; the same for every pair of groups.
+            Seed of pairs and draws; it is the same for every pair of groups.
 
         Returns
         -------
         pandas.DataFrame
-            A block for each pair of groups (``comparison``, ``group1``, ``group2``) with a row a feature, the surest
-            first: the columns of `pyromosaic.tasks.compare`, then ``raw_mean``, ``nonzero_share`` and
-            ``normalized_mean`` (cells scaled to the size of the median cell) of either group's cells in which the
+            A block for each pair of groups (``comparison``, ``group1``, ``group2``) with one row per feature, the most
+            probable first. It has the columns of `pyromosaic.tasks.compare`, then ``raw_mean``, ``nonzero_share`` and
+            ``normalized_mean`` (cells scaled to the size of the median cell) of the cells of each group in which the
             modality was measured, NaN if there are none.
 
         Raises
@@ -411,9 +411,9 @@ class Asking(TrainedModel):
 
         Notes
         -----
-        The probabilities are about cells like these, and take the trained networks for known: small effects between
-        groups of few cells may be chance, against which a larger `delta` (or None) helps. Cells of one donor are no
-        replicates: what holds for donors needs several of them in either group.
+        The probabilities are about cells like these, and take the trained networks as known. Small effects between
+        small groups may be chance; use a larger `delta` (or None). Cells of one donor are not replicates: statements
+        about donors need several donors in each group.
 
         Examples
         --------
@@ -473,7 +473,7 @@ class Asking(TrainedModel):
             )
 
     def _unit_size(self, modality: str) -> float:
-        """Size of a cell whose expected measurements are the denoised values: shares of RNA, else a median cell's."""
+        """Size at which expected measurements are the denoised values: 1 for proportions of RNA, else the median."""
         schema = self.schema[modality]
         return 1.0 if schema.spec.traits.shares else schema.library
 
@@ -482,7 +482,7 @@ class Asking(TrainedModel):
         for name, modality in self.schema.modalities.items():
             if fits(modality.spec.traits):
                 return name
-        raise ValueError(f"the model has no modality to answer that from: none has a likelihood {what}")
+        raise ValueError(f"the model has no modality for this question: none has a likelihood {what}")
 
     def _expected(self, question: Question, batch: str | Sequence[str] | None) -> pd.DataFrame:
         """Mean of a quantity over posterior draws and over batches, each batch with the same draws."""
@@ -490,7 +490,8 @@ class Asking(TrainedModel):
         batches: list[object] = list(batch) if several else [batch]  # type: ignore[arg-type]
         if not batches:
             raise ValueError(
-                "the list of batches to average over is empty; give at least one, or None for a cell's own"
+                "the list of batches to average over is empty; give at least one batch, or None for the "
+                "batch of each cell"
             )
         means = [self._estimate(replace(question, batch=b)).mean for b in batches]
         return sum(means[1:], means[0]) / len(means)
@@ -502,7 +503,7 @@ class Asking(TrainedModel):
         return estimate(self._answers(question), names, columns, quantiles)
 
     def _answers(self, question: Question) -> Iterator[Tensor]:
-        """Draws of what is asked, chunk by chunk of cells, each of shape (draws, cells, features)."""
+        """Draws of the requested quantity, chunk by chunk of cells, each of shape (draws, cells, features)."""
         mosaic, modality = self._data(question.data), question.modality
         index, columns = mosaic.find(question.cells), self._features(modality, question.features)
         question.check(mosaic, index)

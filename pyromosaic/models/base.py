@@ -1,4 +1,4 @@
-"""What all models share: a Pyro program with its data, built and trained."""
+"""Base of all models: a Pyro program with its data, built and trained."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,15 +21,36 @@ from pyromosaic.tasks import inference_mode
 from pyromosaic.tasks.question import columns_of, portions
 from pyromosaic.train import Optimisation, Schedule, fit
 
-#: Options that have another name than in earlier versions.
-RENAMED: Mapping[str, str] = {"n_layers": "n_encoder_layers", "lam_private": "private_kl"}
+#: Options that have another name than in earlier versions, or are arguments of a part now.
+RENAMED: Mapping[str, str] = {
+    "n_layers": "n_encoder_layers",
+    "lam_private": "private_kl",
+    "lam_data": "likelihood_weight",
+    "lam_kl": "shared_kl",
+    "lam_graph": "graph_weight",
+    "lam_sinkhorn": "alignment",
+    "align_draws": "alignment=Sinkhorn(sampled=...)",
+    "blur": "alignment=Sinkhorn(blur=...)",
+    "reach": "alignment=Sinkhorn(reach=...)",
+    "reference": "alignment=Sinkhorn(reference=...)",
+    "lam_anchors": "anchors",
+    "n_neighbors": "anchors=Anchors(n_neighbors=...)",
+    "lam_pull": "pull",
+    "lam_class": "classifier",
+    "lam_adversary": "adversary",
+    "n_adversary_steps": "adversary=Discriminator(n_steps=...)",
+    "adversary_target": "adversary=Adversary(target=...)",
+    "lam_cycle": "cycle",
+    "lam_geometry": "geometry",
+    "n_components": "prior=GaussianMixture(n_components=...)",
+}
 
 #: Options that count dimensions, units or layers.
 WIDTHS = ("n_latent", "n_salient", "n_hidden", "n_encoder_layers", "n_decoder_layers")
 
 
 class Preset(NamedTuple):
-    """Named choices: options of a model's constructor, and of its `train`."""
+    """A named set of options: for the constructor of a model, and for its `train`."""
 
     options: Mapping[str, Any]
     training: Mapping[str, Any]
@@ -43,7 +64,7 @@ class TrainedModel:
     options: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Note the options of the outermost constructor, a subclass's for example, to rebuild the model from."""
+        """Record the options of the outermost constructor (e.g. of a subclass), to rebuild the model from them."""
         model = super().__new__(cls)
         model.options = _options(cls, args, kwargs)
         for data in args[:1]:
@@ -61,8 +82,30 @@ class TrainedModel:
         return model
 
     @contextmanager
-    def _construction(self, data: Mosaic | Schema, seed: int) -> Iterator[Schema]:
-        """Seeded and with local parameters; afterwards start values are taken from the data, if there are any."""
+    def construction(self, data: Mosaic | Schema, seed: int) -> Iterator[Schema]:
+        """Where a subclass builds ``self.model`` and ``self.guide``.
+
+        Inside, networks start from `seed`, and parameters belong to this model alone. At the end the guide gets a
+        posterior of the global latent variables, if the model has any; start values are taken from the data, if there
+        are any; and both programs are put in evaluation mode.
+
+        Parameters
+        ----------
+        data
+            What the constructor was given: a mosaic, or the `Schema` of data to come (as in `load` and `adapt`).
+        seed
+            Seed of the start values.
+
+        Yields
+        ------
+        Schema
+            The modalities. Take all shapes from it: with a `Schema` there are no data yet.
+
+        Raises
+        ------
+        TypeError
+            If ``self.model`` or ``self.guide`` is not there at the end, or is no `pyromosaic.program.Program`.
+        """
         self.mosaic = self.arranged(data) if isinstance(data, Mosaic) else None
         self.schema = data.schema if isinstance(data, Mosaic) else data
         check_names(self.schema)
@@ -74,6 +117,13 @@ class TrainedModel:
         with torch.random.fork_rng(), pyro.settings.context(module_local_params=True):
             torch.manual_seed(seed)
             yield self.schema
+            for part in ("model", "guide"):
+                found = vars(self).get(part)
+                if not isinstance(found, Program):
+                    raise TypeError(
+                        f"{type(self).__name__} builds self.{part}, a pyromosaic.program.Program, inside "
+                        f"`with self.construction(data, seed)`; found {type(found).__name__}"
+                    )
             self.guide.match(self.model)
         if self.mosaic is not None:
             with torch.no_grad():
@@ -82,7 +132,7 @@ class TrainedModel:
         self.guide.eval()
 
     def _keep(self, **options: Any) -> None:
-        """Save these values in place of what options were given as."""
+        """Save these values instead of the given options."""
         self.options |= {name: value for name, value in options.items() if name in self.options}
 
     def arranged(self, mosaic: Mosaic) -> Mosaic:
@@ -112,20 +162,22 @@ class TrainedModel:
         return loader(mosaic, cells, batch_size, seed, n_workers)
 
     def finish(self, mosaic: Mosaic) -> None:
-        """Learn how sure decoders are, and how a cell's size depends on z, for cells in which it was not measured."""
+        """Fit the uncertainty of decoders, and how size depends on z, for cells without the modality."""
         for name, modality in mosaic.modalities.items():
             part = part_of(self.model, name)
             if part is not None and modality.present.any():
-                cells, latent = self.explaining_size(mosaic, modality.sample())
-                view = measured(mosaic, cells).observed[name].to(self._device)
-                part.size.fit(torch.from_numpy(latent).to(self._device), view)
+                cells = modality.sample()
+                if part.size is not None:
+                    cells, latent = self.explaining_size(mosaic, cells)
+                    view = measured(mosaic, cells).observed[name].to(self._device)
+                    part.size.fit(torch.from_numpy(latent).to(self._device), view)
                 parts = np.array_split(cells, -(-len(cells) // 256))
                 minibatches = (measured(mosaic, part).to(self._device) for part in parts)
                 with inference_mode(self.model, self.guide, seed=0):
                     learn_weights(self.model, self.guide, name, minibatches, int(modality.present.sum()))
 
     def explaining_size(self, mosaic: Mosaic, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of these cells those to learn sizes from, and draws of what explains them (as predicting does)."""
+        """The cells from which sizes are learnt, and draws of the variables that explain them (as in prediction)."""
         return cells, self._latent(mosaic, cells, "z", sample=True)
 
     def _latent(
@@ -169,24 +221,24 @@ class TrainedModel:
         Parameters
         ----------
         n_epochs
-            Passes over the training cells.
+            Number of passes over the training cells.
         batch_size
             Largest number of cells in a minibatch.
         learning_rate, weight_decay, kl_warmup_epochs, schedule, gradient_clip
             See `pyromosaic.train.Optimisation`.
         validation, test
-            Shares of the cells kept out of training, drawn within each pattern of modalities. Validation cells are
-            looked at some 20 times in the run and at its end, in every epoch if training may stop early.
+            Shares of the cells that are kept out of training, drawn within each pattern of modalities. Validation cells
+            are evaluated about 20 times in the run and at its end, or in every epoch if training may stop early.
         early_stopping
             Stop after this many epochs without a better validation ELBO (or, with ``monitor="reconstruction"``, a
-            better likelihood), and return to the best.
+            better likelihood), and restore the parameters of the best epoch.
         seed
             Seed of split, order of minibatches and noise.
         n_workers
-            Processes that read minibatches ahead; 0 reads in the process itself.
+            Number of processes that read minibatches ahead; 0 reads in the main process.
         **trainer
-            ``monitor``, ``progress_bar``, ``logger``, ``callbacks``, ``checkpoint_dir``, ``resume_from``, and what
-            `lightning.pytorch.Trainer` takes (``accelerator``, ``devices``, ``strategy``, …).
+            ``monitor``, ``progress_bar``, ``logger``, ``callbacks``, ``checkpoint_dir``, ``resume_from``, and the
+            arguments of `lightning.pytorch.Trainer` (``accelerator``, ``devices``, ``strategy``, …).
 
         Raises
         ------
@@ -247,13 +299,11 @@ class TrainedModel:
     def _data(self, data: Mosaic | None) -> Mosaic:
         mosaic = self.mosaic if data is None else data
         if mosaic is None:
-            raise ValueError("the model has no data: give some, data=model.register(mdata) say")
+            raise ValueError("the model has no data; pass some, e.g. data=model.register(mdata)")
         if not isinstance(mosaic, Mosaic):
-            raise ValueError(
-                f"data are a Mosaic, registered for this model: model.register(mdata); found a {type(mosaic).__name__}"
-            )
+            raise ValueError(f"data must be a Mosaic, e.g. data=model.register(mdata); found a {type(mosaic).__name__}")
         if mosaic.schema != self.schema:
-            raise ValueError("the data were not registered for this model: model.register(mdata) does that")
+            raise ValueError("the data were not registered for this model; call model.register(mdata) first")
         mosaic = self.arranged(mosaic)
         if self._fusion is not None:
             self._fusion.meet(mosaic)
@@ -267,18 +317,26 @@ class TrainedModel:
         part = part_of(self.model, modality)
         if part is None:
             raise ValueError(
-                f"the program has no likelihood of modality {modality!r} to ask: none of its `modalities` is a "
-                "pyromosaic.measurement.Measurement of that name"
+                f"the program has no likelihood for modality {modality!r}: none of its `modalities` is a "
+                "pyromosaic.measurement.Measurement with that name"
             )
         return part.likelihood
 
     @property
     def _fusion(self) -> Fusion | None:
-        return getattr(self.guide, "fusion", None)
+        fusion = getattr(self.guide, "fusion", None)
+        return fusion if isinstance(fusion, Fusion) else None
 
     @property
     def _device(self) -> torch.device:
-        return next(self.guide.parameters()).device
+        parameters = (p.device for program in (self.guide, self.model) for p in program.parameters())
+        return next(parameters, torch.device("cpu"))
+
+
+def accepted_options(cls: type) -> set[str]:
+    """Names of the options of a class and of those that it derives from."""
+    constructors = [vars(base)["__init__"] for base in cls.__mro__[:-1] if "__init__" in vars(base)]
+    return {name for constructor in constructors for name in signature(constructor).parameters}
 
 
 def _is_number(value: Any) -> bool:
@@ -292,9 +350,9 @@ def _check_whole(name: str, value: Any) -> None:
 
 def _options(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Options by name, given or by default, of the constructor of a class."""
-    constructor = signature(cls.__init__)  # type: ignore[misc]
+    constructor, accepted = signature(cls.__init__), accepted_options(cls)  # type: ignore[misc]
     for old, new in RENAMED.items():
-        if old in kwargs and old not in constructor.parameters and new in constructor.parameters:
+        if old in kwargs and old not in accepted and new.split("=")[0] in accepted:
             raise TypeError(f"{cls.__name__} calls the option {old!r} {new!r} now")
     bound = constructor.bind_partial(None, *args, **kwargs)
     bound.apply_defaults()

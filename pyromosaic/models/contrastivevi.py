@@ -1,4 +1,4 @@
-"""ContrastiveVI: what treated cells have that controls do not, in RNA, chromatin, surface protein or any mix of them.
+"""ContrastiveVI: what treated cells have and controls do not, in RNA, chromatin, surface protein or any mix of them.
 
 Weinberger, Lin and Lee, Isolating salient variations of interest in single-cell data with contrastiveVI, Nature
 Methods 2023; extended to mosaics of modalities and to several target groups.
@@ -18,13 +18,25 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyromosaic.data import Minibatch, Mosaic, Schema, View, contrastive_loader
+from pyromosaic.described import complete
 from pyromosaic.fusion import Fusion, Posterior, agreement_weights, fusion_of, leave_out, presence
 from pyromosaic.likelihoods import likelihoods_of
 from pyromosaic.measurement import Measurement, MeasurementGuide, Plates, cells, encoded
 from pyromosaic.models.mosaic_model import Preset
 from pyromosaic.models.salient import Contrasting, Parts, cohorts_of
 from pyromosaic.nn import Decoder, Encoder, unit_columns
-from pyromosaic.penalties import MMD, CohortMMD, Dependence, Jeffreys, Penalty, Wasserstein, apply, attached, with_given
+from pyromosaic.penalties import (
+    MMD,
+    CohortMMD,
+    Dependence,
+    Jeffreys,
+    Penalty,
+    Wasserstein,
+    apply,
+    attached,
+    chosen,
+    with_given,
+)
 from pyromosaic.priors import ARD, StandardNormal
 from pyromosaic.program import Program, Slots, own
 from pyromosaic.sizes import LatentSize, Size, latent_sizes
@@ -57,7 +69,7 @@ def belongs(minibatch: Minibatch, groups: Sequence[int]) -> Tensor:
 
 
 def salient(parts: Parts, minibatch: Minibatch, distributions: Iterable[dist.TorchDistribution]) -> list[Tensor]:
-    """Draws of the salient variables, inside the plate of cells; 0 in cells that do not have them."""
+    """Draws of the salient variables, inside the plate of cells; 0 in cells without salient variables."""
     drawn = []
     for (site, groups), distribution in zip(parts, distributions, strict=True):
         has = belongs(minibatch, groups)
@@ -67,22 +79,10 @@ def salient(parts: Parts, minibatch: Minibatch, distributions: Iterable[dist.Tor
 
 
 class ContrastiveModel(Program):
-    """The generative story.
+    """The generative model.
 
     Every cell has a background variable z. A target cell also has a salient variable s, which is 0 in background cells.
-    One decoder a modality, shared by both cohorts, turns [z, s] into what the likelihood needs.
-
-    Examples
-    --------
-    >>> from pyro import poutine
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mdata, _ = simulate(60, {"rna": 50}, treated=0.5)
-    >>> mosaic = Mosaic.from_mudata(mdata).with_cohorts("condition", background="control")
-    >>> model, minibatch = ContrastiveVI(mosaic, n_latent=3, n_salient=2), measured(mosaic, mosaic.find(None))
-    >>> trace = poutine.trace(model.model).get_trace(minibatch)
-    >>> trace.nodes["z"]["fn"].event_shape, trace.nodes["s"]["fn"].event_shape
-    (torch.Size([3]), torch.Size([2]))
+    Each modality has one decoder for both cohorts, which maps [z, s] to the parameters of the likelihood.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class ContrastiveModel(Program):
     def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> Tensor:
         """``z, s ~ Normal(0, I)``, ``x_m ~ likelihood_m(decoder_m(z, s, batch))``, s = 0 in the background (Methods).
 
-        Sites: ``z``, ``s`` (or one a target group), one of each modality's name, and its latent size if it has.
+        Sites: ``z``, ``s`` (or one per target group), one named after each modality, and its latent size if it has one.
         """
         with cells(minibatch, kl_weight):
             z = pyro.sample("z", self.prior(minibatch))
@@ -109,18 +109,7 @@ class ContrastiveModel(Program):
 
 
 class PairEncoder(nn.Module):
-    """Encoders of z and of s, which see the same of a modality.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50})[0])
-    >>> view = measured(mosaic, mosaic.find(None)).observed["rna"]
-    >>> loc, scale = PairEncoder(*(Encoder(mosaic.schema["rna"], n) for n in (10, 5)))(view)
-    >>> loc.shape, scale.shape
-    (torch.Size([40, 15]), torch.Size([40, 15]))
-    """
+    """Encoders of z and of s, which see the same input."""
 
     z: Any
     s: Any
@@ -131,7 +120,7 @@ class PairEncoder(nn.Module):
 
     @property
     def scaling(self) -> nn.Module:
-        """What prepares the measurements."""
+        """The scaling of the measurements."""
         scaling: nn.Module = self.z.scaling
         return scaling
 
@@ -148,22 +137,10 @@ class PairEncoder(nn.Module):
 
 
 class ContrastiveGuide(Program):
-    """The inference story.
+    """The variational posterior.
 
-    Each modality has one encoder for z and one for s; the normal posteriors of a cell's modalities are fused to one.
-    Penalties compare what is inferred from different modalities, in different cohorts, and of z and s.
-
-    Examples
-    --------
-    >>> from pyro import poutine
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mdata, _ = simulate(60, {"rna": 50}, treated=0.5)
-    >>> mosaic = Mosaic.from_mudata(mdata).with_cohorts("condition", background="control")
-    >>> model, minibatch = ContrastiveVI(mosaic, n_latent=3, n_salient=2), measured(mosaic, mosaic.find(None))
-    >>> trace = poutine.trace(model.guide).get_trace(minibatch)
-    >>> int(trace.nodes["s"]["mask"].sum())  # target cells alone have s
-    30
+    Each modality has one encoder for z and one for s. The normal posteriors of a cell's modalities are fused to one.
+    Penalties compare posteriors between modalities, between cohorts, and between z and s.
     """
 
     def __init__(
@@ -182,9 +159,9 @@ class ContrastiveGuide(Program):
         self.left_out = left_out
 
     def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> None:
-        """``q(z | x) q(s | x)``, each of encoders of its own; in the background s is left alone (Methods).
+        """``q(z | x) q(s | x)``, each from separate encoders; s is ignored in the background (Methods).
 
-        Sites: ``z``, ``s`` (or one a target group), ``penalty/...``, and those of likelihoods and latent sizes.
+        Sites: ``z``, ``s`` (or one per target group), ``penalty/...``, and those of likelihoods and latent sizes.
         """
         by_modality, of_s = encoded(self.modalities, minibatch)
         used = presence(by_modality, len(minibatch))
@@ -203,7 +180,7 @@ class ContrastiveGuide(Program):
             self.modalities[name](latent, view, minibatch, kl_weight)
 
     def compare(self, what: str, by_modality: Any, z: Any, s: Any, minibatch: Minibatch) -> dict[str, Posterior]:
-        """The posteriors that a set of penalties compares; z and s are the moments of every cell."""
+        """The posteriors that a set of penalties compares; z and s are the posterior moments of every cell."""
         assert minibatch.groups is not None
 
         def within(cells: Tensor, moments: Any) -> Posterior:
@@ -221,67 +198,71 @@ class ContrastiveGuide(Program):
 
 
 def normal(loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
-    """Independent normals, one a cell, batch shape (B, 1)."""
+    """Independent normals, one per cell, batch shape (B, 1)."""
     return dist.Normal(loc.unsqueeze(-2), scale.unsqueeze(-2)).to_event(1)
 
 
 class ContrastiveVI(Contrasting):
-    """Tell what a target cohort (treated, diseased) has beyond a background cohort (controls).
+    """Find what a target cohort (treated, diseased) has and a background cohort (controls) does not.
 
     Parameters
     ----------
     data
-        The registered data with their cohorts, see `Mosaic.with_cohorts`, or the `Schema` of such data.
+        The registered data with their cohorts, see `Mosaic.with_cohorts`, or only their `Schema`.
     n_latent
-        Width of the background variable z, which all cells have.
+        Dimension of the background variable z, which all cells have.
     n_salient
-        Width of the salient variable s, which only target cells have.
+        Dimension of the salient variable s, which only target cells have.
     salient
-        ``"shared"``: all target groups have the same salient variable s; ``"own"``: each group has one of its own,
+        ``"shared"``: all target groups have the same salient variable s; ``"own"``: each group has a separate one,
         ``s_<group>``.
     n_hidden, n_encoder_layers, n_decoder_layers
         Shape of the networks.
     dropout
-        Dropout of the encoders.
+        Dropout rate of the hidden layers of the encoders.
     input_dropout
-        How many of a modality's features beyond 250 its encoder does not see in training, as a share; others in every
-        cell and step. It keeps encoders from learning single cells by heart.
+        Dropout rate on encoder inputs in training, scaled by ``1 - 250 / n_features``. It keeps encoders from
+        memorising single cells.
     encode_covariates
         Whether encoders see batch and covariates.
     library
-        Size of a cell in RNA: ``"observed"`` is what was counted; ``"latent"`` infers it, with a normal prior on its
-        logarithm from the cell's batch. Of some modalities by name, e.g. ``{"rna": "latent", "adt": "latent"}``.
+        Size of a cell in RNA: ``"observed"`` is its total count; ``"latent"`` infers it, with a normal prior on its
+        logarithm that depends on the cell's batch. To choose it for other modalities, give a dictionary, e.g.
+        ``{"rna": "latent", "adt": "latent"}``.
     cohort_mmd
-        Weight of the discrepancy between the cohorts' background variables; 0 in the paper, and better lowered where
+        Weight of the discrepancy between the background variables of the cohorts; 0 in the paper. Lower it if the
         treatment removes or adds cell types.
     dependence
-        Weight of the dependence between what is inferred of z and of s in target cells; 0 in the paper.
+        Weight of the dependence between the posterior means of z and s in target cells; 0 in the paper.
     wasserstein
-        Weight that keeps what is inferred of s in background cells, where the model does not use it, near 0; 0 in the
-        paper by default.
+        Weight of the Wasserstein distance between the posterior of s and 0 in background cells, where the model does
+        not use s; 0 in the paper by default.
     jeffreys, mmd, left_out
-        Between modalities, as in `MultiVI`; without effect on a single modality.
+        Weights of the penalties between modalities, and share of cells, as in `MultiVI`; no effect with a single
+        modality.
     prior, salient_prior
-        Callable modules from a minibatch to the prior of z and of s (of one group, if each has its own); by default
+        Modules that map a minibatch to the prior of z and of s (of one group, if each has a separate one); by default
         standard normals. ``salient_prior="ard"`` learns the scale of each salient dimension (`pyromosaic.priors.ARD`).
     fusion
-        How the posteriors of a cell's modalities become one, as in `MultiVI`; of a mixture the moments are taken.
+        How to combine the posteriors of a cell's modalities, as in `MultiVI`; a mixture is replaced by a normal with
+        its moments.
     encoder, decoder
-        What makes the networks of each modality, with the arguments of `pyromosaic.nn.Encoder` and `Decoder`, which
-        they are by default.
+        Class or function that makes the network of each modality; it takes the arguments of `pyromosaic.nn.Encoder` or
+        `pyromosaic.nn.Decoder`, which are the defaults.
     penalties
-        Further penalties, see `pyromosaic.penalties`: on the posteriors of z by cohort; or lists of them by what they
-        compare, ``"cohorts"``, ``"modalities"`` (z by modality), ``"background"`` (s of background cells) or
-        ``"target"`` (z and s of target cells). One takes the place of the model's own of the same name.
+        Additional penalties, see `pyromosaic.penalties`: a sequence of penalties on the posteriors of z by cohort, or a
+        dictionary of sequences by what they compare, ``"cohorts"``, ``"modalities"`` (z by modality), ``"background"``
+        (s of background cells) or ``"target"`` (z and s of target cells). A penalty replaces the default penalty of the
+        same name.
     seed
-        Seed of the networks' start values.
+        Seed for the initial weights of the networks.
 
     Attributes
     ----------
     presets
-        Named choices, of which ``"reference"`` has the paper's objective, minibatches and training, on networks with
-        LayerNorm: ``ContrastiveVI(mosaic, **preset.options)``, then ``model.train(**preset.training)``. The paper's
-        likelihood is given with the data, ``{"rna": "zinb"}``.
+        Named sets of options. ``"reference"`` has the objective, minibatches and training of the paper, on networks
+        with LayerNorm: ``ContrastiveVI(mosaic, **preset.options)``, then ``model.train(**preset.training)``. Choose the
+        likelihood of the paper when you register the data, ``{"rna": "zinb"}``.
 
     Examples
     --------
@@ -315,11 +296,11 @@ class ContrastiveVI(Contrasting):
         input_dropout: float = 0.95,
         encode_covariates: bool = True,
         library: str | Mapping[str, str] = "observed",
-        cohort_mmd: float = 100.0,
-        dependence: float = 20.0,
-        wasserstein: float = 1.0,
-        jeffreys: float | None = None,
-        mmd: float = 50.0,
+        cohort_mmd: float | CohortMMD = 100.0,
+        dependence: float | Dependence = 20.0,
+        wasserstein: float | Wasserstein = 1.0,
+        jeffreys: float | Jeffreys | None = None,
+        mmd: float | MMD = 50.0,
         left_out: float | None = None,
         prior: nn.Module | None = None,
         salient_prior: nn.Module | str | None = None,
@@ -330,10 +311,10 @@ class ContrastiveVI(Contrasting):
         seed: int = 0,
     ) -> None:
         if salient not in ("shared", "own"):
-            raise ValueError(f'salient is "shared" or "own"; found {salient!r}')
+            raise ValueError(f'salient must be "shared" or "own"; found {salient!r}')
         if isinstance(salient_prior, str) and salient_prior != "ard":
-            raise ValueError(f'salient_prior is "ard" or a module; found {salient_prior!r}')
-        with self._construction(data, seed) as schema:
+            raise ValueError(f'salient_prior must be "ard" or a module; found {salient_prior!r}')
+        with self.construction(data, seed) as schema:
             targets = tuple(range(1, len(cohorts_of(schema).names)))
             own = tuple((f"s_{cohorts_of(schema).names[code]}", (code,)) for code in targets)
             parts: Parts = (("s", targets),) if salient == "shared" else own
@@ -356,7 +337,8 @@ class ContrastiveVI(Contrasting):
                 }
 
             explaining = decoders("predictors", decoder or Decoder)
-            of_s = ARD(n_salient) if isinstance(salient_prior, str) else salient_prior or StandardNormal(n_salient)
+            of_s = ARD() if isinstance(salient_prior, str) else salient_prior or StandardNormal()
+            of_s = complete(of_s, n_latent=n_salient)
             if isinstance(of_s, ARD):
                 for network in explaining.values():
                     unit_columns(network.hidden[0], n_latent, width)
@@ -367,7 +349,7 @@ class ContrastiveVI(Contrasting):
             plates = {name: Plates(name, m.n_features) for name, m in modalities}
             self.model = self.Model(
                 parts,
-                prior or StandardNormal(n_latent),
+                complete(prior or StandardNormal(), n_latent=n_latent),
                 of_s,
                 {
                     name: Measurement(
@@ -380,11 +362,12 @@ class ContrastiveVI(Contrasting):
                 },
             )
             given = penalties if isinstance(penalties, Mapping) else {"cohorts": penalties}
+            between = [chosen("jeffreys", jeffreys, Jeffreys), chosen("mmd", mmd, MMD)]
             own_penalties: dict[str, list[Penalty]] = {
-                "modalities": [Jeffreys(jeffreys), MMD(mmd)] if len(modalities) > 1 else [],
-                "cohorts": [CohortMMD(cohort_mmd, n_cells=128)],
-                "background": [Wasserstein(wasserstein)],
-                "target": [Dependence(dependence, n_cells=128)],
+                "modalities": between if len(modalities) > 1 else [],
+                "cohorts": [chosen("cohort_mmd", cohort_mmd, CohortMMD, n_cells=128)],
+                "background": [chosen("wasserstein", wasserstein, Wasserstein)],
+                "target": [chosen("dependence", dependence, Dependence, n_cells=128)],
             }
             if not set(given) <= set(own_penalties):
                 raise ValueError(
@@ -409,18 +392,18 @@ class ContrastiveVI(Contrasting):
             )
 
     def check_data(self, mosaic: Mosaic) -> None:
-        """Refuse cohorts that cannot be told from batches."""
+        """Refuse cohorts that cannot be distinguished from batches."""
         for name in mosaic.modalities:
             self._check_batches(name, mosaic)
 
     def _check_batches(self, name: str, mosaic: Mosaic) -> None:
-        """Refuse a modality by which cohorts cannot be told from batches."""
+        """Refuse a modality in which cohorts cannot be distinguished from batches."""
         modality = mosaic.modalities[name]
         assert mosaic.groups is not None
         groups = np.where(modality.present, mosaic.groups, -1)
         cohorts = cohorts_of(self.schema)
         if not (groups == 0).any() or not (groups > 0).any():
-            raise ValueError(f"modality {name!r} is not measured in both cohorts; leave it out")
+            raise ValueError(f"modality {name!r} was not measured in both cohorts; leave it out of the mosaic")
         if not modality.spec.batch_key:
             return
         controls = np.unique(modality.codes[groups == 0, 0])
@@ -430,12 +413,13 @@ class ContrastiveVI(Contrasting):
                 key = modality.spec.batch_key
                 raise ValueError(
                     f"modality {name!r}: no background cell is in a batch of group {group!r} "
-                    f"({key} {', '.join(modality.schema.categories[key][b] for b in batches)}), so what is salient "
-                    "cannot be told from the batch; leave batch_key out, or add background cells of these batches"
+                    f"({key} {', '.join(modality.schema.categories[key][b] for b in batches)}), so salient variation "
+                    "cannot be distinguished from the batch; leave batch_key out, or add background cells of these "
+                    "batches"
                 )
 
     def explaining_size(self, mosaic: Mosaic, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Cells of the cohorts, and draws of their latent variables."""
+        """The cells of the cohorts, and draws of their latent variables."""
         assert mosaic.groups is not None
         cells = cells[mosaic.groups[cells] >= 0]
         latent = [self._latent(mosaic, cells, site, sample=True) for site in self._variables]
@@ -452,19 +436,19 @@ class ContrastiveVI(Contrasting):
     ) -> None:
         """Fit the parameters by stochastic variational inference.
 
-        Every minibatch holds as many background as target cells, so that both cohorts have the same weight.
+        Every minibatch holds as many background cells as target cells, so that both cohorts have the same weight.
 
         Parameters
         ----------
         n_epochs
-            Passes over the larger cohort.
+            Number of passes over the larger cohort.
         batch_size
-            Largest number of cells in a minibatch, half of them of either cohort. With some hundred cells in all an
-            epoch has a single step: lower it then, or take more epochs.
+            Largest number of cells in a minibatch, half of them from each cohort. With only a few hundred cells, an
+            epoch has a single step; then lower it, or train for more epochs.
         learning_rate
             See `pyromosaic.train.Optimisation`.
         replay
-            Within an epoch repeat the smaller cohort's minibatches instead of drawing it anew, as the reference
+            Within an epoch, repeat the minibatches of the smaller cohort instead of drawing it again, as the reference
             implementation does; see `pyromosaic.data.contrastive_loader`.
         **options
             As in `MosaicModel.train`.
@@ -475,5 +459,5 @@ class ContrastiveVI(Contrasting):
     def loader(
         self, mosaic: Mosaic, cells: np.ndarray, batch_size: int, seed: int | None = None, n_workers: int = 0
     ) -> DataLoader[Minibatch]:
-        """Minibatches of as many background as target cells, `batch_size` in all."""
+        """Minibatches with as many background as target cells, `batch_size` in total."""
         return contrastive_loader(mosaic, cells, -(-batch_size // 2), seed, n_workers, replay=self._replay)

@@ -1,8 +1,8 @@
-"""DiagVI: one latent space for modalities measured in different cells, held together by what is known of features.
+"""DiagVI: one latent space for modalities measured in different cells, connected by known links between features.
 
 After DiagVI of scvi-tools, which follows GLUE (Cao and Gao, Multi-omics single-cell data integration and regulatory
-inference with graph-linked embedding, Nature Biotechnology 2022). Beyond both: any number of modalities, and a latent
-space in two parts, one shared by all modalities and one private to each.
+inference with graph-linked embedding, Nature Biotechnology 2022). It extends both to any number of modalities, and to a
+latent space with a shared part for all modalities and a private part for each.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,15 +18,28 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch, Mosaic, Schema, measured, separate
+from pyromosaic.described import complete
 from pyromosaic.fusion import Fusion, fusion_of, presence
-from pyromosaic.guidance import GuidanceGraph, linked_scores
+from pyromosaic.guidance import linked_scores
 from pyromosaic.labels import Labels, check_labels
 from pyromosaic.likelihoods import likelihoods_of
-from pyromosaic.measurement import MeasurementGuide, cells, encoded
-from pyromosaic.models.embedded import Embedded, LinkedMeasurement, LinkedPlates, Weights, directed
+from pyromosaic.links import GuidanceGraph
+from pyromosaic.measurement import MeasurementGuide, Plates, cells, encoded
+from pyromosaic.models.embedded import Embedded, LinkedMeasurement, Weights, directed
 from pyromosaic.models.mosaic_model import Cells, Preset
 from pyromosaic.nn import Decoder, Encoder, GraphEncoder, InnerProductDecoder
-from pyromosaic.penalties import Anchors, Classifier, Penalty, Pull, Scores, Sinkhorn, apply, attached, with_given
+from pyromosaic.penalties import (
+    Anchors,
+    Classifier,
+    Penalty,
+    Pull,
+    Scores,
+    Sinkhorn,
+    apply,
+    attached,
+    chosen,
+    with_given,
+)
 from pyromosaic.priors import GaussianMixture, StandardNormal
 from pyromosaic.program import Program, Slots, own
 from pyromosaic.sizes import Size
@@ -39,15 +52,14 @@ REFERENCE = Preset(
         "n_private": 0,
         "n_hidden": 256,
         "encode_covariates": False,
-        "lam_data": 0.1,
-        "lam_kl": 1.0,
+        "likelihood_weight": 0.1,
+        "shared_kl": 1.0,
         "kl_per_feature": True,
-        "lam_graph": 15.0,
-        "lam_sinkhorn": 85.0,
-        "align_draws": True,
-        "lam_anchors": 0.0,
-        "lam_pull": 0.0,
-        "lam_class": 5.0,
+        "graph_weight": 15.0,
+        "alignment": Sinkhorn(85.0, sampled=True),
+        "anchors": 0.0,
+        "pull": 0.0,
+        "classifier": 5.0,
         "linkage": None,
     },
     training={
@@ -63,25 +75,12 @@ REFERENCE = Preset(
 
 
 class DiagVIModel(Program):
-    """The generative story.
+    """The generative model.
 
-    Each feature has an embedding v. Linked features have embeddings with a large inner product, positive or negative
-    as the link is. Each cell has a latent variable z, and one more, z_<modality>, for what only that modality can see.
-    A feature's signal in a cell is the inner product of z and v, and a private part; the modality's likelihood makes
-    measurements of signals.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> from pyro import poutine
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 25}, patterns=["rna", "adt"])[0])
-    >>> links = pd.DataFrame({"rna": mosaic.schema["rna"].features[:25], "adt": mosaic.schema["adt"].features})
-    >>> model, minibatch = DiagVI(mosaic, links, n_latent=3), measured(mosaic, mosaic.find(None))
-    >>> trace = poutine.trace(model.model).get_trace(minibatch)
-    >>> trace.nodes["z"]["fn"].event_shape, trace.nodes["v"]["value"].shape
-    (torch.Size([3]), torch.Size([75, 3]))
+    Each feature has an embedding v. The embeddings of linked features have a large inner product, with the sign of the
+    link. Each cell has a latent variable z and a private one, z_<modality>, for variation that only this modality
+    measures. The signal of a feature in a cell is the inner product of z and v plus a private part. The likelihood of
+    the modality turns signals into measurements.
     """
 
     edges: Tensor
@@ -110,8 +109,8 @@ class DiagVIModel(Program):
     def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> Tensor:
         """``v, z ~ Normal(0, I)``, edges from ``<v_i, v_j>``, and ``x_m ~ likelihood_m(<z, v>)`` for each modality m.
 
-        The story of GLUE (its Methods, graph-linked embeddings); beyond it is z_<modality>. Sites: ``v``, ``edges``,
-        ``z``, ``z_<modality>``, and one of each modality's name.
+        The model of GLUE (its Methods, graph-linked embeddings), with z_<modality> added. Sites: ``v``, ``edges``,
+        ``z``, ``z_<modality>``, and one named after each modality.
         """
         with self.weights.features(minibatch, self.n_features):
             v = pyro.sample("v", dist.Normal(self.sign.new_zeros(()), 1.0).expand([self.n_latent]).to_event(1))
@@ -124,7 +123,7 @@ class DiagVIModel(Program):
         return z
 
     def graph(self, v: Tensor, minibatch: Minibatch) -> None:
-        """Site ``edges``: whether two features are linked, for every edge and for as many pairs that are not."""
+        """Site ``edges``: whether two features are linked, for every edge and for as many unlinked pairs."""
         first, second = self.edges
         other, found = self.unlinked()
         linked = self.sign * (v[..., first, :] * v[..., second, :]).sum(-1)
@@ -135,7 +134,7 @@ class DiagVIModel(Program):
             pyro.sample("edges", dist.Bernoulli(logits=torch.cat([linked, unlinked], dim=-1)), obs=answer)
 
     def unlinked(self, n_tries: int = 5) -> tuple[Tensor, Tensor]:
-        """A random node for the first node of every edge, and whether indeed no edge links the two, 1 or 0."""
+        """A random partner for the first node of every edge, and 1 if no edge links the two, otherwise 0."""
         first = self.edges[0]
         candidates = torch.randint(self.n_features, (n_tries, len(first)), device=first.device)
         pairs = first * self.n_features + candidates
@@ -146,25 +145,12 @@ class DiagVIModel(Program):
 
 
 class DiagVIGuide(Program):
-    """The inference story.
+    """The variational posterior.
 
-    A graph encoder gives the posterior of the features' embeddings. Each modality is encoded to a normal posterior of
-    z and of the private variable; only in z the modalities' cells are aligned, by penalties. A private variable is a
-    draw from its prior in cells without the modality. Likelihoods with latent variables of their own have a decoder
-    for their posteriors.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> from pyro import poutine
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 25}, patterns=["rna", "adt"])[0])
-    >>> links = pd.DataFrame({"rna": mosaic.schema["rna"].features[:25], "adt": mosaic.schema["adt"].features})
-    >>> model, minibatch = DiagVI(mosaic, links, n_latent=3), measured(mosaic, mosaic.find(None))
-    >>> trace = poutine.trace(model.guide).get_trace(minibatch)
-    >>> trace.nodes["z"]["fn"].event_shape, trace.nodes["v"]["value"].shape
-    (torch.Size([3]), torch.Size([75, 3]))
+    A graph encoder gives the posterior of the embeddings of features. Each modality is encoded to a normal posterior of
+    z and of the private variable. Penalties align the cells of the modalities in z only. In cells without the modality,
+    the private variable is drawn from its prior. If a likelihood has latent variables, a separate decoder gives their
+    posteriors.
     """
 
     def __init__(
@@ -186,7 +172,7 @@ class DiagVIGuide(Program):
     def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> None:
         """``q(v)`` by the graph encoder, ``q(z | x_m)`` by the encoder of the modality m that was measured.
 
-        Sites: ``v``, ``z``, ``penalty/...``, ``z_<modality>``, and ``<protein>_background`` beside an NB mixture.
+        Sites: ``v``, ``z``, ``penalty/...``, ``z_<modality>``, and ``<protein>_background`` with an NB mixture.
         """
         with self.weights.features(minibatch, self.n_features):
             pyro.sample("v", dist.Normal(*self.graph_encoder()).to_event(1))
@@ -200,65 +186,61 @@ class DiagVIGuide(Program):
 
 
 class DiagVI(Embedded):
-    """Integrate modalities that were measured in different cells, by a graph of features that go together.
+    """Integrate modalities that were measured in different cells, by a graph of linked features.
 
     Parameters
     ----------
     data
-        The registered data, or the `Schema` of data to come. Cells with several modalities are taken apart, see
-        `pairing`.
+        The registered data, or only their `Schema`. Cells with several modalities are split, see `pairing`.
     graph
-        The guidance graph: a `pyromosaic.guidance.GuidanceGraph`, a table of links (one column a modality), a
-        `torch_geometric.data.Data`, or None to link features of equal names.
+        The guidance graph: a `pyromosaic.guidance.GuidanceGraph`, a table of links (one column per modality), a
+        `torch_geometric.data.Data`, or None to link features with equal names.
     n_latent
-        Width of the shared latent space, in which modalities are aligned and cells are returned.
+        Dimension of the shared latent space, in which modalities are aligned and which is returned.
     n_private
-        Width of each modality's private latent space; 0, as in the reference, makes all that a modality can see shared.
+        Dimension of the private latent space of each modality. With 0, as in the reference, all variation is shared.
     n_hidden, n_encoder_layers, dropout
         Shape of the encoders.
     encode_covariates
         Whether encoders see batch and covariates.
     pairing
-        Whether a cell with several modalities is one cell. By default each of its measurements is a cell of its own,
-        named ``"modality:cell"``.
+        Whether a cell with several modalities stays one cell. By default each of its measurements becomes a separate
+        cell, named ``"modality:cell"``.
     prior
-        Prior of z: ``"normal"``, standard normal; ``"mixture"``, of Gaussians, tied to labels if there are any; or a
-        callable module from a minibatch to a distribution.
-    n_components
-        Components of a mixture without labels.
+        Prior of z: ``"normal"``, standard normal; ``"mixture"``, of Gaussians, tied to labels if there are any
+        (without labels ``GaussianMixture(n_components=...)`` says how many); or a callable module from a minibatch to a
+        distribution.
     fusion
-        How the posteriors of a cell's modalities become one, as in `MultiVI`; without effect unless `pairing`.
+        How to combine the posteriors of a cell's modalities, as in `MultiVI`; it has an effect only with `pairing`.
     encoder, decoder
-        What makes the networks of each modality, with the arguments of `pyromosaic.nn.Encoder` and
-        `InnerProductDecoder`, which they are by default.
+        Class or function that makes the network of each modality; it takes the arguments of `pyromosaic.nn.Encoder` or
+        `pyromosaic.nn.InnerProductDecoder`, which are the defaults.
     private_kl
-        Weight of the private variables' divergences.
-    lam_data, lam_kl, lam_graph, lam_sinkhorn, lam_anchors, lam_pull, lam_class
-        Weights of the likelihoods, of the divergence of the shared variable, of the graph (its likelihood
-        and its divergence), of the Sinkhorn divergence, of anchors and pull to the linkage's scores, and of the
-        classifier of labels. The pull is 20 by default, and 2 beside a mixture, whose components must be free to move.
-        The preset ``"reference"`` holds the reference's.
+        Weight of the private variables' divergences. The ELBO in the history counts them once.
+    likelihood_weight, shared_kl, graph_weight
+        Weights of the likelihoods, of the divergence of the shared variable, and of the graph (its likelihood and its
+        divergence).
+    alignment
+        Weight of the Sinkhorn divergence between modalities; or a penalty, e.g. ``Sinkhorn(3.0, reach=...)`` of
+        `pyromosaic.penalties`, which also takes a reference modality.
+    anchors, pull, classifier
+        Weights of `Anchors` and `Pull` to the linkage's scores, and of the classifier of labels; or these penalties.
+        The pull is 20 by default, and 2 beside a mixture, whose components must be free to move.
     kl_per_feature
         Divide the divergences of a modality's cells by its number of features, as the reference does.
-    align_draws
-        Align draws from the posteriors, as the reference does, instead of their means.
-    blur, reach
-        Of the Sinkhorn divergence; None adapts them to the minibatch.
-    reference
-        Modality that all others are aligned to; None aligns every pair. Without effect on two modalities.
     linkage
-        Scores of cells that all modalities share, for anchors and pull: ``"cca"`` computes them from the graph's links
-        before training; a table with a row a cell holds your own; None goes without.
+        Scores of cells in one space for all modalities, used for anchors and pull: ``"cca"`` computes them before
+        training from the links of the graph; or give a table of scores with one row per cell; None uses no scores.
     penalties
-        Further penalties, see `pyromosaic.penalties`.
+        Additional penalties, see `pyromosaic.penalties`.
     seed
-        Seed of the networks' start values.
+        Seed for the initial weights of the networks.
 
     Attributes
     ----------
     presets
-        Named choices, of which ``"reference"`` has the loss of scvi-tools' DIAGVI: ``DiagVI(mosaic, graph,
-        **preset.options)``, then ``model.train(**preset.training)``.
+        Named sets of options. ``"reference"`` has the loss of scvi-tools' DIAGVI:
+        ``DiagVI(mosaic, graph, **preset.options)``, then ``model.train(**preset.training)``.
 
     Examples
     --------
@@ -292,39 +274,37 @@ class DiagVI(Embedded):
         encode_covariates: bool = True,
         pairing: bool = False,
         prior: Literal["normal", "mixture"] | nn.Module = "normal",
-        n_components: int = 10,
         fusion: str | Fusion = "mean",
         encoder: Callable[..., nn.Module] | None = None,
         decoder: Callable[..., nn.Module] | None = None,
-        lam_data: float = 1.0,
-        lam_kl: float = 1.0,
+        likelihood_weight: float = 1.0,
+        shared_kl: float = 1.0,
         kl_per_feature: bool = False,
         private_kl: float = 2.0,
-        lam_graph: float = 15.0,
-        lam_sinkhorn: float = 3.0,
-        align_draws: bool = False,
-        blur: float | None = None,
-        reach: float | None = None,
-        reference: str | None = None,
-        lam_anchors: float = 2.0,
-        lam_pull: float | None = None,
-        lam_class: float = 5.0,
+        graph_weight: float = 15.0,
+        alignment: float | Penalty = 3.0,
+        anchors: float | Anchors = 2.0,
+        pull: float | Pull | None = None,
+        classifier: float | Classifier = 5.0,
         linkage: Literal["cca"] | pd.DataFrame | None = "cca",
         penalties: Sequence[Penalty] = (),
         seed: int = 0,
     ) -> None:
         if n_latent < 1 or n_private < 0:
-            raise ValueError(f"n_latent is at least 1 and n_private at least 0; found {n_latent} and {n_private}")
+            raise ValueError(f"n_latent must be at least 1 and n_private at least 0; found {n_latent} and {n_private}")
         self.pairing = pairing
-        with self._construction(data, seed) as schema:
+        with self.construction(data, seed) as schema:
             self.graph = GuidanceGraph.of(graph, schema)
             self._keep(graph=self.graph.to_json(), linkage=linkage if isinstance(linkage, str) else None)
             self.linkage = linkage
             self.scores = Scores()
             labels = Labels(schema)
             modalities = schema.modalities
+            if not isinstance(alignment, Penalty):
+                alignment = chosen("alignment", alignment, Sinkhorn)
+            reference = getattr(alignment, "reference", None)
             if reference not in (None, *modalities):
-                raise ValueError(f"the reference is one of {', '.join(modalities)}, or None; found {reference!r}")
+                raise ValueError(f"reference must be one of {', '.join(modalities)}, or None; found {reference!r}")
             likelihoods = likelihoods_of(schema)
             width = n_latent + n_private
             encoders = {
@@ -341,35 +321,39 @@ class DiagVI(Embedded):
                 if likelihood.posterior_predictors
             }
             sizes = {name: Size(name, m, n_latent) for name, m in modalities.items()}
-            if lam_pull is None:
-                lam_pull = 2.0 if prior == "mixture" else 20.0
-            if prior == "normal":
-                prior = StandardNormal(n_latent)
-            elif prior == "mixture":
-                prior = GaussianMixture(n_latent, n_components, labels)
-            elif isinstance(prior, str):
+            if isinstance(prior, str) and prior not in ("normal", "mixture"):
                 raise ValueError(f'the prior is "normal", "mixture" or a module; found {prior!r}')
-            lams = {"lam_data": lam_data, "lam_kl": lam_kl, "private_kl": private_kl, "lam_graph": lam_graph}
-            for lam, weight in lams.items():
+            if isinstance(prior, str):
+                prior = GaussianMixture() if prior == "mixture" else StandardNormal()
+            of_z: nn.Module = complete(prior, n_latent=n_latent, labels=labels)
+            if pull is None:
+                pull = 2.0 if isinstance(of_z, GaussianMixture) else 20.0
+            for option, weight in (
+                ("likelihood_weight", likelihood_weight),
+                ("shared_kl", shared_kl),
+                ("private_kl", private_kl),
+                ("graph_weight", graph_weight),
+            ):
                 if weight < 0:
-                    raise ValueError(f"{lam} is at least 0; found {weight}")
+                    raise ValueError(f"{option} is at least 0; found {weight}")
             per_feature = {name: m.n_features if kl_per_feature else 1 for name, m in modalities.items()}
-            weights = Weights(lam_graph, {name: lam_kl / n for name, n in per_feature.items()})
+            weights = Weights(graph_weight, {name: shared_kl / n for name, n in per_feature.items()})
             plates = {
-                name: LinkedPlates(name, m.n_features, lam_data, private_kl / per_feature[name], balanced=True)
+                name: Plates(name, m.n_features, likelihood_weight, private_kl / per_feature[name], balanced=True)
                 for name, m in modalities.items()
             }
             edges, strength, sign = directed(self.graph)
-            self.classifier = Classifier(lam_class, labels, n_latent) if len(labels) else None
+            known = {"labels": labels, "n_latent": n_latent}
+            self.classifier = chosen("classifier", classifier, Classifier, **known) if len(labels) else None
             aligned = [
-                Sinkhorn(lam_sinkhorn, blur=blur, reach=reach, sampled=align_draws, reference=reference),
-                Anchors(lam_anchors, self.scores),
-                Pull(lam_pull, self.scores),
+                alignment,
+                chosen("anchors", anchors, Anchors, scores=self.scores),
+                chosen("pull", pull, Pull, scores=self.scores),
                 *([] if self.classifier is None else [self.classifier]),
             ]
             self.model = self.Model(
                 self.graph,
-                prior,
+                of_z,
                 {
                     name: LinkedMeasurement(plates[name], sizes[name], decoders[name], likelihoods[name], n_private)
                     for name in modalities
@@ -397,11 +381,11 @@ class DiagVI(Embedded):
             )
 
     def arranged(self, mosaic: Mosaic) -> Mosaic:
-        """Every measurement a cell of its own, unless the model takes pairs."""
+        """Make every measurement a separate cell, unless the model takes pairs."""
         return mosaic if self.pairing else separate(mosaic)
 
     def check_data(self, mosaic: Mosaic) -> None:
-        """Refuse modalities without cells, counts that are taken for real values, and labels of two vocabularies."""
+        """Refuse modalities without cells, counts under a likelihood of real values, and labels of two vocabularies."""
         check_labels(mosaic)
         for name, modality in mosaic.modalities.items():
             if not modality.present.any():
@@ -409,9 +393,9 @@ class DiagVI(Embedded):
             named_real = modality.spec.traits.kind == "real" and isinstance(modality.spec.likelihood, str)
             if named_real and (modality.tensor(modality.sample()).to_dense() % 1 == 0).all():
                 raise ValueError(
-                    f"modality {name!r}: all values are whole numbers, like counts, but likelihood "
-                    f"{modality.spec.likelihood!r} takes transformed values; transform them, or use a likelihood of "
-                    "counts such as 'nb'"
+                    f"modality {name!r}: all values are integers, like counts, but likelihood "
+                    f"{modality.spec.likelihood!r} is for transformed values; transform the values, or use a "
+                    "likelihood for counts, e.g. 'nb'"
                 )
 
     def train(
@@ -422,11 +406,12 @@ class DiagVI(Embedded):
         Parameters
         ----------
         n_epochs
-            Passes over the training cells.
+            Number of passes over the training cells.
         batch_size
-            Cells in a minibatch, of all modalities together: populations are aligned by what a minibatch holds of them.
+            Number of cells in a minibatch, of all modalities together. Only the cells in a minibatch are aligned with
+            each other.
         learning_rate
-            See `pyromosaic.train.Optimisation`; large, as few steps are taken.
+            See `pyromosaic.train.Optimisation`; it is large because training takes few steps.
         **options
             As in `MosaicModel.train`.
         """
@@ -437,7 +422,7 @@ class DiagVI(Embedded):
         super().train(n_epochs, batch_size=batch_size, learning_rate=learning_rate, **options)
 
     def finish(self, mosaic: Mosaic) -> None:
-        """Learn the sizes of cells from their latent variables; calibrate the classifier."""
+        """Fit the sizes of cells given their latent variables; calibrate the classifier."""
         super().finish(mosaic)
         if self.classifier is not None and self.split is not None and len(self.split.validation):
             cells = self.split.validation
@@ -451,7 +436,7 @@ class DiagVI(Embedded):
     def predict_celltype(
         self, cells: Cells = None, *, modality: str | None = None, data: Mosaic | None = None
     ) -> pd.DataFrame:
-        """Labels by the classifier on the shared latent space, for cells of any modality, labelled or not.
+        """Predict labels with the classifier on the shared latent space, for cells of any modality, labelled or not.
 
         Parameters
         ----------
@@ -470,7 +455,7 @@ class DiagVI(Embedded):
             If the model was made without labels.
         """
         if self.classifier is None:
-            raise ValueError("the model has no classifier: register the data with a label_key for a modality")
+            raise ValueError("the model has no classifier: register the data with label_key for at least one modality")
         latent = self.get_latent_representation(cells, modality=modality, data=data)
         with inference_mode(self.guide):
             values = self.classifier.probabilities(torch.tensor(latent.to_numpy()).to(self._device))

@@ -1,4 +1,4 @@
-"""Features with embeddings: their part in a program, and what a model says of them."""
+"""Embeddings of features: their part in a program, and the methods about them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,23 +13,22 @@ from pyro import poutine
 from torch import Tensor
 
 from pyromosaic.data import Minibatch, View
-from pyromosaic.guidance import GuidanceGraph
-from pyromosaic.measurement import Measurement, Plates
+from pyromosaic.links import GuidanceGraph
+from pyromosaic.measurement import Measurement
 from pyromosaic.models.mosaic_model import MosaicModel
-from pyromosaic.program import weighted
 from pyromosaic.tasks import inference_mode
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What the shared parts of the objective count; every modality counts alike, however many cells have it.
+    """Weights in the objective; every modality has the same weight, however many cells have it.
 
     Parameters
     ----------
     graph
-        Weight of the graph: of its likelihood, and of the features' divergence.
+        Weight of the graph: of its likelihood, and of the divergence of the feature embeddings.
     cells
-        By modality the weight of its cells' divergences.
+        Weight of the divergences of the cells, by modality.
     """
 
     graph: float
@@ -37,28 +36,17 @@ class Weights:
 
     @contextmanager
     def features(self, minibatch: Minibatch, n_features: int) -> Iterator[None]:
-        """Plate of the features' embeddings, whose divergence enters as the mean over features over their number."""
+        """Plate of the feature embeddings; their divergence enters as the mean over features over their number."""
         scale = minibatch.n_cells * self.graph / n_features**2
         with poutine.scale(scale=scale), pyro.plate("features", n_features, dim=-1):
             yield
 
 
-@dataclass(frozen=True)
-class LinkedPlates(Plates):
-    """Plates in which the divergence of the private variable counts in the history as in the objective."""
-
-    @contextmanager
-    def own(self, kl_weight: float) -> Iterator[None]:
-        """Weight of the private latent variable."""
-        with weighted(kl_weight), poutine.scale(scale=self.private):
-            yield
-
-
 class LinkedMeasurement(Measurement):
-    """A modality whose decoder takes the embeddings of its features, shape (..., features, latent)."""
+    """A modality whose decoder reads the embeddings of its features, shape (..., features, latent)."""
 
     def predictors(self, z: Tensor, own: Tensor | None, view: View, *context: Any) -> dict[str, Tensor]:
-        """What the decoder makes of cells and features, by predictor."""
+        """Outputs of the decoder for cells and features, by predictor."""
         (embeddings,) = context
         decoded: dict[str, Tensor] = self.decoder(z, embeddings, own, view)
         return decoded
@@ -74,13 +62,13 @@ def directed(graph: GuidanceGraph) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Embedded(MosaicModel):
-    """Questions about the embeddings of features; see `pyromosaic.DiagVI`."""
+    """Methods about the embeddings of features; see `pyromosaic.DiagVI`."""
 
     guide: Any
     graph: GuidanceGraph
 
     def get_feature_embeddings(self, modality: str | None = None) -> pd.DataFrame:
-        """Posterior mean of the features' embeddings.
+        """Posterior mean of the feature embeddings.
 
         Parameters
         ----------
@@ -105,22 +93,22 @@ class Embedded(MosaicModel):
     def nearest_features(
         self, modality: str, to: str, features: Sequence[str] | None = None, n_neighbors: int = 5
     ) -> pd.DataFrame:
-        """Features of another modality whose embeddings point the same way: candidates of regulatory links.
+        """Features of another modality whose embeddings point in the same direction: candidates for regulatory links.
 
         Parameters
         ----------
         modality, to
-            Where to start, and where to look.
+            Modality to start from, and modality in which to search.
         features
             Names of the features to start from; None for all.
         n_neighbors
-            Number of neighbours of each.
+            Number of neighbours of each feature.
 
         Returns
         -------
         pandas.DataFrame
-            A row a pair, nearest first: the two features (columns named after the modalities), ``score``, the cosine
-            of their embeddings, and ``linked``, whether the graph joins them.
+            One row per pair, nearest first: the two features (columns named after the modalities), ``score``, the
+            cosine similarity of their embeddings, and ``linked``, whether the graph links them.
         """
         chosen = np.asarray(self.schema[modality].features, dtype=object)[self._features(modality, features)]
         others = np.asarray(self.schema[to].features, dtype=object)

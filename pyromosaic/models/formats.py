@@ -1,6 +1,7 @@
-"""Saved models: the version of their form, and how those of an earlier version are read."""
+"""Versions of the format of saved models, and how to read earlier versions."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from copy import deepcopy
 from typing import Any
 
 from torch import Tensor
@@ -9,8 +10,29 @@ from pyromosaic.data import Schema
 from pyromosaic.models.base import RENAMED
 from pyromosaic.program import Slots
 
-FORMAT = 5
-READ = (4, FORMAT)
+FORMAT = 6
+READ = (4, 5, FORMAT)
+
+#: Up to format 5 arguments of a part were options: the part by its option now, its arguments by those options, and the
+#: weight that was the default.
+ARGUMENTS = (
+    (
+        "alignment",
+        "Sinkhorn",
+        {
+            "lam_sinkhorn": "weight",
+            "align_draws": "sampled",
+            "blur": "blur",
+            "reach": "reach",
+            "reference": "reference",
+        },
+        3.0,
+    ),
+    ("anchors", "Anchors", {"lam_anchors": "weight", "n_neighbors": "n_neighbors"}, 2.0),
+    ("geometry", "Geometry", {"lam_geometry": "weight", "geometry": "likeness"}, 1.0),
+    ("adversary", "Discriminator", {"lam_adversary": "weight", "n_adversary_steps": "n_steps"}, 1.0),
+    ("adversary", "Adversary", {"adversary": "weight", "adversary_target": "target"}, 0.0),
+)
 
 #: Format 4 had a dictionary of modalities for each kind of part; format 5 has the parts of each modality.
 PARTS = {
@@ -22,19 +44,33 @@ PARTS = {
 }
 
 
+def upgraded_schema(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a saved model in the present format, from what ``model.json`` holds.
+
+    Up to format 5 a multinomial could have been given a dispersion by batch or label, which it ignored.
+    """
+    schema = deepcopy(content["schema"])
+    for modality in schema["modalities"].values():
+        if content["format"] < FORMAT and modality["spec"]["likelihood"] == "multinomial":
+            modality["spec"]["dispersion"] = "gene"
+    return schema
+
+
 def upgraded(
-    content: Mapping[str, Any], weights: Mapping[str, Tensor], schema: Schema
+    content: Mapping[str, Any], weights: Mapping[str, Tensor], schema: Schema, accepted: Collection[str]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Options and weights of a saved model in the present format.
+    """Options and weights of a saved model in the current format.
 
     Parameters
     ----------
     content
-        What ``model.json`` holds.
+        Content of ``model.json``.
     weights
-        By name.
+        Weights by name.
     schema
         Of the model.
+    accepted
+        Names of the options of its class.
 
     Examples
     --------
@@ -42,19 +78,37 @@ def upgraded(
     >>> from pyromosaic import Mosaic, simulate
     >>> schema = Mosaic.from_mudata(simulate(40, {"rna": 50})[0]).schema
     >>> content = {"format": 4, "class": "MultiVI", "options": {"n_latent": 3}}
-    >>> upgraded(content, {"model.likelihoods.rna.log_theta": torch.zeros(50)}, schema)[1].keys()
+    >>> weights = {"model.likelihoods.rna.log_theta": torch.zeros(50)}
+    >>> upgraded(content, weights, schema, ["n_latent"])[1].keys()
     dict_keys(['model.modalities.rna.likelihood.log_theta'])
     """
     options = dict(content["options"])
-    if content["format"] == FORMAT:
+    if content["format"] < FORMAT:
+        _rename(options, accepted)
+    if content["format"] > 4:
         return options, dict(weights)
-    for old, new in RENAMED.items():
-        if old in options and new not in options:
-            options[new] = options.pop(old)
     if options.get("library") == "latent":  # in ContrastiveVI of antibodies too
         options["library"] = {key.split(".")[2]: "latent" for key in weights if key.startswith("guide.size_encoders.")}
     names = Slots.names(schema.modalities)
     return options, {_renamed(key, names): value for key, value in weights.items()}
+
+
+def _rename(options: dict[str, Any], accepted: Collection[str]) -> None:
+    """Give options of format 5 their present names, unless the class still has an option of the old name."""
+    for option, part, moved, weight in ARGUMENTS:
+        old = [name for name in moved if name in options and (name == option or name not in accepted)]
+        if option in accepted and set(old) - {option}:
+            arguments = {"weight": weight} | {moved[name]: options.pop(name) for name in old}
+            more = arguments.keys() - {"weight"}
+            whole = {"part": part, "arguments": arguments}
+            options[option] = whole if more and arguments["weight"] else arguments["weight"]
+    if "prior" in accepted and "n_components" in options and "n_components" not in accepted:
+        arguments = {"n_components": options.pop("n_components")}
+        if options.get("prior") == "mixture":
+            options["prior"] = {"part": "GaussianMixture", "arguments": arguments}
+    for name, new in RENAMED.items():
+        if name in options and name not in accepted and new in accepted:
+            options[new] = options.pop(name)
 
 
 def _renamed(key: str, names: Mapping[str, str]) -> str:

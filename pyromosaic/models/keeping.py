@@ -1,4 +1,4 @@
-"""Keeping a model: saved and loaded without any code, and given new cells."""
+"""Save and load a model without any code, and give it new cells."""
 
 import json
 from collections.abc import Mapping
@@ -11,30 +11,39 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from pyromosaic import described, penalties, priors
 from pyromosaic.data import ModalitySpec, Mosaic, Schema
 from pyromosaic.likelihoods import Likelihood
-from pyromosaic.models.base import TrainedModel
-from pyromosaic.models.formats import FORMAT, READ, upgraded
+from pyromosaic.models.base import TrainedModel, accepted_options
+from pyromosaic.models.formats import FORMAT, READ, upgraded, upgraded_schema
 from pyromosaic.models.query import carry_over, only
+
+#: The parts that are saved with a model, by name.
+PARTS = {
+    name: part
+    for room in (penalties, priors)
+    for name, part in vars(room).items()
+    if isinstance(part, type) and issubclass(part, described.Described) and part.__module__.startswith(room.__name__)
+}
 
 
 class Keeping(TrainedModel):
-    """What is done with a model as a whole; see `pyromosaic.models.MosaicModel`."""
+    """Methods that save, load and adapt a model; see `pyromosaic.models.MosaicModel`."""
 
     def save(self, directory: str | Path, overwrite: bool = False) -> None:
-        """Write the model: weights in safetensors, everything else in JSON.
+        """Save the model: weights as safetensors, everything else as JSON.
 
         Parameters
         ----------
         directory
-            Where to; made if it does not exist.
+            Directory to write to; it is created if it does not exist.
         overwrite
-            Replace a model that is there.
+            Replace an existing model.
 
         Raises
         ------
         FileExistsError
-            If a model is there and `overwrite` is False.
+            If the directory holds a model and `overwrite` is False.
 
         Examples
         --------
@@ -49,7 +58,7 @@ class Keeping(TrainedModel):
         """
         directory = Path(directory)
         if (directory / "model.json").exists() and not overwrite:
-            raise FileExistsError(f"{directory} holds a model already; overwrite=True replaces it")
+            raise FileExistsError(f"{directory} already holds a model; pass overwrite=True to replace it")
         directory.mkdir(parents=True, exist_ok=True)
         weights = {
             f"{k}.{n}": t.contiguous() for k in ("model", "guide") for n, t in getattr(self, k).state_dict().items()
@@ -58,11 +67,9 @@ class Keeping(TrainedModel):
         options, objects = {}, [m.spec.likelihood_name for m in self.schema.modalities.values() if _is_own(m.spec)]
         for key, value in self.options.items():
             try:
-                json.dumps(value)
+                options[key] = described.to_json(value, PARTS)
             except TypeError:
                 objects.append(key)  # code is not saved; it is given again at load
-            else:
-                options[key] = value
         content = {
             "format": FORMAT,
             "class": type(self).__name__,
@@ -75,23 +82,23 @@ class Keeping(TrainedModel):
 
     @classmethod
     def load(cls, directory: str | Path, data: Any = None, **objects: Any) -> Self:
-        """Read a saved model; no code in the files is run.
+        """Load a saved model; no code from the files is run.
 
         Parameters
         ----------
         directory
-            What `save` wrote.
+            Directory that `save` wrote.
         data
-            A MuData or a dictionary of AnnData, registered and checked against the model's schema (features are put in
-            its order), or a `Mosaic` that was registered with it; None for no data.
+            A MuData or a dictionary of AnnData, which is registered and checked against the schema of the model
+            (features are put in its order); or a `Mosaic` that was registered with that schema; None for no data.
         **objects
-            The objects, such as priors, that the model was constructed with; and the classes of likelihoods of your
-            own, by their names.
+            The objects that the model was constructed with, but for the package's own penalties and priors, which are
+            saved; and the classes of likelihoods of your own, by their names.
 
         Raises
         ------
         ValueError
-            If the files are missing, damaged, or not those of such a model, or the data do not fit.
+            If the files are missing, damaged, or of another class of model, or if the data do not fit.
 
         Examples
         --------
@@ -111,28 +118,29 @@ class Keeping(TrainedModel):
             version, name = content["format"], content["class"]
             weights = load_file(directory / "weights.safetensors")
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise ValueError(f"{directory} does not hold a whole saved model: {error}") from error
+            raise ValueError(f"{directory} does not hold a complete saved model: {error}") from error
         if version not in READ:
             raise ValueError(
                 f"{directory} was saved in format {version}; this version of pyromosaic reads formats "
-                f"{' and '.join(map(str, READ))}"
+                f"{', '.join(map(str, READ))}"
             )
         if name != cls.__name__:
             raise ValueError(f"{directory} holds a model of class {name}, not {cls.__name__}; use {name}.load")
         missing = [key for key in content["objects"] if key not in objects]
         if missing:
             raise ValueError(
-                f"the saved model was constructed with objects of the user's: give {', '.join(missing)} again"
+                "the saved model was constructed with your own objects; pass "
+                f"{', '.join(f'{name}=<object>' for name in missing)} to load()"
             )
         try:
             likelihoods = {k: v for k, v in objects.items() if isinstance(v, type) and issubclass(v, Likelihood)}
-            schema = Schema.from_json(content["schema"], likelihoods)
+            schema = Schema.from_json(upgraded_schema(content), likelihoods)
             others = {k: v for k, v in objects.items() if k not in likelihoods}
-            options, weights = upgraded(content, weights, schema)
-            model = cls(schema, **options, **others)
+            options, weights = upgraded(content, weights, schema, accepted_options(cls))
+            model = cls(schema, **{**described.from_json(options, PARTS), **others})
             for part in ("model", "guide"):
                 state = {k.removeprefix(f"{part}."): v for k, v in weights.items() if k.startswith(f"{part}.")}
-                getattr(model, part).load_state_dict(state)
+                getattr(model, part).eval().load_state_dict(state)  # also what a subclass added to them
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"the description and the weights in {directory} do not fit together: {error}") from error
         history = content["history"]
@@ -151,13 +159,13 @@ class Keeping(TrainedModel):
         data
             The data.
         new_batches
-            ``"average"``: cells of batches that the model has not seen are treated as an average of those it has. See
-            also `adapt`.
+            ``"average"``: cells of batches that the model has not seen are treated as an average of the known batches.
+            See also `adapt`.
 
         Raises
         ------
         ValueError
-            If features, batches or labels are not those of the model.
+            If features, batches or labels differ from those of the model.
 
         Examples
         --------
@@ -176,22 +184,22 @@ class Keeping(TrainedModel):
     def adapt(self, data: Any, n_epochs: int = 50, **training: Any) -> Self:
         """A copy of the model that knows the batches of new cells too; only what belongs to these is fitted.
 
-        All other parameters stay as they are, so nothing that the model says of cells of known batches changes. The
-        new cells need not have all modalities.
+        All other parameters stay as they are, so nothing that the model says of cells of known batches changes. A model
+        without parameters of batches is not fitted at all. The new cells need not have all modalities.
 
         Parameters
         ----------
         data
-            A MuData, or a dictionary of AnnData (cells matched by name); the data of the new model.
+            A MuData, or a dictionary of AnnData (cells matched by name); they become the data of the new model.
         n_epochs
-            Passes over the new cells.
+            Number of passes over the new cells.
         **training
             Further arguments of `train`; the learning rate is 0.01 by default.
 
         Raises
         ------
         ValueError
-            If no batch is new, or features or labels are not those of the model.
+            If no batch is new, or features or labels differ from those of the model.
 
         References
         ----------
@@ -212,17 +220,21 @@ class Keeping(TrainedModel):
             mosaic = Mosaic.from_anndata(data, match_cells=True, schema=self.schema, new_batches="add")
         else:
             mosaic = Mosaic.from_mudata(data, schema=self.schema, new_batches="add")
+        if mosaic.schema == self.schema:
+            raise ValueError("the data have no batch that is new to the model; use register(data) instead")
         adapted = type(self)(mosaic.schema, **deepcopy(self.options))
-        adapted.model.to(self._device)
-        adapted.guide.to(self._device)
+        adapted.model.to(self._device).eval()
+        adapted.guide.to(self._device).eval()
         with torch.no_grad():
             of_model, of_guide = (
                 carry_over(getattr(self, part), getattr(adapted, part), self.schema, mosaic.schema)
                 for part in ("model", "guide")
             )
-        if not of_model and not of_guide:
-            raise ValueError("the data have no batch that is new to the model: register(data) is all they need")
-        adapted.mosaic = mosaic
+        adapted.mosaic, adapted.history = mosaic, self.history.copy()
+        fresh = of_model.keys() & dict(adapted.model.named_parameters()).keys()
+        fresh |= of_guide.keys() & dict(adapted.guide.named_parameters()).keys()
+        if not fresh:
+            return adapted
         with only(adapted.model, of_model), only(adapted.guide, of_guide):
             adapted.train(n_epochs, **{"learning_rate": 1e-2, "weight_decay": 0.0, "kl_warmup_epochs": 0} | training)
         return adapted

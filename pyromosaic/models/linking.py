@@ -1,22 +1,22 @@
-"""Linked features in a model: what it sees of them, how well they agree, and which it would link."""
+"""Methods about linked features: their values, how well they agree, and candidates for new links."""
 
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from pyromosaic.data import Mosaic, measured
-from pyromosaic.guidance import GuidanceGraph
+from pyromosaic.links import GuidanceGraph
 from pyromosaic.models.mosaic_model import MosaicModel
+from pyromosaic.neighbors import nearest
 from pyromosaic.penalties import Cycle, Scores
 from pyromosaic.tasks import inference_mode
 
 
 class Linking(MosaicModel):
-    """Questions about linked features; see `pyromosaic.ScModal`."""
+    """Methods about linked features; see `pyromosaic.ScModal`."""
 
     guide: Any
     graph: GuidanceGraph | None
@@ -26,8 +26,8 @@ class Linking(MosaicModel):
     def linked_features(self, mosaic: Mosaic, a: str, b: str, graph: GuidanceGraph | None = None) -> np.ndarray:
         """Linked features of two modalities as the encoders see them, side by side, shape (N, links); 0 elsewhere.
 
-        A negative link's feature of the second modality has its sign turned. Links of a feature that does not vary are
-        left out. The graph is the model's if none is given.
+        For a negative link, the sign of the second feature is flipped. Links of a feature that does not vary are left
+        out. By default the graph of the model is used.
         """
         graph = self.graph if graph is None else graph
         assert graph is not None
@@ -43,28 +43,28 @@ class Linking(MosaicModel):
             varies &= np.ptp(values[cells], axis=0) > 0
         if not varies.any():
             raise ValueError(
-                f"modalities {a!r} and {b!r} have no linked features that vary, out of {len(links)}; accepted: at "
-                'least one, or linkage="cca", which links modalities through others too'
+                f"modalities {a!r} and {b!r} have no linked features that vary, out of {len(links)} links; give at "
+                'least one, or use linkage="cca", which also links modalities through others'
             )
         return values[:, varies]
 
     def link_agreement(self, graph: Any, n_neighbors: int = 15) -> float:
-        """How well linked features agree between a cell and its nearest in the other modality.
+        """Agreement of linked features between a cell and its nearest cells in the other modality.
 
-        With links that the model was not given it says, without pairs or labels, which of two models aligns better: so
-        the weights of the penalties can be chosen.
+        With links that the model was not given, it says without pairs or labels which of two models aligns better. You
+        can use it to choose the weights of the penalties.
 
         Parameters
         ----------
         graph
-            Links that were left out, as for the model: a table, say.
+            Links that were left out, in the same form as for the model, e.g. a table.
         n_neighbors
-            Over how many nearest cells the other modality's feature is averaged.
+            Number of nearest cells over which the feature of the other modality is averaged.
 
         Returns
         -------
         float
-            Mean correlation over links, both ways, and pairs of modalities that are aligned.
+            Mean correlation over links, both directions, and aligned pairs of modalities.
         """
         mosaic, graph = self._data(None), GuidanceGraph.of(graph, self.schema)
         z, r = self.get_latent_representation().to_numpy(), []
@@ -72,22 +72,20 @@ class Linking(MosaicModel):
             values = self.linked_features(mosaic, a, b, graph)
             for near, far in ((a, b), (b, a)):
                 cells, others = (np.flatnonzero(mosaic.modalities[name].present) for name in (near, far))
-                search = NearestNeighbors(n_neighbors=min(n_neighbors, len(others))).fit(z[others])
-                means = values[others[search.kneighbors(z[cells], return_distance=False)]].mean(1)
+                means = values[others[nearest(z[others], n_neighbors, z[cells])[1]]].mean(1)
                 r.append(_correlations(values[cells], means))
         return float(np.concatenate(r).mean())
 
     def feature_links(
         self, first: str, second: str, *, level: float = 0.05, n_shuffles: int = 100, seed: int = 0
     ) -> pd.DataFrame:
-        """Features of two modalities that respond alike to the shared latent variable: candidates of links.
+        """Features of two modalities that respond alike to the shared latent variable: candidates for links.
 
-        All cells' posterior means are decoded in both modalities. The association of two features is the covariance of
-        their standardised expected measurements, so it is large where z explains much of both. Responses of a few
-        dimensions all resemble each other, so chance is what is found where the latent spaces have nothing to do with
-        each other: the second modality decodes posterior means that were turned at random. An association is beyond
-        chance if it is larger, in absolute value, than the largest of all pairs in all but a share `level` of the
-        turns.
+        The posterior means of all cells are decoded in both modalities. The association of two features is the
+        covariance of their standardised expected measurements, so it is large if z explains much of both. Responses to
+        a few dimensions all resemble each other. Therefore the null distribution comes from unrelated latent spaces:
+        the second modality decodes posterior means that were rotated at random. An association is beyond chance if its
+        absolute value is larger than the largest of all pairs in all but a share `level` of the rotations.
 
         Parameters
         ----------
@@ -96,14 +94,14 @@ class Linking(MosaicModel):
         level
             That share, from 0 to 1; 1 gives all pairs.
         n_shuffles
-            Number of turns.
+            Number of rotations.
         seed
-            Of the turns.
+            Seed of the rotations.
 
         Returns
         -------
         pandas.DataFrame
-            One row a pair, the strongest first: columns named after the modalities, ``correlation`` (the association,
+            One row per pair, the strongest first: columns named after the modalities, ``correlation`` (the association,
             signed), and ``mutual``, whether each is the strongest partner of the other. `linkage.link_recovery` and
             `GuidanceGraph.from_linkage` take such tables.
         """

@@ -1,4 +1,4 @@
-"""Where cells lie: their latent variables, their neighbours, and what the model says of all cells at once."""
+"""Methods of a trained model about latent variables: of each cell, of its neighbours, and global ones."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,17 +7,17 @@ import numpy as np
 import pandas as pd
 import torch
 from pyro import poutine
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from pyromosaic.data import Mosaic
 from pyromosaic.models.base import TrainedModel
+from pyromosaic.neighbors import nearest, vote
 from pyromosaic.tasks import inference_mode
 from pyromosaic.tasks.question import Cells
 
 
 class Locating(TrainedModel):
-    """Questions about latent variables; see `pyromosaic.models.MosaicModel`."""
+    """Methods about latent variables; see `pyromosaic.models.MosaicModel`."""
 
     def get_latent_representation(
         self,
@@ -33,13 +33,13 @@ class Locating(TrainedModel):
         Parameters
         ----------
         cells
-            Names, numbers or a mask; None for all.
+            Names, positions or a mask; None for all.
         modality
-            Look at this modality alone, in the cells that have it; None for all that a cell has.
+            Infer from this modality alone, in the cells that have it; None uses all modalities of a cell.
         sample
-            Draw from the posterior instead of giving its mean.
+            Return a draw from the posterior instead of its mean.
         data
-            Other cells than the training data.
+            Cells other than the training data.
         seed
             Seed of the draw.
 
@@ -70,13 +70,13 @@ class Locating(TrainedModel):
         self.schema[modality]
         having = index[mosaic.modalities[modality].present[index]]
         if len(having) == 0:
-            raise ValueError(f"none of the cells asked for has modality {modality!r}")
+            raise ValueError(f"none of the given cells has modality {modality!r}")
         return having
 
     def get_global_posterior(
         self, n_samples: int = 1000, *, quantiles: Sequence[float] = (0.05, 0.95), seed: int = 0
     ) -> pd.DataFrame:
-        """Global latent variables, those that a prior, decoder or likelihood draws once for all cells.
+        """Posterior of global latent variables, which a prior, decoder or likelihood draws once for all cells.
 
         Parameters
         ----------
@@ -90,7 +90,8 @@ class Locating(TrainedModel):
         Returns
         -------
         pandas.DataFrame
-            A row an element, indexed by ``site`` and ``element`` (its number); columns ``mean``, ``sd`` and the levels.
+            One row per element, indexed by ``site`` and ``element`` (its number); columns ``mean``, ``sd`` and the
+            levels.
 
         Raises
         ------
@@ -129,23 +130,23 @@ class Locating(TrainedModel):
         return pd.concat(tables, names=["site", "element"])
 
     def nearest_cells(self, modality: str, to: str, cells: Cells = None, *, n_neighbors: int = 15) -> pd.DataFrame:
-        """Counterparts of cells among those of another modality, and whether there are any.
+        """Nearest cells in another modality, and whether a cell has a counterpart there at all.
 
         Parameters
         ----------
         modality, to
-            Where the cells are from, and where to look.
+            Modality of the cells, and modality in which to search.
         cells
-            Names, numbers or a mask; None for all of the modality.
+            Names, positions or a mask; None for all cells of the modality.
         n_neighbors
-            Number of nearest cells to look at.
+            Number of nearest cells to consider.
 
         Returns
         -------
         pandas.DataFrame
-            For each cell the ``nearest`` cell of the other modality; the mean ``distance`` to its nearest cells there,
-            over what 95 % of the cells there stay within among themselves; and ``alone``, whether that is above 1: a
-            cell of a type, say, that the other modality has not seen.
+            For each cell: ``nearest``, the nearest cell of the other modality; ``distance``, the mean distance to its
+            nearest cells there, divided by the 95 % quantile of the same distance among the cells there; and ``alone``,
+            whether this ratio is above 1, for example because the other modality has no cells of this type.
 
         Examples
         --------
@@ -157,8 +158,8 @@ class Locating(TrainedModel):
         """
         query = self.get_latent_representation(cells, modality=modality)
         distance, rows, reference = self._neighbours(query, to, n_neighbors)
-        among = NearestNeighbors(n_neighbors=min(n_neighbors, len(reference) - 1)).fit(reference.to_numpy())
-        usual = np.quantile(among.kneighbors()[0].mean(axis=1), 0.95)
+        among, _ = nearest(reference.to_numpy(), n_neighbors)
+        usual = np.quantile(among.mean(axis=1), 0.95)
         relative = distance.mean(axis=1) / usual
         columns = {"nearest": reference.index.to_numpy()[rows[:, 0]], "distance": relative, "alone": relative > 1}
         return pd.DataFrame(columns, index=query.index)
@@ -166,24 +167,24 @@ class Locating(TrainedModel):
     def transfer_labels(
         self, key: str, modality: str, to: str, cells: Cells = None, *, n_neighbors: int = 15
     ) -> pd.DataFrame:
-        """Labels of one modality's cells, given to another's by a vote of the nearest.
+        """Transfer labels from cells of one modality to cells of another, by a vote of the nearest neighbours.
 
         Parameters
         ----------
         key
-            Column of `obs` with the labels, which may have been added after registration.
+            Column of `obs` with the labels; it may have been added after registration.
         modality, to
-            Whose labels are known, and whose cells get them.
+            Modality with known labels, and modality whose cells get them.
         cells
-            Cells of `to`: names, numbers or a mask; None for all.
+            Cells of `to`: names, positions or a mask; None for all.
         n_neighbors
             Number of cells that vote; those without a label, or with the word for "not known", do not.
 
         Returns
         -------
         pandas.DataFrame
-            Cells × ``prediction`` and ``confidence``, the share of the votes; of labels with equal votes the nearest
-            cell's wins.
+            Cells × ``prediction`` and ``confidence``, the share of the votes. If labels have equal votes, the label of
+            the nearest cell wins.
 
         Examples
         --------
@@ -200,10 +201,7 @@ class Locating(TrainedModel):
         query = self.get_latent_representation(cells, modality=to)
         _, rows, reference = self._neighbours(query, modality, n_neighbors, np.flatnonzero(known))
         codes, names = pd.factorize(labels[reference.index])
-        votes = np.zeros((len(query), len(names)))
-        np.add.at(votes, (np.arange(len(query))[:, None], codes[rows]), 1 + 1e-6 * np.linspace(1, 0, rows.shape[1]))
-        best = votes.argmax(axis=1)
-        confidence = np.round(votes.max(axis=1)) / rows.shape[1]
+        best, confidence = vote(codes[rows])
         return pd.DataFrame({"prediction": np.asarray(names)[best], "confidence": confidence}, index=query.index)
 
     def _neighbours(
@@ -211,6 +209,5 @@ class Locating(TrainedModel):
     ) -> tuple[np.ndarray, np.ndarray, pd.DataFrame]:
         """Distances and rows of the nearest cells of a modality, and these cells' latent variables."""
         reference = self.get_latent_representation(cells, modality=modality)
-        search = NearestNeighbors(n_neighbors=min(n_neighbors, len(reference))).fit(reference.to_numpy())
-        distance, rows = search.kneighbors(query.to_numpy())
+        distance, rows = nearest(reference.to_numpy(), n_neighbors, query.to_numpy())
         return distance, rows, reference

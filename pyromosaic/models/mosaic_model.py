@@ -12,21 +12,32 @@ __all__ = ["Cells", "MosaicModel", "Preset"]
 class MosaicModel(Locating, Asking, Keeping):
     """A Pyro program (`model`, `guide`) over a mosaic.
 
-    A subclass builds `model` and `guide` in its constructor inside ``with self._construction(data, seed)``.
+    A subclass builds `model` and `guide` in its constructor inside ``with self.construction(data, seed) as schema``.
+    Both are a `pyromosaic.program.Program`, called with a `Minibatch` and the weight of the divergences:
+
+    - The model samples ``z``, shape (cells, 1, latent), inside `pyromosaic.measurement.cells`, and for each modality of
+      ``minibatch.decoded`` a site of its name with ``obs=view.counts``. To predict, ``view.counts`` is None.
+    - The guide samples ``z``, and what else is latent in the model, from the modalities of ``minibatch.observed``.
+    - Where both hold their modalities as ``self.modalities``, `pyromosaic.program.Slots` of
+      `pyromosaic.measurement.Measurement` and `MeasurementGuide`, start values are set, sizes learnt and likelihoods
+      asked for denoised values and differences.
+
+    Arguments of the constructor, by name, are saved with a model, and given to it again with a `Schema` in place of
+    data by `load` and `adapt`. `pyromosaic.testing.check_model` tells whether a class answers all questions.
 
     Attributes
     ----------
     model, guide
-        The Pyro program; both are called with a `Minibatch`. A model's class names theirs as ``Model`` and ``Guide``,
-        which a subclass may replace.
+        The Pyro program; both are called with a `Minibatch`. The class of a model names their classes as ``Model`` and
+        ``Guide``; a subclass may replace them.
     schema
-        What is remembered of the data.
+        Description of the data that is saved with the model.
     mosaic
         The training data, if there are any.
     history
-        A row an epoch, once trained; see `pyromosaic.train.Plan`.
+        One row per epoch, after training; see `pyromosaic.train.Plan`.
     split
-        Training, validation and test cells, once trained.
+        Training, validation and test cells, after training.
 
     Examples
     --------

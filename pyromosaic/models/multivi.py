@@ -16,12 +16,13 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch, Mosaic, Schema, measured
+from pyromosaic.described import complete
 from pyromosaic.fusion import Fusion, Posterior, agreement_weights, fusion_of, leave_out, presence
 from pyromosaic.likelihoods import likelihoods_of
 from pyromosaic.measurement import Measurement, MeasurementGuide, Plates, cells, encoded
 from pyromosaic.models.mosaic_model import Cells, MosaicModel, Preset
 from pyromosaic.nn import Decoder, Encoder
-from pyromosaic.penalties import MMD, Adversary, Jeffreys, Penalty, apply, attached, with_given
+from pyromosaic.penalties import MMD, Adversary, Jeffreys, Penalty, apply, attached, chosen, with_given
 from pyromosaic.priors import StandardNormal
 from pyromosaic.program import AtMean, Program, Slots, own
 from pyromosaic.sizes import LatentSize, Size, latent_sizes
@@ -42,8 +43,7 @@ PAPER = Preset(
         "jeffreys": 1.0,
         "mmd": 0.0,
         "left_out": 0.0,
-        "adversary": 1.0,
-        "adversary_target": "batch",
+        "adversary": Adversary(target="batch"),
     },
     training={
         "n_epochs": 500,
@@ -64,21 +64,11 @@ CALIBRATED = Preset(
 
 
 class MultiVIModel(Program):
-    """The generative story.
+    """The generative model.
 
-    Each cell has a latent variable z, and perhaps for each modality a latent variable of its own. Each modality that is
-    measured in it is decoded from these and the cell's batch and covariates, and its likelihood gives the measurements.
-
-    Examples
-    --------
-    >>> from pyro import poutine
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50, "adt": 5})[0])
-    >>> model, minibatch = MultiVI(mosaic, n_latent=3), measured(mosaic, mosaic.find(None))
-    >>> trace = poutine.trace(model.model).get_trace(minibatch)
-    >>> trace.nodes["z"]["fn"].event_shape, trace.observation_nodes
-    (torch.Size([3]), ['rna', 'adt'])
+    Each cell has a latent variable z, and optionally a private latent variable for each modality. Each modality that
+    was measured in the cell is decoded from these variables and the cell's batch and covariates. The likelihood of the
+    modality then generates the measurements.
     """
 
     def __init__(self, prior: nn.Module, modalities: Mapping[str, Measurement]) -> None:
@@ -89,7 +79,7 @@ class MultiVIModel(Program):
     def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> Tensor:
         """``z ~ Normal(0, I)``, then ``x_m ~ likelihood_m(decoder_m(z, batch))`` for each modality m (Methods).
 
-        Sites: ``z``, and one of each modality's name; beside it ``z_<modality>`` if it has private dimensions,
+        Sites: ``z``, and one named after each modality; also ``z_<modality>`` if it has private dimensions,
         ``<modality>_library`` if its size is latent, ``<modality>_background`` if its likelihood is an NB mixture.
         """
         with cells(minibatch, kl_weight):
@@ -100,22 +90,11 @@ class MultiVIModel(Program):
 
 
 class MultiVIGuide(Program):
-    """The inference story.
+    """The variational posterior.
 
-    Each measured modality is encoded to a normal posterior of z, and of its private variable; the posteriors of a
-    cell's z are fused to one. Penalties compare the posteriors, an adversary looks at the fused one. Likelihoods with
-    latent variables of their own have a decoder for their posteriors.
-
-    Examples
-    --------
-    >>> from pyro import poutine
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50, "adt": 5})[0])
-    >>> model, minibatch = MultiVI(mosaic, n_latent=3), measured(mosaic, mosaic.find(None))
-    >>> trace = poutine.trace(model.guide).get_trace(minibatch)
-    >>> trace.nodes["z"]["fn"].event_shape, trace.nodes["adt_background"]["fn"].batch_shape
-    (torch.Size([3]), torch.Size([26, 5]))
+    Each measured modality is encoded to a normal posterior of z and of its private variable. The posteriors of z in one
+    cell are fused to one. Penalties compare the posteriors; an adversary sees the fused posterior. If a likelihood has
+    latent variables, a separate decoder gives their posteriors.
     """
 
     def __init__(
@@ -156,70 +135,74 @@ class MultiVIGuide(Program):
 class MultiVI(MosaicModel):
     """Integrate a mosaic of cells measured by one or several modalities.
 
-    On RNA alone this is scVI, on chromatin alone PeakVI, on RNA and protein totalVI.
+    On RNA alone this is scVI, on chromatin alone it is PeakVI, and on RNA and protein it is totalVI.
 
     Parameters
     ----------
     data
-        The registered data, or the `Schema` of data to come.
+        The registered data, or only their `Schema`.
     n_latent
-        Width of the latent space; None for the paper's rule, the square root of `n_hidden`.
+        Dimension of the latent space; None for the rule of the paper, the square root of `n_hidden`.
     n_hidden, n_encoder_layers, n_decoder_layers
-        Shape of the networks; `n_hidden` None for the paper's rule, the square root of the number of regions (without
-        regions, of the most features), at most 128.
+        Shape of the networks. If `n_hidden` is None, the rule of the paper applies: the square root of the number of
+        regions (without regions, of the largest number of features), at most 128.
     dropout
-        Dropout of the encoders.
+        Dropout rate of the hidden layers of the encoders.
     input_dropout
-        How many of a modality's features beyond 250 its encoder does not see in training, as a share; others in every
-        cell and step. It keeps encoders from learning single cells by heart.
+        Dropout rate on encoder inputs in training, scaled by ``1 - 250 / n_features``. It keeps encoders from
+        memorising single cells.
     encode_covariates
         Whether encoders see batch and covariates.
     covariate_embedding
-        Width of a learnt embedding of batch and covariates, which networks see in their place; 0 for indicators. Of use
-        with many batches.
+        Dimension of a learnt embedding that replaces the indicators of batch and covariates in the networks; 0 keeps
+        the indicators. Useful with many batches.
     library
         Size of a cell in RNA: ``"observed"`` is its total count; ``"latent"`` infers it by a network, with a normal
-        prior on its logarithm from the cell's batch. Of some modalities by name, e.g. ``{"adt": "latent"}``.
+        prior on its logarithm that depends on the cell's batch. To choose it for other modalities, give a dictionary,
+        e.g. ``{"adt": "latent"}``.
     fusion
-        How the posteriors of a cell's modalities become one: ``"mean"`` (also ``"equal"``), with weights that are
-        learnt per modality ``"global"`` (also ``"universal"``) or per cell ``"cell"``, as a ``"product"`` or a
+        How to combine the posteriors of a cell's modalities: ``"mean"`` (also ``"equal"``); a weighted mean with
+        weights learnt per modality, ``"global"`` (also ``"universal"``), or per cell, ``"cell"``; a ``"product"`` or a
         ``"mixture"`` of experts; or a `pyromosaic.fusion.Fusion`.
     n_private
-        Number of latent dimensions that each modality has for itself, or of some modalities by name; 0 as in the
-        paper. See `get_shared_share`.
+        Number of private latent dimensions of each modality, or a dictionary with the number for some modalities; 0 as
+        in the paper. See `get_shared_share`.
     private_kl
         Weight of their divergence, relative to that of z. At 1, and with `left_out` 0, the private variables tend to
-        swallow what should be shared. The ELBO in the history counts their divergence so many times; above 1 it is
-        still a lower bound of the evidence.
+        swallow what should be shared. The ELBO in the history counts their divergence once.
     jeffreys
-        Weight of the symmetric divergence between the posteriors of a cell's modalities; 1 in the paper. None for a
-        ten-thousandth of the number of features of all modalities, at most 0.2.
+        Weight of the symmetric divergence between the posteriors of a cell's modalities; 1 in the paper. If None, it is
+        the number of features of all modalities divided by 10,000, at most 0.2.
     mmd
         Weight of the discrepancy between the modalities' representations over all cells that have them; 0 as in the
-        paper, and better lowered where modalities were measured in different kinds of cells.
-    adversary, adversary_target
-        Weight and target, ``"pattern"`` or ``"batch"``, of an adversary; see `pyromosaic.penalties.Adversary`.
+        paper, and better lowered where modalities were measured in different kinds of cells. The weights of penalties
+        may be given as penalties with more arguments, e.g. ``mmd=MMD(50.0, n_cells=512)``, in all models.
+    adversary
+        Weight of an adversary that tells which modalities a cell has; or one that tells its batch,
+        ``Adversary(target="batch")``.
     left_out
-        Share of the cells with several modalities in which, at each training step, the posterior sees only one of them
-        while the model explains all; 0 as in the paper. None for as much as `jeffreys` by default, at most 0.1.
+        Share of the cells with several modalities for which, in a training step, the guide sees only one modality while
+        the model explains all of them; 0 in the paper. If None, it is the number of features divided by 10,000, as for
+        `jeffreys`, at most 0.1.
     prior
-        Callable module from a minibatch to the prior of z; by default a standard normal.
+        Module that maps a minibatch to the prior of z; by default a standard normal.
     encoder, decoder
-        What makes the networks of each modality, with the arguments of `pyromosaic.nn.Encoder` and `Decoder`, which
-        they are by default: a subclass, or a function that chooses by the schema it is given.
+        Class or function that makes the network of each modality; it takes the arguments of `pyromosaic.nn.Encoder` or
+        `pyromosaic.nn.Decoder`, which are the defaults. A function can choose a network by the schema that it receives.
     penalties
-        Further penalties on the posteriors of z by modality, see `pyromosaic.penalties`.
+        Additional penalties on the posteriors of z by modality, see `pyromosaic.penalties`.
     seed
-        Seed of the networks' start values.
+        Seed for the initial weights of the networks.
 
     Attributes
     ----------
     presets
-        Other choices by name. ``"paper"``: those of the paper and its reference implementation, except for what the
-        encoders see (there raw counts, here log counts on a common scale), the start values of the decoders' biases
-        (here the data's mean profile), and the variance of the fused posterior (there the sum of ``sqrt(w) var``, here
-        that of a mean of independent variables, the sum of ``w^2 var``). ``"calibrated"``: no penalties, and a product
-        of experts, as probability has it; intervals of what is imputed are somewhat wider, modalities mix less.
+        Named sets of options. ``"paper"`` has the options of the paper and its reference implementation. Three things
+        still differ: the inputs of the encoders (there raw counts, here log counts on a common scale), the start values
+        of the biases of the decoders (here the mean profile of the data), and the variance of the fused posterior
+        (there the sum of ``sqrt(w) var``, here the variance of a mean of independent variables, the sum of
+        ``w^2 var``). ``"calibrated"`` has no penalties and a product of experts, as probability theory asks; intervals
+        of imputed values are somewhat wider, and the modalities mix less.
 
     Examples
     --------
@@ -259,10 +242,9 @@ class MultiVI(MosaicModel):
         fusion: str | Fusion = "mean",
         n_private: int | Mapping[str, int] = 0,
         private_kl: float = 2.0,
-        jeffreys: float | None = None,
-        mmd: float = 50.0,
-        adversary: float = 0.0,
-        adversary_target: str = "pattern",
+        jeffreys: float | Jeffreys | None = None,
+        mmd: float | MMD = 50.0,
+        adversary: float | Adversary = 0.0,
         left_out: float | None = None,
         prior: nn.Module | None = None,
         encoder: Callable[..., nn.Module] | None = None,
@@ -270,11 +252,11 @@ class MultiVI(MosaicModel):
         penalties: Sequence[Penalty] = (),
         seed: int = 0,
     ) -> None:
-        with self._construction(data, seed) as schema:
+        with self.construction(data, seed) as schema:
             modalities = schema.modalities
             jeffreys, left_out = agreement_weights(schema, jeffreys, left_out)
             if covariate_embedding < 0:
-                raise ValueError(f"covariate_embedding is at least 0; found {covariate_embedding}")
+                raise ValueError(f"covariate_embedding must be at least 0; found {covariate_embedding}")
             if n_hidden is None:
                 regions = [m.n_features for m in modalities.values() if m.spec.traits.binary]
                 n_hidden = min(128, int(max(regions or [m.n_features for m in modalities.values()]) ** 0.5))
@@ -301,12 +283,13 @@ class MultiVI(MosaicModel):
 
             explaining = decoders("predictors", decoder or decode)
             latent = latent_sizes(library, schema)
-            adversaries = [Adversary(schema, n_latent, adversary_target, adversary)] if adversary else []
+            known = {"schema": schema, "n_latent": n_latent}
+            adversaries = [chosen("adversary", adversary, Adversary, **known)] if adversary else []
             size_encoders = {name: encode(schema[name], 1, n_hidden, 1, dropout, encode_covariates) for name in latent}
             inferring = decoders("posterior_predictors", decode)
             plates = {name: Plates(name, m.n_features, private=private_kl) for name, m in modalities.items()}
             self.model = self.Model(
-                prior or StandardNormal(n_latent),
+                complete(prior or StandardNormal(), n_latent=n_latent),
                 {
                     name: Measurement(
                         plates[name],
@@ -333,7 +316,7 @@ class MultiVI(MosaicModel):
                 },
                 fusion_of(fusion, tuple(modalities)),
                 left_out,
-                with_given([Jeffreys(jeffreys), MMD(mmd)], penalties),
+                with_given([chosen("jeffreys", jeffreys, Jeffreys), chosen("mmd", mmd, MMD)], penalties),
                 adversaries,
             )
 
@@ -344,7 +327,7 @@ class MultiVI(MosaicModel):
                 raise ValueError(f"modality {name!r} has no cell to learn from; load a trained model for such data")
 
     def finish(self, mosaic: Mosaic) -> None:
-        """Learn sizes; warn if the shared latent space has collapsed."""
+        """Fit the sizes; warn if the shared latent space has collapsed."""
         super().finish(mosaic)
         if self.private:
             assert self.split is not None
@@ -352,31 +335,32 @@ class MultiVI(MosaicModel):
             shares = self.get_shared_share(held_out[:: 1 + len(held_out) // 2000])
             for name in shares.index[shares < COLLAPSED]:
                 warnings.warn(
-                    f"the shared latent space explains only {shares[name]:.0%} of what the model knows of modality "
-                    f"{name!r}; more private_kl, or fewer private dimensions, move it there",
+                    f"the shared latent space carries only {shares[name]:.0%} of the information on modality {name!r}; "
+                    "increase private_kl or lower n_private to move it there",
                     stacklevel=2,
                 )
 
     def get_shared_share(self, cells: Cells = None, *, data: Mosaic | None = None) -> pd.Series:
-        """How much of what the model knows of a modality's measurements it knows from the shared latent variable z.
+        """Share of the information on each modality that comes from the shared latent variable z.
 
-        The gain in log-likelihood over the mean profile when a cell's predictors are decoded from z with the private
-        variable at its prior mean, over the gain when they are decoded from both. Latent variables stand at their
-        posterior means; the mean profile is the mean of the predictors of cells of the same batch and categories. Near
-        1 the private variable adds nothing; near 0 z has collapsed, and the modalities share nothing.
+        It is a ratio of two gains in log-likelihood over the mean profile: the gain when a cell is decoded from z with
+        the private variable at its prior mean, divided by the gain when it is decoded from both. Latent variables are
+        at their posterior means. The mean profile is the mean of the predictors of cells of the same batch and
+        categories. Near 1, the private variable adds nothing. Near 0, z has collapsed, and the modalities share
+        nothing.
 
         Parameters
         ----------
         cells
-            Names, numbers or a mask of the cells; better those held out of training, ``model.split.validation``. None
-            for all.
+            Names, positions or a mask of the cells; None for all. Preferably use cells that were held out of training,
+            ``model.split.validation``.
         data
-            Other cells than the training data.
+            Cells other than the training data.
 
         Returns
         -------
         pandas.Series
-            A share, between 0 and 1, for each modality with private dimensions and measured cells.
+            A share between 0 and 1 for each modality that has private dimensions and measured cells.
         """
         mosaic = self._data(data)
         shares: dict[str, float] = {}
@@ -407,5 +391,5 @@ def _private(n_private: int | Mapping[str, int], schema: Schema) -> dict[str, in
     for name, n in by_name.items():
         schema[name]
         if n < 0:
-            raise ValueError(f"n_private is at least 0; found {n} for modality {name!r}")
+            raise ValueError(f"n_private must be at least 0; found {n} for modality {name!r}")
     return {name: n for name, n in by_name.items() if n}

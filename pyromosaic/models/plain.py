@@ -1,4 +1,4 @@
-"""The deterministic program of scMODAL (Wang et al. 2025): plain networks, a point in place of a posterior."""
+"""The deterministic program of scMODAL (Wang et al. 2025): plain networks, and a point instead of a posterior."""
 
 import pyro
 import torch
@@ -20,7 +20,7 @@ class Flat(StandardNormal):
 
 
 class PlainEncoder(nn.Module):
-    """One hidden layer of rectified units, from scaled measurements to a point."""
+    """One hidden layer of ReLU units, from scaled measurements to a point."""
 
     def __init__(self, schema: ModalitySchema, n_latent: int, n_hidden: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class PlainEncoder(nn.Module):
 
 
 class PlainDecoder(nn.Module):
-    """One hidden layer of rectified units, from z to scaled measurements."""
+    """One hidden layer of ReLU units, from z to scaled measurements."""
 
     def __init__(self, schema: ModalitySchema, n_latent: int, n_hidden: int) -> None:
         super().__init__()
@@ -56,8 +56,9 @@ class PlainDecoder(nn.Module):
 class MeanSquare(Likelihood):
     """Mean square over features of scaled measurements minus ``loc``, as a normal likelihood.
 
-    A variance of half the number of features makes it that, up to constants. It is a weight rather than the spread of
-    measurements: predicted is the point on the scale of the measurements to which ``loc`` belongs.
+    A normal with a variance of half the number of features has this log-likelihood, up to constants. The variance is a
+    weight rather than the spread of measurements: predictions are the point, on the scale of the measurements, that
+    ``loc`` stands for.
     """
 
     predictors = ("loc",)
@@ -72,7 +73,7 @@ class MeanSquare(Likelihood):
         return {}
 
     def forward(self, name: str, predictors: Predictors, view: View, kl_weight: float = 1.0) -> None:
-        """The observed site, or a point to be predicted."""
+        """The observed site, or a point as prediction."""
         if view.counts is None:
             pyro.sample(name, self.distribution(predictors, view))
         else:
@@ -81,11 +82,8 @@ class MeanSquare(Likelihood):
 
     def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
         """The point, batch shape (..., b, features)."""
-        x = predictors["loc"] * self.scaling.sd + self.scaling.mean
-        if self.schema.spec.data_kind != "real":
-            x = x.expm1().clamp_min(0.0) * (view.library / self.schema.library)
-        return dist.Delta(x)
+        return dist.Delta(self.scaling.measured(predictors["loc"], view))
 
     def seen(self, predictors: Predictors) -> Tensor:
-        """What an encoder sees of what is expected: ``loc`` itself."""
+        """Expected measurements as an encoder sees them: ``loc`` itself."""
         return predictors["loc"]

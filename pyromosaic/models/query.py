@@ -1,4 +1,4 @@
-"""Query mapping: a trained model meets batches that it has not seen (after scArches, Lotfollahi et al. 2022)."""
+"""Query mapping: add new batches to a trained model (after scArches, Lotfollahi et al. 2022)."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,20 +13,20 @@ from pyromosaic.program import Slots
 def carry_over(old: nn.Module, new: nn.Module, before: Schema, after: Schema) -> dict[str, Tensor]:
     """Give a program the weights of one that knows fewer batches.
 
-    Entries for a new batch start at the mean of those for the old ones. They lie behind them: along a dimension of
-    batches at its end, along one of a layer's inputs before the other covariates, which come last.
+    Entries for a new batch start at the mean of the entries for the old ones, and follow them: along a dimension of
+    batches they are at the end; along the inputs of a layer they are before the other covariates, which come last.
 
     Parameters
     ----------
     old, new
-        Model or guide that knows fewer and more batches.
+        Models or guides; `new` knows more batches than `old`.
     before, after
         Their schemas.
 
     Returns
     -------
     dict
-        For each parameter and buffer that has entries for new batches a mask of these.
+        A mask of the entries for new batches, for each parameter and buffer that has such entries.
     """
     masks, state = {}, new.state_dict()
     modalities = {key: name for name, key in Slots.names(before.modalities).items()}
@@ -54,7 +54,7 @@ def carry_over(old: nn.Module, new: nn.Module, before: Schema, after: Schema) ->
 
 @contextmanager
 def only(program: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, training moves the masked entries of a program's parameters and nothing else, adversaries apart."""
+    """Context in which training changes only the masked entries of a program's parameters (and adversaries)."""
     adversaries = {p for m in program.modules() if hasattr(m, "optimiser") for p in m.parameters()}
     free = {name: p for name, p in program.named_parameters() if p.requires_grad and p not in adversaries}
     kept = program.state_dict()  # without what a penalty remembers of earlier minibatches

@@ -1,4 +1,4 @@
-"""What a model with salient variables says of them: by cell, by feature, and against the same cells without."""
+"""Methods about salient variables: by cell, by feature, and compared with the same cells without them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,14 +20,16 @@ Parts = tuple[tuple[str, tuple[int, ...]], ...]  # salient sites, each with the 
 
 
 def cohorts_of(schema: Schema) -> Cohorts:
-    """The cohorts of data, which are refused if they have none."""
+    """The cohorts of the data; data without cohorts are refused."""
     if schema.cohorts is None:
-        raise ValueError("the data have no cohorts; mosaic.with_cohorts says which cells are background and target")
+        raise ValueError(
+            "the data have no cohorts; call mosaic.with_cohorts to say which cells are background and target"
+        )
     return schema.cohorts
 
 
 class Contrasting(MosaicModel):
-    """Questions about salient variables; see `pyromosaic.ContrastiveVI`."""
+    """Methods about salient variables; see `pyromosaic.ContrastiveVI`."""
 
     model: Any
 
@@ -42,14 +44,14 @@ class Contrasting(MosaicModel):
             unknown = index[mosaic.groups[index] < 0]
             if len(unknown):
                 raise ValueError(
-                    f"cell {mosaic.obs_names[unknown[0]]!r} belongs to no cohort, so the model does not say whether it "
-                    "has salient variables; leave it out, or say how to take it"
+                    f"cell {mosaic.obs_names[unknown[0]]!r} belongs to no cohort, so the model does not know whether "
+                    "it has salient variables; leave it out, or say whether it is a target cell"
                 )
             return mosaic
         if not salient:
             return replace(mosaic, groups=np.zeros(mosaic.n_cells, dtype=np.int64))
         if len(self.model.parts) > 1 and (mosaic.groups[index] <= 0).any():
-            raise ValueError("each target group has salient variables of its own; a background cell has none of them")
+            raise ValueError("each target group has separate salient variables; a background cell has none of them")
         return replace(mosaic, groups=np.where(mosaic.groups > 0, mosaic.groups, 1))
 
     def _latent(
@@ -85,18 +87,18 @@ class Contrasting(MosaicModel):
         Parameters
         ----------
         cells
-            Names, numbers or a mask; None for all.
+            Names, positions or a mask; None for all.
         representation
             ``"salient"`` or ``"background"``.
         as_target
-            Infer salient variables of background cells as if they were target cells: an extrapolation, as nothing but
-            the Wasserstein penalty trains it. Under the model, and by default, they are 0.
+            Infer salient variables of background cells as if they were target cells. This is an extrapolation, because
+            only the Wasserstein penalty trains it. Under the model, and by default, they are 0.
         modality
-            Look at this modality alone, in the cells that have it; None for all that a cell has.
+            Infer from this modality alone, in the cells that have it; None uses all modalities of a cell.
         sample
-            Draw from the posterior instead of giving its mean.
+            Return a draw from the posterior instead of its mean.
         data
-            Other cells than the training data.
+            Cells other than the training data.
         seed
             Seed of the draw.
 
@@ -108,10 +110,10 @@ class Contrasting(MosaicModel):
         Raises
         ------
         ValueError
-            If the representation or a cell is not there.
+            If the representation or a cell does not exist.
         """
         if representation not in ("salient", "background"):
-            raise ValueError(f'the representation is "salient" or "background"; found {representation!r}')
+            raise ValueError(f'representation must be "salient" or "background"; found {representation!r}')
         mosaic = self._data(data)
         index = self._having(mosaic, mosaic.find(cells), modality)
         if representation == "background":
@@ -123,17 +125,17 @@ class Contrasting(MosaicModel):
         return pd.DataFrame(np.concatenate(list(values.values()), axis=1), mosaic.obs_names[index], columns)
 
     def salient_information(self, cells: Cells = None, *, data: Mosaic | None = None) -> pd.Series:
-        """How much each salient dimension says of a target cell: mean divergence from prior to posterior, in nats.
+        """Information in each salient dimension about target cells: mean divergence from prior to posterior, in nats.
 
-        One that the data do not need has little, by overfitting: 0.1 to 0.3 nats under the ARD prior in 2,000 simulated
-        cells, where those that they need have more than 1.
+        A dimension that the data do not need has little information, due to overfitting: 0.1 to 0.3 nats under the ARD
+        prior in 2,000 simulated cells, where needed dimensions have more than 1.
 
         Parameters
         ----------
         cells
-            Names, numbers or a mask; None for all. Cells of other groups are passed over.
+            Names, positions or a mask; None for all. Cells of other groups are ignored.
         data
-            Other cells than the training data.
+            Cells other than the training data.
 
         Returns
         -------
@@ -147,7 +149,7 @@ class Contrasting(MosaicModel):
         for site, groups in self.model.parts:
             chosen = index[np.isin(mosaic.groups[index], groups)]
             if len(chosen) == 0:
-                raise ValueError(f"none of the cells asked for is in the target groups of {site!r}")
+                raise ValueError(f"none of the given cells is in the target groups of {site!r}")
             sums = []
             with inference_mode(self.model, self.guide):
                 for part in portions(chosen):
@@ -168,16 +170,17 @@ class Contrasting(MosaicModel):
         data: Mosaic | None = None,
         **options: Any,
     ) -> pd.DataFrame:
-        """Denoised expression, with or without what is salient.
+        """Denoised expression, with or without salient variables.
 
         Parameters
         ----------
         modality, cells, data, **options
             As in `MosaicModel.get_normalized_expression`.
         salient
-            None decodes each cell as the model has it, target cells with their salient variables and background cells
-            without. False decodes all without: what target cells would express, were they background. True decodes
-            background cells too with what is inferred as if they were target cells.
+            None decodes each cell according to the model: target cells with their salient variables, and background
+            cells without. False decodes all cells without them: what target cells would express if they were background
+            cells. True also decodes background cells with salient variables, which are inferred as if they were target
+            cells.
 
         Returns
         -------
@@ -203,8 +206,8 @@ class Contrasting(MosaicModel):
     ) -> pd.DataFrame:
         """Which features the salient variables change: the same cells decoded with and without them.
 
-        Unlike a comparison of treated with control cells (`differential`), this compares each cell with itself, so
-        that a different mixture of cell types in the two cohorts does not count.
+        Unlike a comparison of treated and control cells (`differential`), this compares each cell with itself.
+        Therefore the result does not depend on the mixture of cell types in the two cohorts.
 
         Parameters
         ----------
@@ -218,17 +221,17 @@ class Contrasting(MosaicModel):
         Returns
         -------
         pandas.DataFrame
-            A block for each target ``group`` with a row a feature, the surest first; the columns of
-            `pyromosaic.tasks.compare`.
+            A block for each target ``group`` with one row per feature, the most probable first; the columns are those
+            of `pyromosaic.tasks.compare`.
 
         Raises
         ------
         ValueError
-            If there are no target cells among those asked for, or an argument is out of range.
+            If none of the given cells is a target cell, or an argument is out of range.
         """
         check(mode, delta, fdr)
         if n_samples < 1:
-            raise ValueError(f"n_samples is at least 1; found {n_samples}")
+            raise ValueError(f"n_samples must be at least 1; found {n_samples}")
         mosaic = self._data(data)
         name = next(iter(self.schema.modalities)) if modality is None else modality
         scale, pseudocount = effect_scale(self.schema[name])
@@ -257,16 +260,16 @@ class Contrasting(MosaicModel):
         data: Mosaic | None = None,
         seed: int = 0,
     ) -> "CellEffects":
-        """What the salient variables change in each target cell, and how surely.
+        """Effects of the salient variables in each target cell, with their uncertainty.
 
         Parameters
         ----------
         cells, modality, features, data, seed
             As in `salient_effect`.
         delta
-            Smallest effect that counts; by default a log2 fold change of 0.25 or a difference of 0.05.
+            Smallest relevant effect; by default a log2 fold change of 0.25 or a difference of 0.05.
         fdr
-            Share of false discoveries accepted among the pairs of cell and feature called.
+            Accepted false discovery rate among the pairs of cell and feature that are called significant.
         n_samples
             Number of posterior draws of each cell.
 
@@ -305,24 +308,24 @@ class Contrasting(MosaicModel):
     def contrast_scores(
         self, cells: Cells = None, *, n_samples: int = 10, data: Mosaic | None = None, seed: int = 0
     ) -> pd.DataFrame:
-        """How much each cell needs salient variables.
+        """Evidence in each cell for salient variables.
 
         Parameters
         ----------
         cells
-            Names, numbers or a mask; None for all. Background cells are scored as if they were target cells.
+            Names, positions or a mask; None for all. Background cells are scored as if they were target cells.
         n_samples
             Number of posterior draws.
         data
-            Other cells than the training data.
+            Cells other than the training data.
         seed
             Seed of the draws.
 
         Returns
         -------
         pandas.DataFrame
-            ``evidence``, by how many nats the measurements are likelier with the inferred salient variables than
-            without, averaged over draws; ``magnitude``, the norm of their posterior mean.
+            ``evidence``, the gain in log-likelihood (nats) from the inferred salient variables, averaged over draws;
+            ``magnitude``, the norm of their posterior mean.
         """
         mosaic = self._data(data)
         index = mosaic.find(cells)
@@ -349,14 +352,14 @@ class Contrasting(MosaicModel):
         return pd.DataFrame(scores, mosaic.obs_names[index])
 
     def _targets(self, mosaic: Mosaic, cells: Cells) -> dict[str, np.ndarray]:
-        """Numbers of the target cells among those asked for, by group."""
+        """Positions of the target cells among the given cells, by group."""
         assert mosaic.groups is not None
         index = mosaic.find(cells)
         names = cohorts_of(self.schema).names
         found = {names[c]: index[mosaic.groups[index] == c] for c in range(1, len(names))}
         found = {name: chosen for name, chosen in found.items() if len(chosen)}
         if not found:
-            raise ValueError(f"none of the cells asked for is a target cell; targets are {', '.join(names[1:])}")
+            raise ValueError(f"none of the given cells is a target cell; target groups are {', '.join(names[1:])}")
         return found
 
     def _with_and_without(
@@ -373,18 +376,18 @@ class Contrasting(MosaicModel):
 
 
 class CellEffects(NamedTuple):
-    """What salient variables change in each cell, all tables cells × features.
+    """Effects of salient variables in each cell; all tables are cells × features.
 
     Parameters
     ----------
     mean, sd
         Posterior mean and standard deviation of the effect: a log2 fold change, or a difference for accessibility.
     probability
-        That the effect is at least delta on the side it more often is.
+        Probability that the effect is at least delta, in the direction that is more probable.
     bayes_factor
         Natural log odds of the probability.
     is_significant
-        Called, at the share of false discoveries that is accepted over the whole table.
+        Whether the effect is called significant, at the false discovery rate accepted over the whole table.
 
     Examples
     --------

@@ -1,8 +1,8 @@
 """scMODAL: modalities measured in different cells, aligned by adversaries, anchors, a latent cycle and geometry.
 
 After Wang et al., scMODAL: a general deep learning framework for comprehensive single-cell multi-omics data alignment
-with feature links (2025): an adversarial auto-encoder, whose terms are here parts of a Pyro program. Beyond it:
-posteriors and likelihoods of the measurements themselves, private latent variables, anchors by canonical correlation,
+with feature links (2025). The original is an adversarial autoencoder; here its terms are parts of a Pyro program. This
+version adds posteriors, likelihoods of the measurements, private latent variables, anchors by canonical correlation,
 and a geometry term that does not saturate.
 """
 
@@ -23,9 +23,11 @@ from torch.nn.functional import normalize
 
 from pyromosaic.attention import AttentionEncoder
 from pyromosaic.data import Minibatch, Mosaic, Schema, separate
+from pyromosaic.described import complete
 from pyromosaic.fusion import MeanFusion, presence
-from pyromosaic.guidance import GuidanceGraph, linked_scores
+from pyromosaic.guidance import linked_scores
 from pyromosaic.likelihoods import Likelihood, likelihoods_of
+from pyromosaic.links import GuidanceGraph
 from pyromosaic.measurement import Measurement, MeasurementGuide, Plates, cells, encoded
 from pyromosaic.models.linking import Linking
 from pyromosaic.models.mosaic_model import Preset
@@ -42,8 +44,7 @@ from pyromosaic.penalties import (
     Scores,
     apply,
     attached,
-    kernel_alignment,
-    row_cosine,
+    chosen,
     with_given,
 )
 from pyromosaic.priors import StandardNormal
@@ -58,15 +59,12 @@ REFERENCE = Preset(
         "deterministic": True,
         "pairs": "chain",
         "linkage": "features",
-        "n_neighbors": 30,
-        "lam_data": 10.0,
-        "lam_adversary": 1.0,
-        "n_adversary_steps": 5,
-        "lam_cycle": 10.0,
-        "lam_anchors": 1.0,
-        "lam_pull": 0.0,
-        "lam_geometry": 10.0,
-        "geometry": "cosine",
+        "likelihood_weight": 10.0,
+        "adversary": 1.0,
+        "cycle": 10.0,
+        "anchors": Anchors(1.0, n_neighbors=30),
+        "pull": 0.0,
+        "geometry": Geometry(10.0, likeness="cosine"),
     },
     training={
         "n_epochs": 10_000,
@@ -85,30 +83,15 @@ PAIRS: Mapping[str, Callable[[Iterable[str]], Iterable[tuple[str, str]]]] = {
     "chain": pairwise,
     "all": partial(combinations, r=2),
 }
-LIKENESS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"alignment": kernel_alignment, "cosine": row_cosine}
-
-
 ENCODERS: Mapping[str, Callable[..., nn.Module]] = {"layers": Encoder, "attention": AttentionEncoder}
 
 
 class ScModalModel(Program):
-    """The generative story.
+    """The generative model.
 
-    Each cell has a latent variable z, and one more, z_<modality>, for what only its modality can see. The modality is
-    decoded from both and the cell's batch and covariates, and its likelihood gives the measurements.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> from pyro import poutine
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 25}, patterns=["rna", "adt"])[0])
-    >>> links = pd.DataFrame({"rna": mosaic.schema["rna"].features[:25], "adt": mosaic.schema["adt"].features})
-    >>> model, minibatch = ScModal(mosaic, links, n_latent=3), measured(mosaic, mosaic.find(None))
-    >>> trace = poutine.trace(model.model).get_trace(minibatch)
-    >>> trace.nodes["z"]["fn"].event_shape, trace.observation_nodes
-    (torch.Size([3]), ['rna', 'adt'])
+    Each cell has a latent variable z and a private one, z_<modality>, for variation that only its modality measures.
+    The modality is decoded from both and the cell's batch and covariates, and its likelihood generates the
+    measurements.
     """
 
     def __init__(self, prior: nn.Module, modalities: Mapping[str, Measurement]) -> None:
@@ -120,7 +103,8 @@ class ScModalModel(Program):
     def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> Tensor:
         """``z, z_m ~ Normal(0, I)``, ``x_m ~ likelihood_m(decoder_m(z, z_m, batch))`` for each modality m.
 
-        The paper's decoders (Methods), with likelihoods. Sites: ``z``, ``z_<modality>``, one of each modality's name.
+        The paper's decoders (Methods), with likelihoods. Sites: ``z``, ``z_<modality>``, and one named after each
+        modality.
         """
         with cells(minibatch, kl_weight, self.balanced):
             z = pyro.sample("z", self.prior(minibatch))
@@ -130,23 +114,10 @@ class ScModalModel(Program):
 
 
 class ScModalGuide(Program):
-    """The inference story.
+    """The variational posterior.
 
     Each modality is encoded to a normal posterior of z and of the private variable, or to a point. Penalties align the
-    modalities in z. Likelihoods with latent variables of their own have a decoder for their posteriors.
-
-    Examples
-    --------
-    >>> import pandas as pd
-    >>> from pyro import poutine
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 25}, patterns=["rna", "adt"])[0])
-    >>> links = pd.DataFrame({"rna": mosaic.schema["rna"].features[:25], "adt": mosaic.schema["adt"].features})
-    >>> model, minibatch = ScModal(mosaic, links, n_latent=3), measured(mosaic, mosaic.find(None))
-    >>> trace = poutine.trace(model.guide).get_trace(minibatch)
-    >>> trace.nodes["z"]["fn"].event_shape, "penalty/geometry" in trace.nodes
-    (torch.Size([3]), True)
+    modalities in z. If a likelihood has latent variables, a separate decoder gives their posteriors.
     """
 
     def __init__(
@@ -183,66 +154,66 @@ class ScModal(Linking):
     Parameters
     ----------
     data
-        The registered data, or the `Schema` of data to come, at least two modalities. Cells with several modalities
-        are taken apart: each measurement is a cell of its own, named ``"modality:cell"``.
+        The registered data, or only their `Schema`, with at least two modalities. Cells with several modalities are
+        split: each measurement becomes a separate cell, named ``"modality:cell"``.
     graph
-        Linked features, for `linkage`: a `pyromosaic.guidance.GuidanceGraph`, a table of links (one column a
-        modality), or None to link features of equal names.
+        Linked features, for `linkage`: a `pyromosaic.guidance.GuidanceGraph`, a table of links (one column per
+        modality), or None to link features with equal names.
     n_latent
-        Width of the shared latent space, in which modalities are aligned and cells are returned.
+        Dimension of the shared latent space, in which modalities are aligned and which is returned.
     n_private
-        Width of each modality's private latent space; 0, as in the reference, makes all that a modality can see shared.
+        Dimension of the private latent space of each modality. With 0, as in the reference, all variation is shared.
     private_kl
-        Weight of the private variables' divergences.
+        Weight of the divergences of the private variables. The ELBO in the history counts them once.
     n_hidden, n_encoder_layers, dropout, encode_covariates
         Shape of the encoders, and whether they see batch and covariates.
     encoder
-        ``"layers"``, fully connected ones; ``"attention"``, an `AttentionEncoder`; or what makes the
-        network of each modality, with the arguments of `pyromosaic.nn.Encoder`.
+        ``"layers"`` has fully connected layers; ``"attention"`` is an `AttentionEncoder`; or a class or function that
+        makes the network of each modality and takes the arguments of `pyromosaic.nn.Encoder`.
     decoder
-        What makes the network of each modality, with the arguments of `pyromosaic.nn.Decoder`, which it is by default.
+        Class or function that makes the network of each modality; it takes the arguments of `pyromosaic.nn.Decoder`,
+        which is the default.
     prior
-        Callable module from a minibatch to the prior of z; by default a standard normal.
+        Module that maps a minibatch to the prior of z; by default a standard normal.
     deterministic
-        The reference's program in place of a probabilistic one: plain networks of one hidden layer of `n_hidden`
-        units; z a point, under a flat prior; mean squares of log-normalised, standardised measurements in place of
-        likelihoods of the measurements.
+        Use the program of the reference instead of a probabilistic one: plain networks with one hidden layer of
+        `n_hidden` units; z is a point under a flat prior; mean squares of log-normalised, standardised measurements
+        replace the likelihoods.
     pairs
-        Modalities that are aligned with each other: ``"chain"``, each with the next in the order of the data; or
-        ``"all"``.
+        Pairs of modalities to align: ``"chain"`` aligns each with the next in the order of the data; ``"all"`` aligns
+        all pairs.
     linkage
         What anchors are found by: ``"cca"``, scores that all modalities share, computed from the graph's links before
         training; ``"features"``, linked features themselves, as the reference does; a table of scores of your own, a
         row a cell; or None for no anchors.
-    n_neighbors
-        Anchors are mutually among so many nearest in the minibatch.
     refresh_every
         After every so many epochs anchors are sought anew, by the mean of two cosines: of the linkage's scores and of
         the current posterior means. 0 to keep to the linkage.
-    lam_data, lam_adversary, lam_cycle, lam_anchors, lam_pull, lam_geometry
-        Weights of the likelihoods and of the penalties: `Discriminator`, `Cycle`, `Anchors`, `Pull` (to shared
-        scores) and `Geometry` of `pyromosaic.penalties`.
-    n_adversary_steps
-        Steps of the discriminators for each step of all else.
-    geometry
-        ``"alignment"`` (`kernel_alignment`), or ``"cosine"`` (`row_cosine`) as in the reference.
+    likelihood_weight
+        Weight of the likelihoods.
+    adversary, cycle, anchors, pull, geometry
+        Weights of `Discriminator`, `Cycle`, `Anchors`, `Pull` (to shared scores) and `Geometry` of
+        `pyromosaic.penalties`; or, but for the cycle, these penalties: ``Discriminator(n_steps=...)`` says how often
+        discriminators learn for each step of all else, ``Anchors(2.0, n_neighbors=...)`` among how many nearest in the
+        minibatch anchors are.
     penalties
-        Further penalties, see `pyromosaic.penalties`.
+        Additional penalties, see `pyromosaic.penalties`.
     seed
-        Seed of the networks' start values.
+        Seed for the initial weights of the networks.
 
     Attributes
     ----------
     presets
-        Other choices by name. ``"reference"``: those of scMODAL, except for minibatches (there 500 cells of each data
-        set drawn with replacement; here portions of all cells), scaling (there linked features of two modalities have
-        one target size, and values are cut off at 10), weight decay (there added to the gradient), and discriminators
-        that take their steps from one optimiser each. Nothing is uncertain there: imputed values have no spread.
+        Named sets of options. ``"reference"`` has the options of scMODAL. These things still differ: minibatches (there
+        500 cells of each data set, drawn with replacement; here parts of all cells), scaling (there linked features of
+        two modalities have one target size, and values are clipped at 10), weight decay (there added to the gradient),
+        and the discriminators, which here have one optimiser each. This preset is deterministic: imputed values have no
+        spread.
 
     Raises
     ------
     ValueError
-        In one sentence, if an option is out of range, a modality has a single cell, or features to find anchors by are
+        If an option is out of range, a modality has a single cell, or the features that are needed to find anchors are
         missing.
 
     Examples
@@ -288,36 +259,37 @@ class ScModal(Linking):
         deterministic: bool = False,
         pairs: Literal["chain", "all"] = "chain",
         linkage: Literal["cca", "features"] | pd.DataFrame | None = "cca",
-        n_neighbors: int = 5,
         refresh_every: int = 0,
-        lam_data: float = 1.0,
-        lam_adversary: float = 1.0,
-        n_adversary_steps: int = 5,
-        lam_cycle: float = 1.0,
-        lam_anchors: float = 2.0,
-        lam_pull: float = 30.0,
-        lam_geometry: float = 1.0,
-        geometry: Literal["alignment", "cosine"] = "alignment",
+        likelihood_weight: float = 1.0,
+        adversary: float | Discriminator = 1.0,
+        cycle: float = 1.0,
+        anchors: float | Anchors = 2.0,
+        pull: float | Pull = 30.0,
+        geometry: float | Geometry = 1.0,
         penalties: Sequence[Penalty] = (),
         seed: int = 0,
     ) -> None:
         if n_latent < 1 or n_private < 0:
             raise ValueError(f"n_latent is at least 1 and n_private at least 0; found {n_latent} and {n_private}")
-        if lam_data < 0 or private_kl < 0:
-            raise ValueError(f"weights are at least 0; found lam_data={lam_data} and private_kl={private_kl}")
+        if likelihood_weight < 0 or private_kl < 0:
+            raise ValueError(
+                f"weights are at least 0; found likelihood_weight={likelihood_weight} and private_kl={private_kl}"
+            )
+        if isinstance(geometry, str):
+            raise ValueError(f"ScModal calls geometry={geometry!r} geometry=Geometry(1.0, likeness={geometry!r}) now")
         if deterministic and n_private:
-            raise ValueError(f"a deterministic program has no private variables: n_private is 0; found {n_private}")
+            raise ValueError(f"a deterministic program has no private variables: set n_private=0; found {n_private}")
         if refresh_every < 0:
             raise ValueError(f"refresh_every is a number of epochs, at least 0; found {refresh_every}")
-        for value, known in ((pairs, PAIRS), (geometry, LIKENESS), (encoder, ENCODERS)):
+        for value, known in ((pairs, PAIRS), (encoder, ENCODERS)):
             if isinstance(value, str) and value not in known:
-                raise ValueError(f"there is no choice {value!r}; accepted: {', '.join(map(repr, known))}")
+                raise ValueError(f"unknown option {value!r}; accepted: {', '.join(map(repr, known))}")
         if isinstance(linkage, str) and linkage not in ("cca", "features"):
-            raise ValueError(f'linkage is "cca", "features", a table of scores, or None; found {linkage!r}')
-        with self._construction(data, seed) as schema:
+            raise ValueError(f'linkage must be "cca", "features", a table of scores, or None; found {linkage!r}')
+        with self.construction(data, seed) as schema:
             modalities, width = schema.modalities, n_latent + n_private
             if len(modalities) < 2:
-                raise ValueError(f"alignment takes at least 2 modalities; found {', '.join(map(repr, modalities))}")
+                raise ValueError(f"alignment needs at least 2 modalities; found {', '.join(map(repr, modalities))}")
             self.linkage, self.n_private, self.n_latent = linkage, n_private, n_latent
             self.by_features = isinstance(linkage, str) and linkage == "features"
             self.graph = GuidanceGraph.of(graph, schema) if isinstance(linkage, str) else None
@@ -352,22 +324,26 @@ class ScModal(Linking):
                 for name, likelihood in likelihoods.items()
                 if likelihood.posterior_predictors
             }
-            discriminators = {pair: Discriminator(1.0, n_latent, n_hidden, n_adversary_steps) for pair in aligned}
-            self.cycle = cycle = Cycle(1.0, modalities, encoders, decoders, likelihoods, n_private)
+            sizes = {"n_latent": n_latent, "n_hidden": n_hidden}
+            discriminators = {pair: chosen("adversary", adversary, Discriminator, **sizes) for pair in aligned}
+            matched = {pair: chosen("anchors", anchors, Anchors, scores=own) for pair, own in self.matches.items()}
+            self.cycle = Cycle(1.0, modalities, encoders, decoders, likelihoods, n_private)
             if deterministic:
                 for network in (*encoders.values(), *decoders.values(), *discriminators.values()):
                     for parameter in network.parameters():
                         nn.init.normal_(parameter, std=0.1)
             terms = [
-                Pairs(lam_adversary, discriminators, warms_up=not deterministic),
-                Pairs(lam_cycle, dict.fromkeys(aligned, cycle)),
-                Pairs(lam_anchors, {pair: Anchors(1.0, own, n_neighbors) for pair, own in self.matches.items()}),
-                Pull(lam_pull, self.scores),
-                Geometry(lam_geometry, encoders, LIKENESS[geometry]),
+                Pairs(discriminators[aligned[0]].weight, discriminators, warms_up=not deterministic),
+                Pairs(cycle, dict.fromkeys(aligned, self.cycle)),
+                Pairs(matched[aligned[0]].weight, matched),
+                chosen("pull", pull, Pull, scores=self.scores),
+                chosen("geometry", geometry, Geometry),
             ]
-            plates = {name: Plates(name, m.n_features, lam_data, private_kl, True) for name, m in modalities.items()}
+            plates = {
+                name: Plates(name, m.n_features, likelihood_weight, private_kl, True) for name, m in modalities.items()
+            }
             self.model = self.Model(
-                prior or (Flat(n_latent) if deterministic else StandardNormal(n_latent)),
+                complete(prior or (Flat() if deterministic else StandardNormal()), n_latent=n_latent),
                 {
                     name: Measurement(
                         plates[name], Size(name, m, n_latent), decoders[name], likelihoods[name], n_private
@@ -392,18 +368,18 @@ class ScModal(Linking):
             )
 
     def arranged(self, mosaic: Mosaic) -> Mosaic:
-        """Every measurement a cell of its own."""
+        """Make every measurement a separate cell."""
         return separate(mosaic)
 
     def check_data(self, mosaic: Mosaic) -> None:
-        """Refuse a modality of fewer than two cells."""
+        """Refuse a modality with fewer than two cells."""
         for name, modality in mosaic.modalities.items():
             n = int(modality.present.sum())
             if n < 2:
                 raise ValueError(f"modality {name!r} has {n} cell{'s' * (n != 1)}; accepted: at least 2 to align")
 
     def train(self, n_epochs: int = 150, *, callbacks: Iterable[Callback] = (), **options: Any) -> None:
-        """Find what cells are matched by, then fit the parameters; see `MosaicModel.train`."""
+        """Find the scores by which cells are matched, then fit the parameters; see `MosaicModel.train`."""
         mosaic = self._data(None)
         if self.linkage is not None:
             if not self.by_features and not self.scores:

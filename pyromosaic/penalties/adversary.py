@@ -1,4 +1,4 @@
-"""An adversary that tries to tell from the latent variable where a cell was measured."""
+"""An adversary that predicts from the latent variable by which modalities or in which batch a cell was measured."""
 
 from collections.abc import Mapping
 
@@ -15,53 +15,40 @@ from pyromosaic.posterior import Posterior
 
 
 class Adversary(Penalty):
-    """Cross-entropy of a classifier's guess with a uniform distribution over the classes that a cell is not of.
+    """Cross-entropy of a classifier's prediction with a uniform distribution over the wrong classes of a cell.
 
-    A classifier of two layers learns to tell from a draw of z which modalities a cell has, or its batch; the penalty
-    asks the encoders to mislead it (MultiVI, Methods: domain adaptation). No gradient of the penalty reaches the
-    classifier, and none of the classifier's own loss reaches anything else. Both are factors of the guide,
-    ``penalty/adversary`` and ``penalty/adversary_classifier``. The second, the cross-entropy of the guess with the
-    truth, says how well classes can be told apart: it is the entropy of the classes' shares when not at all.
+    A classifier with two layers learns to predict from a draw of z which modalities a cell has, or its batch. The
+    penalty trains the encoders to mislead it (MultiVI, Methods: domain adaptation). No gradient of the penalty reaches
+    the classifier, and no gradient of the classifier's loss reaches anything else. Both are factors of the guide,
+    ``penalty/adversary`` and ``penalty/adversary_classifier``. The second is the cross-entropy of the prediction with
+    the truth. It says how well the classes can be distinguished; if they cannot, it is the entropy of the class
+    proportions.
 
     Parameters
     ----------
-    schema
-        The model's modalities.
-    n_latent
-        Width of the latent space.
+    schema, n_latent
+        The model's modalities, and width of its latent space; left out where this is the option of a model.
     target
         ``"pattern"``: which modalities the cell has; ``"batch"``: its batch, by name over all modalities.
     weight
-        What it is multiplied by; 1 in the paper.
+        Factor of the penalty in the loss; 1 in the paper.
     warms_up
         Whether it is also multiplied by the weight of the divergences, which rises during training.
     n_hidden
-        Width of the classifier's two layers.
+        Width of the two layers of the classifier.
     learning_rate
-        Of the classifier's own optimiser, Adam.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0])
-    >>> adversary = Adversary(mosaic.schema, n_latent=15, target="pattern")
-    >>> adversary.classes(measured(mosaic, mosaic.find(None))).unique()  # RNA alone, antibodies alone, both
-    tensor([1, 2, 3])
-    >>> model = MultiVI(mosaic, penalties=[adversary])
-    >>> model.train(n_epochs=1, progress_bar=False)
-    >>> "train_penalty/adversary_classifier" in model.history
-    True
+        Learning rate of the classifier's optimiser, Adam.
     """
 
     name = "adversary"
+    needed = ("schema", "n_latent")
     batches: Tensor
     seen: Tensor
 
     def __init__(
         self,
-        schema: Schema,
-        n_latent: int,
+        schema: Schema | None = None,
+        n_latent: int | None = None,
         target: str = "pattern",
         weight: float = 1.0,
         *,
@@ -71,8 +58,11 @@ class Adversary(Penalty):
     ) -> None:
         super().__init__(weight)
         if target not in ("pattern", "batch"):
-            raise ValueError(f'an adversary\'s target is "pattern" or "batch"; found {target!r}')
+            raise ValueError(f'target of an adversary must be "pattern" or "batch"; found {target!r}')
         self.target, self.warms_up, self.learning_rate = target, warms_up, learning_rate
+        self.complete = schema is not None and n_latent is not None
+        if schema is None or n_latent is None:
+            return
         self.modalities = tuple(schema.modalities)
         own = [m.categories[m.spec.batch_key] if m.spec.batch_key else ("",) for m in schema.modalities.values()]
         names = sorted(set().union(*own))
@@ -85,7 +75,7 @@ class Adversary(Penalty):
         self.classifier = nn.Sequential(layers(n_latent, n_hidden, 2, 0.0), nn.Linear(n_hidden, n_classes))
 
     def optimiser(self) -> torch.optim.Optimizer:
-        """The classifier's own optimiser."""
+        """The optimiser of the classifier."""
         return torch.optim.Adam(self.classifier.parameters(), lr=self.learning_rate, eps=0.01)
 
     def classes(self, minibatch: Minibatch) -> Tensor:
@@ -101,12 +91,12 @@ class Adversary(Penalty):
         return classes
 
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
-        """The penalty, a scalar, of the posteriors' draws; 0 while all cells were of one class.
+        """The penalty, a scalar, for draws of the posteriors; 0 while all cells seen are of one class.
 
         Parameters
         ----------
         posteriors
-            That of the cells, ``{"z": ...}``; or several, of which each is looked at.
+            The posterior of the cells, ``{"z": ...}``; or several posteriors, each of which is used.
         minibatch
             The cells.
         """
@@ -130,5 +120,5 @@ class Adversary(Penalty):
 
     @staticmethod
     def _guess(logits: Tensor, seen: Tensor) -> Tensor:
-        """Log probabilities of the classes that there are."""
+        """Log probabilities of the existing classes."""
         return logits.masked_fill(~seen, -torch.inf).log_softmax(-1)

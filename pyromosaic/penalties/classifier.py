@@ -15,16 +15,15 @@ from pyromosaic.posterior import Posterior
 class Classifier(Penalty):
     """Cross-entropy of a linear classifier on posterior means (DiagVI).
 
-    Mean over the labelled cells of a modality (of a cohort), sum over modalities; cells without a label take no part.
+    It is the mean over the labelled cells of a modality (or cohort), summed over modalities; cells without a label are
+    ignored.
 
     Parameters
     ----------
     weight
         What it is multiplied by.
-    labels
-        The labels.
-    n_latent
-        Width of the latent space.
+    labels, n_latent
+        The labels, and width of the latent space; left out where this is the option of a model.
 
     Examples
     --------
@@ -42,8 +41,13 @@ class Classifier(Penalty):
     name = "classifier"
     temperature: Tensor
 
-    def __init__(self, weight: float, labels: Labels, n_latent: int) -> None:
+    needed = ("labels", "n_latent")
+
+    def __init__(self, weight: float = 1.0, labels: Labels | None = None, n_latent: int | None = None) -> None:
         super().__init__(weight)
+        self.complete = labels is not None and n_latent is not None
+        if labels is None or n_latent is None:
+            return
         self.labels = labels
         self.logits = nn.Linear(n_latent, len(labels))
         self.register_buffer("temperature", torch.ones(()))
@@ -63,10 +67,10 @@ class Classifier(Penalty):
         return torch.softmax(self.logits(z) / self.temperature, dim=-1)
 
     def calibrate(self, z: Tensor, known: Tensor) -> None:
-        """Choose the temperature by cells with known labels that took no part in training.
+        """Choose the temperature by cells with known labels that were not used in training.
 
-        The temperature that makes their labels likeliest, out of 1/4 to 4 (Guo et al., On calibration of modern neural
-        networks, ICML 2017).
+        It is the temperature from 1/4 to 4 under which their labels are most likely (Guo et al., On calibration of
+        modern neural networks, ICML 2017).
         """
         temperatures = torch.logspace(-2, 2, 41, base=2.0, device=z.device)
         entropies = [cross_entropy(self.logits(z) / t, known) for t in temperatures]

@@ -1,4 +1,4 @@
-"""Latent cycle: a cell that is decoded in another modality and encoded again is to come back."""
+"""Latent cycle: a cell that is decoded in another modality and encoded again should return to its place."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,36 +14,22 @@ from pyromosaic.program import AtMean
 
 
 class Cycle(Penalty):
-    """Mean squared distance, per latent dimension, between z and what the other modality's encoder makes of it.
+    """Mean squared distance, per latent dimension, between z and z after decoding and encoding in another modality.
 
-    z, the posterior mean, is decoded in the other modality, for a cell of median size of no known batch, and what is
-    expected there is encoded again. Both ways are summed (scMODAL; Wang et al. 2025).
+    The posterior mean z is decoded in the other modality, for a cell of median size without a known batch. The expected
+    measurements are encoded again. Both directions are summed (scMODAL; Wang et al. 2025).
 
     Parameters
     ----------
     weight
-        What it is multiplied by.
+        Factor of the penalty in the loss.
     schema
         The modalities.
     encoders, decoders, likelihoods
-        Those of guide and model, by modality. A likelihood with a method ``seen(predictors)`` says itself what an
-        encoder sees of what is expected.
+        Those of guide and model, by modality. If a likelihood has a method ``seen(predictors)``, it returns the
+        expected measurements as an encoder sees them.
     n_private
-        Width of the modalities' private latent variables, which are 0 in what is decoded.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(40, {"rna": 50, "adt": 5})[0])
-    >>> model = MultiVI(mosaic, n_latent=5)
-    >>> story, guide = model.model.modalities, model.guide.modalities
-    >>> encoders = {name: part.encoder for name, part in guide.items()}
-    >>> decoders = {name: part.decoder for name, part in story.items()}
-    >>> likelihoods = {name: part.likelihood for name, part in story.items()}
-    >>> cycle = Cycle(1.0, mosaic.schema.modalities, encoders, decoders, likelihoods)
-    >>> cycle.there("adt", torch.zeros(3, 5)).shape  # decoded as antibodies, and encoded again
-    torch.Size([3, 5])
+        Dimension of the private latent variables, which are set to 0 for decoding.
     """
 
     name = "cycle"
@@ -68,12 +54,12 @@ class Cycle(Penalty):
         return (q.loc - self.there(b, q.loc)).square().mean() + (r.loc - self.there(a, r.loc)).square().mean()
 
     def there(self, name: str, z: Tensor) -> Tensor:
-        """Posterior means given what a modality is expected to measure at z, shape (n, latent)."""
+        """Posterior means given the expected measurements of a modality at z, shape (n, latent)."""
         loc, _ = self.encoders[name].posterior(self.expected(name, z), View.typical(self.schema[name], z))
         return loc[:, : z.shape[-1]]
 
     def expected(self, name: str, z: Tensor) -> Tensor:
-        """What a modality is expected to measure at z, as its encoder sees it, shape (n, features)."""
+        """Expected measurements of a modality at z, as its encoder sees them, shape (n, features)."""
         likelihood, view = self.likelihoods[name], View.typical(self.schema[name], z)
         predictors = self.decoders[name](torch.nn.functional.pad(z, (0, self.n_private)), view)
         if hasattr(likelihood, "seen"):
@@ -81,8 +67,5 @@ class Cycle(Penalty):
             return own
         with poutine.block(), AtMean():
             mean = poutine.trace(likelihood).get_trace(name, predictors, view).nodes[name]["value"]
-        scaling = self.encoders[name].scaling
-        if view.exposure is not None:
-            return (view.rates(mean) - scaling.mean) / scaling.sd
-        x = mean if self.schema[name].spec.data_kind == "real" else torch.log1p(mean)  # of a cell of median size
-        return (x - scaling.mean) / scaling.sd
+        seen: Tensor = self.encoders[name].scaling.expected(mean, view)
+        return seen

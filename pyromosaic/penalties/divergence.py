@@ -1,14 +1,13 @@
-"""Divergences between what different modalities say of cells."""
+"""Divergences between the posteriors from different modalities."""
 
 from collections.abc import Iterator, Mapping
 from itertools import combinations
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyromosaic.data import Minibatch
+from pyromosaic.penalties.kernels import discrepancy
 from pyromosaic.penalties.penalty import Penalty
 from pyromosaic.posterior import Posterior
 
@@ -16,25 +15,13 @@ from pyromosaic.posterior import Posterior
 class Jeffreys(Penalty):
     """Symmetric Kullback-Leibler divergence between the posteriors of every pair of modalities that a cell has.
 
-    ``KL(q_1 || q_2) + KL(q_2 || q_1)``, summed over latent dimensions and pairs, mean over the cells of the minibatch
-    (MultiVI, Methods).
+    It is ``KL(q_1 || q_2) + KL(q_2 || q_1)``, summed over latent dimensions and pairs, averaged over the cells of the
+    minibatch (MultiVI, Methods).
 
     Parameters
     ----------
     weight
-        What it is multiplied by; 1 in the paper.
-
-    Examples
-    --------
-    >>> import numpy as np, torch
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mdata, _ = simulate(10, {"rna": 50, "adt": 5}, patterns=["rna+adt"])
-    >>> minibatch = measured(Mosaic.from_mudata(mdata), np.arange(10))
-    >>> rna = Posterior(torch.arange(10), torch.zeros(10, 2), torch.ones(10, 2))
-    >>> adt = Posterior(torch.arange(10), torch.ones(10, 2), torch.ones(10, 2))
-    >>> Jeffreys()({"rna": rna, "adt": adt}, minibatch)  # two dimensions, 1 apart
-    tensor(2.)
+        Factor of the penalty in the loss; 1 in the paper.
     """
 
     name = "jeffreys"
@@ -52,25 +39,13 @@ class Jeffreys(Penalty):
 class MeanDistance(Penalty):
     """Euclidean distance between the posterior means of every pair of modalities that a cell has.
 
-    Summed over pairs, mean over the cells of the minibatch. It takes the place of `Jeffreys` in the reference
-    implementation of MultiVI under the name of a maximum mean discrepancy, which it is not; that is `MMD`.
+    It is summed over pairs and averaged over the cells of the minibatch. The reference implementation of MultiVI uses
+    it in place of `Jeffreys`, under the name of a maximum mean discrepancy, which it is not; see `MMD` for that.
 
     Parameters
     ----------
     weight
-        What it is multiplied by.
-
-    Examples
-    --------
-    >>> import numpy as np, torch
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> mdata, _ = simulate(10, {"rna": 50, "adt": 5}, patterns=["rna+adt"])
-    >>> minibatch = measured(Mosaic.from_mudata(mdata), np.arange(10))
-    >>> rna = Posterior(torch.arange(10), torch.zeros(10, 2), torch.ones(10, 2))
-    >>> adt = Posterior(torch.arange(10), torch.ones(10, 2), torch.ones(10, 2))
-    >>> MeanDistance()({"rna": rna, "adt": adt}, minibatch)
-    tensor(1.4142)
+        Factor of the penalty in the loss.
     """
 
     name = "mean_distance"
@@ -97,29 +72,20 @@ def in_common(posteriors: Mapping[str, Posterior]) -> Iterator[tuple[Posterior, 
 class MMD(Penalty):
     """Squared maximum mean discrepancy between the modalities' representations, over pairs of modalities.
 
-    Compares the posterior means of all cells that have one modality with those of all that have the other, so that
-    cells with a single modality take part. It assumes that both see the same mixture of cells: where they do not, a
-    large weight forces strangers together.
+    It compares the posterior means of all cells that have one modality with those of all cells that have the other.
+    Therefore it also uses cells with a single modality. It assumes that both modalities were measured in the same
+    mixture of cells. If they were not, a large weight forces unrelated cells together.
 
     Parameters
     ----------
     weight
-        What it is multiplied by.
+        Factor of the penalty in the loss.
     n_cells
-        So many cells of each modality are compared, the first of the minibatch: time grows with their square.
+        Number of cells of each modality that are compared, the first of the minibatch; time grows with its square.
 
     References
     ----------
     Gretton et al., A kernel two-sample test, JMLR 2012.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> mosaic = Mosaic.from_mudata(simulate(200, {"rna": 50, "adt": 10})[0])
-    >>> model = MultiVI(mosaic, mmd=0, penalties=[MMD(10.0)])  # the same as mmd=10
-    >>> model.train(n_epochs=1, progress_bar=False)
-    >>> "train_penalty/mmd" in model.history
-    True
     """
 
     name = "mmd"
@@ -135,58 +101,3 @@ class MMD(Penalty):
             if len(a) > 1 and len(b) > 1:
                 total = total + discrepancy(a, b)
         return total
-
-
-def discrepancy(x: Tensor, y: Tensor) -> Tensor:
-    """Unbiased squared maximum mean discrepancy of two samples, (n, d) and (m, d), by Gaussian kernels of four widths.
-
-    The squared widths are 1, 1/2, 1/4 and 1/8 of the mean squared distance in the pooled sample, through which no
-    gradient flows.
-
-    Parameters
-    ----------
-    x, y
-        The two samples, shapes (n, d) and (m, d), each of two points at least.
-
-    Returns
-    -------
-    Tensor
-        A scalar, about 0 for samples of one distribution; it may be negative.
-
-    Examples
-    --------
-    >>> import torch
-    >>> x = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
-    >>> bool(discrepancy(x[:100], x[100:]).abs() < 0.05), bool(discrepancy(x[:100], x[100:] + 3) > 0.5)
-    (True, True)
-    """
-    pooled = torch.cat([x, y])
-    squares = pooled.square().sum(-1)
-    distances = torch.addmm(squares.unsqueeze(-1) + squares, pooled, pooled.T, alpha=-2).clamp_min(0.0)
-    width = distances.detach().mean().clamp_min(1e-12)  # representations may all be the same
-    kernel: Tensor = _FourKernels.apply(distances, width)
-    n, m = len(x), len(y)
-    within = torch.block_diag(x.new_ones(n, 1), y.new_ones(m, 1))
-    (of_x, between), (_, of_y) = within.T @ kernel @ within / 4
-    return (of_x - n) / (n * (n - 1)) + (of_y - m) / (m * (m - 1)) - 2 * between / (n * m)
-
-
-class _FourKernels(torch.autograd.Function):
-    """Sum of Gaussian kernels of four widths, and its derivative by the squared distances, formed together."""
-
-    @staticmethod
-    def forward(ctx: Any, distances: Tensor, width: Tensor) -> Tensor:
-        kernel = torch.exp(distances / -width)
-        total, slope = kernel.clone(), kernel.clone()
-        for power in (2, 4, 8):
-            kernel.square_()  # the kernel of half the squared width
-            total.add_(kernel)
-            slope.add_(kernel, alpha=power)
-        ctx.save_for_backward(slope.div_(-width))
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (slope,) = ctx.saved_tensors
-        return gradient * slope, None

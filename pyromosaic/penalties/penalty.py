@@ -1,44 +1,35 @@
 """Penalties on posteriors; a guide adds each as one named `pyro.factor`.
 
-A penalty is a function of what the guide infers, not of how data come about. It therefore stands in the guide: the
-model stays a proper joint density, and prior or posterior predictive samples and held-out likelihoods never contain it.
+A penalty is a function of the posteriors and says nothing about how the data are generated. Therefore it is part of the
+guide: the model stays a proper joint density, and prior or posterior predictive samples and held-out likelihoods never
+contain it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from numbers import Real
+from typing import Any, TypeVar
 
 import pyro
 from torch import nn
 
 from pyromosaic.data import Minibatch
+from pyromosaic.described import Described
 from pyromosaic.posterior import Posterior
 from pyromosaic.program import own
 
 
-class Penalty(nn.Module):
+class Penalty(Described):
     """A term that is added to the loss.
 
-    Subclasses define `forward(posteriors, minibatch)`, a scalar: the penalty's mean over the cells of the minibatch.
+    Subclasses define `forward(posteriors, minibatch)`. It returns a scalar, the mean of the penalty over the cells of
+    the minibatch.
 
     Parameters
     ----------
     weight
-        What it is multiplied by.
+        Factor of the penalty in the loss.
     n_cells
-        So many cells of each population are to be looked at, the first of the (shuffled) minibatch; None for all.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> class Spread(Penalty):
-    ...     name = "spread"
-    ...     def forward(self, posteriors, minibatch):
-    ...         return sum((q.loc.var() - 1) ** 2 for q in posteriors.values())
-    >>> mosaic = Mosaic.from_mudata(simulate(100, {"rna": 50, "adt": 5})[0])
-    >>> model = MultiVI(mosaic, penalties=[Spread(0.1)])
-    >>> model.train(n_epochs=1, progress_bar=False)
-    >>> "train_penalty/spread" in model.history
-    True
+        Number of cells of each population that are used, the first of the (shuffled) minibatch; None for all.
     """
 
     name: str
@@ -47,23 +38,58 @@ class Penalty(nn.Module):
     def __init__(self, weight: float = 1.0, n_cells: int | None = None) -> None:
         super().__init__()
         if weight < 0:
-            raise ValueError(f"a penalty's weight is at least 0; found {weight}")
+            raise ValueError(f"the weight of a penalty must be at least 0; found {weight}")
         if n_cells is not None and n_cells < 1:
-            raise ValueError(f"n_cells is at least 1; found {n_cells}")
+            raise ValueError(f"n_cells must be at least 1; found {n_cells}")
         self.weight, self.n_cells = weight, n_cells
 
     def attach(self, modalities: Mapping[str, Any]) -> None:
-        """Learn the modalities' parts of the guide, if the penalty looks at them."""
+        """Get the parts of the guide for each modality, if the penalty uses them."""
 
     def __call__(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Any:
-        """The penalty of the cells that are looked at."""
+        """The penalty for the cells that are used."""
         if self.n_cells is not None:
             posteriors = {name: q.of(slice(self.n_cells)) for name, q in posteriors.items()}
         return super().__call__(posteriors, minibatch)
 
 
+P = TypeVar("P", bound=Penalty)
+
+
+def chosen(option: str, given: Any, kind: type[P], **known: Any) -> P:
+    """The penalty that an option of a model stands for: its weight, or the penalty with more of its arguments.
+
+    Parameters
+    ----------
+    option
+        Name of the option.
+    given
+        Its value.
+    kind
+        Class of the penalty.
+    **known
+        What the model knows, for arguments that were left out.
+
+    Raises
+    ------
+    ValueError
+        If it is neither a number nor such a penalty.
+
+    Examples
+    --------
+    >>> from pyromosaic.penalties import MMD
+    >>> [(p.weight, p.n_cells) for p in (chosen("mmd", given, MMD) for given in (2.0, MMD(2.0, n_cells=64)))]
+    [(2.0, 256), (2.0, 64)]
+    """
+    if isinstance(given, kind):
+        return given.completed(**known) if known else given
+    if not isinstance(given, Real):
+        raise ValueError(f"{option} is a weight or a pyromosaic.penalties.{kind.__name__}; found {given!r}")
+    return kind(weight=float(given), **known)
+
+
 def with_given(defaults: Sequence[Any], given: Sequence[Any]) -> list[Any]:
-    """A model's own penalties and those that the user gave, which replace the model's of the same name.
+    """The default penalties of a model and those of the user, which replace defaults of the same name.
 
     Examples
     --------
@@ -76,7 +102,7 @@ def with_given(defaults: Sequence[Any], given: Sequence[Any]) -> list[Any]:
 
 
 def attached(penalties: Iterable[Any], modalities: Mapping[str, Any]) -> nn.ModuleList:
-    """Penalties as part of a guide with these modalities.
+    """The penalties as a part of a guide with these modalities.
 
     Examples
     --------
@@ -88,6 +114,11 @@ def attached(penalties: Iterable[Any], modalities: Mapping[str, Any]) -> nn.Modu
     """
     owned = [own(penalty) for penalty in penalties]
     for penalty in owned:
+        if not getattr(penalty, "complete", True):
+            raise ValueError(
+                f"{type(penalty).__name__} takes {' and '.join(penalty.needed)}, unless it is given as the option of a "
+                "model that has one"
+            )
         penalty.attach(modalities)
     return nn.ModuleList(owned)
 
@@ -100,13 +131,13 @@ def apply(
     Parameters
     ----------
     penalties
-        Instances of `Penalty`; those of weight 0 are passed over.
+        Instances of `Penalty`; those with weight 0 are skipped.
     posteriors
-        What is compared, by name.
+        The posteriors to compare, by name.
     minibatch
         The cells.
     kl_weight
-        Weight of the divergences, by which those that warm up are multiplied.
+        Weight of the divergences; penalties that warm up are multiplied by it.
 
     Examples
     --------

@@ -16,46 +16,35 @@ from pyromosaic.posterior import Posterior
 class Sinkhorn(Penalty):
     """Debiased unbalanced Sinkhorn divergence between modalities, sum over pairs, or from a reference (DiagVI).
 
-    Compares the posterior means of the cells that have one modality with those of the cells that have the other. Mass
-    may stay where it is at a price, so that types of cells in different proportions, or in one modality only, are not
+    It compares the posterior means of the cells that have one modality with those of the cells that have the other.
+    Mass may stay unmatched at a cost. Therefore cell types with different proportions, or in one modality only, are not
     forced together.
 
     Parameters
     ----------
     weight
-        What it is multiplied by.
+        Factor of the penalty in the loss.
     p
         Exponent of the cost, ``|x - y|^p / p``: 1 or 2.
     blur
-        Length below which the transport plan is blurred; None adapts it to the minibatch: ``blur^p`` is half of the
+        Distance below which the transport plan is blurred; None adapts it to the minibatch: ``blur^p`` is half of the
         mean cost.
     reach
-        Length above which mass rather stays than travels; None means three times the blur, infinity that all mass
-        travels.
+        Distance beyond which it is cheaper to leave mass unmatched; None means three times the blur; infinity means
+        that all mass is matched.
     sampled
         Compare draws from the posteriors instead of their means, as the reference implementation does. Draws can
         overlap where means do not.
     reference
-        Modality that every other is aligned to; None aligns all pairs. With a reference the cost grows with the number
-        of modalities, not of pairs, and a modality that is hard to align pulls at the reference alone.
+        Modality to which all others are aligned; None aligns all pairs. With a reference, the cost grows with the
+        number of modalities, not of pairs, and a modality that is hard to align pulls only on the reference.
     n_cells
-        So many cells of each modality are compared, the first of the minibatch: time grows with their square.
+        Number of cells of each modality that are compared, the first of the minibatch; time grows with its square.
 
     References
     ----------
-    Feydy et al., Interpolating between optimal transport and MMD using Sinkhorn divergences, AISTATS 2019, by whose
-    package geomloss it is computed; the adaptive blur is that of OTT-JAX.
-
-    Examples
-    --------
-    >>> import numpy as np, torch
-    >>> from pyromosaic import Mosaic, simulate
-    >>> from pyromosaic.data import measured
-    >>> minibatch = measured(Mosaic.from_mudata(simulate(20, {"rna": 50})[0]), np.arange(20))
-    >>> rna, adt = (Posterior(torch.arange(20), torch.randn(20, 2) + 5 * k, torch.ones(20, 2)) for k in range(2))
-    >>> near, far = (Sinkhorn()({"a": rna, "b": q}, minibatch) for q in (rna, adt))
-    >>> bool(near < far)
-    True
+    Feydy et al., Interpolating between optimal transport and MMD using Sinkhorn divergences, AISTATS 2019. It is
+    computed by their package geomloss; the adaptive blur is that of OTT-JAX.
     """
 
     name = "sinkhorn"
@@ -73,10 +62,10 @@ class Sinkhorn(Penalty):
     ) -> None:
         super().__init__(weight, n_cells)
         if p not in (1, 2):
-            raise ValueError(f"p is 1 or 2; found {p}")
+            raise ValueError(f"p must be 1 or 2; found {p}")
         for name, length in (("blur", blur), ("reach", reach)):
             if length is not None and length <= 0:
-                raise ValueError(f"{name} is above 0, or None; found {length}")
+                raise ValueError(f"{name} must be above 0, or None; found {length}")
         self.p, self.blur, self.reach, self.sampled, self.reference = p, blur, reach, sampled, reference
 
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
@@ -94,8 +83,8 @@ def sinkhorn_divergence(
 ) -> Tensor:
     """Debiased unbalanced Sinkhorn divergence of two samples, (n, d) and (m, d); see `Sinkhorn`.
 
-    With an adaptive blur nothing is copied from the device: the divergence is homogeneous, so the points are divided
-    by the blur, compared at blur 1, and the result is multiplied by ``blur^p``.
+    With an adaptive blur, nothing is copied from the device: the divergence is homogeneous, so the points are divided
+    by the blur and compared at blur 1, and the result is multiplied by ``blur^p``.
 
     Parameters
     ----------
@@ -113,13 +102,6 @@ def sinkhorn_divergence(
     ------
     ValueError
         If a finite `reach` is given without a `blur`.
-
-    Examples
-    --------
-    >>> import torch
-    >>> x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
-    >>> bool(sinkhorn_divergence(x, x) < 1e-4), bool(sinkhorn_divergence(x, x + 3) > 1)
-    (True, True)
     """
     if blur is not None:
         reach = 3 * blur if reach is None else reach

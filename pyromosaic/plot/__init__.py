@@ -1,6 +1,6 @@
-"""Figures that people look at: embeddings, imputed against measured values, the course of training, and checks.
+"""Figures: embeddings, imputed against measured values, training curves, and checks.
 
-Every function draws on the axes it is given, or on new ones, and returns them; nothing it is given is changed.
+Every function draws on the given axes, or on new ones, and returns them. It changes none of its arguments.
 """
 
 from pyromosaic.plot.cells import embedding, history, imputation, overview, umap

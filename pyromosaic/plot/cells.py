@@ -1,4 +1,4 @@
-"""Figures of cells and of the course of training."""
+"""Figures of cells and of training."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from pyromosaic.plot.style import COUNT_TICKS, PALETTE, UNKNOWN, axes_of, distin
 
 
 def umap(latent: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Two-dimensional UMAP of a latent representation, by Euclidean distance among 15 neighbours.
+    """Two-dimensional UMAP of a latent representation, with Euclidean distance and 15 neighbours.
 
     Parameters
     ----------
@@ -35,11 +35,12 @@ def umap(latent: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        Columns ``UMAP 1`` and ``UMAP 2``, the cells' names as in `latent`.
+        Columns ``UMAP 1`` and ``UMAP 2``, with the names of cells as in `latent`.
 
     References
     ----------
-    McInnes et al., UMAP: uniform manifold approximation and projection, 2018; computed by the package `umap-learn`.
+    McInnes et al., UMAP: uniform manifold approximation and projection, 2018. It is computed by the package
+    `umap-learn`.
 
     Examples
     --------
@@ -59,24 +60,25 @@ def umap(latent: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 def embedding(coordinates: pd.DataFrame, colour: pd.Series, ax: Axes | None = None, title: str | None = None) -> Axes:
     """Cells in two dimensions, coloured by a category or a number.
 
-    Cells are drawn in random order, so that no group hides another, and those without a value first, in light grey.
+    Cells are drawn in random order, so that no group hides another. Cells without a value are drawn first, in light
+    grey.
 
     Parameters
     ----------
     coordinates
-        Cells × 2, from `umap` say; the columns' names label the axes.
+        Cells × 2, e.g. from `umap`; the names of the columns label the axes.
     colour
-        Value of each cell, matched by name. Numbers get a colour bar; all else, categorical numbers and booleans
-        included, a legend in the order of the categories.
+        Value of each cell, matched by name. Numbers get a colour bar. All other values, including categorical numbers
+        and booleans, get a legend in the order of the categories.
     ax
-        Where to draw.
+        Axes to draw on.
     title
         Title of the panel; by default the name of `colour`.
 
     Returns
     -------
     matplotlib.axes.Axes
-        The axes given, or new ones.
+        The given axes, or new ones.
 
     Examples
     --------
@@ -134,7 +136,7 @@ def imputation(
     imputed
         Imputed values of the same cells and features.
     ax
-        Where to draw.
+        Axes to draw on.
     title
         Title of the panel.
     unit
@@ -143,12 +145,12 @@ def imputation(
     Returns
     -------
     matplotlib.axes.Axes
-        The axes given, or new ones.
+        The given axes, or new ones.
 
     Notes
     -----
-    Both axes are spaced by log(1 + value), or linearly if a value is negative or none is above 1. The line is where
-    imputed and measured are equal. Colour is the number of entries, on a logarithmic scale.
+    Both axes have the scale log(1 + value), or a linear scale if a value is negative or none is above 1. On the line,
+    imputed and measured values are equal. Colour shows the number of entries, on a logarithmic scale.
 
     Examples
     --------
@@ -188,23 +190,23 @@ def imputation(
 
 
 def history(history: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Evidence lower bound per cell over the epochs, of training and (if there are any) validation cells.
+    """Evidence lower bound per cell over the epochs, for training and (if there are any) validation cells.
 
     Parameters
     ----------
     history
-        A model's ``history``: a row an epoch, with ``train_elbo`` and perhaps ``validation_elbo``.
+        The ``history`` of a model: one row per epoch, with ``train_elbo`` and optionally ``validation_elbo``.
     ax
-        Where to draw.
+        Axes to draw on.
 
     Returns
     -------
     matplotlib.axes.Axes
-        The axes given, or new ones.
+        The given axes, or new ones.
 
     Notes
     -----
-    The vertical range is that of the curves after the first tenth of the epochs, in which they rise steeply.
+    The vertical range covers the curves after the first tenth of the epochs, where they rise steeply.
 
     Examples
     --------
@@ -235,18 +237,18 @@ def overview(
     imputed: Mapping[str, tuple[Any, ArrayLike, str]],
     training: pd.DataFrame,
 ) -> Figure:
-    """One figure of an integration: the cells, what was imputed, and the course of training.
+    """One figure of an integration: the cells, the imputed values, and the training curves.
 
     Parameters
     ----------
     coordinates
         As in `embedding`.
     colours
-        What to colour the cells by, a panel each; the names are the titles.
+        Values by which to colour the cells, one panel each; the names are the titles.
     imputed
-        Held-out values, imputed values and their unit, a panel each by its title; see `imputation`.
+        For each title one panel: held-out values, imputed values and their unit; see `imputation`.
     training
-        A model's ``history``.
+        The ``history`` of a model.
 
     Returns
     -------

@@ -25,26 +25,26 @@ STATISTICS: Mapping[str, tuple[str, bool]] = {
 
 
 def predictive(check: "PredictiveCheck", modality: str, statistic: str, ax: Axes | None = None) -> Axes:
-    """One statistic of a modality: the data against data drawn from the model.
+    """One statistic of a modality: observed data against data drawn from the model.
 
     Parameters
     ----------
     check
         From `pyromosaic.checks.predictive_check`.
     modality, statistic
-        Which of its statistics, as in the index of ``check.overall``.
+        Statistic to show, as in the index of ``check.overall``.
     ax
-        Where to draw.
+        Axes to draw on.
 
     Returns
     -------
     matplotlib.axes.Axes
-        The axes given, or new ones.
+        The given axes, or new ones.
 
     Notes
     -----
-    A dot a feature (or pair, or quantile): the observed value, and the mean over the draws with their 90 % interval.
-    Triangles are observed values outside their intervals, of which a right model has about one in ten. On the line
+    Each dot is a feature (or pair, or quantile): its observed value, and the mean over the draws with their 90 %
+    interval. Triangles are observed values outside their intervals; a correct model has about one in ten. On the line,
     both are equal.
 
     Examples
@@ -91,18 +91,18 @@ def mean_variance(check: "PredictiveCheck", modality: str, ax: Axes | None = Non
     check
         From `pyromosaic.checks.predictive_check`.
     modality
-        Which modality.
+        Modality to show.
     ax
-        Where to draw.
+        Axes to draw on.
 
     Returns
     -------
     matplotlib.axes.Axes
-        The axes given, or new ones.
+        The given axes, or new ones.
 
     Notes
     -----
-    The thin line is variance = mean, as of Poisson counts.
+    The thin line is variance = mean, as for Poisson counts.
 
     Examples
     --------
@@ -140,7 +140,7 @@ def predictive_checks(check: "PredictiveCheck") -> Figure:
     Returns
     -------
     matplotlib.figure.Figure
-        Panels in rows of four at most.
+        Panels in rows of at most four.
 
     Examples
     --------
@@ -171,28 +171,29 @@ def predictive_checks(check: "PredictiveCheck") -> Figure:
 def ranks(ranks: "Ranks", variable: str | None = None, ax: Axes | None = None, n_bins: int = 20) -> Axes:
     """Histogram of the ranks of true values: flat if posteriors (or predictive distributions) are right.
 
-    A U says that they are too narrow, a hill that they are too wide, a slope that they lie to one side.
+    A U shape means that they are too narrow, a hill that they are too wide, and a slope that they are shifted to one
+    side.
 
     Parameters
     ----------
     ranks
         From `pyromosaic.checks.simulation_based_calibration` or `pyromosaic.checks.imputation_ranks`.
     variable
-        Which variable; by default the first.
+        Variable to show; by default the first.
     ax
-        Where to draw.
+        Axes to draw on.
     n_bins
         Number of bins.
 
     Returns
     -------
     matplotlib.axes.Axes
-        The axes given, or new ones.
+        The given axes, or new ones.
 
     Notes
     -----
-    The thick line is of all quantities of the variable together. If there are at most 30, thin lines are of each of
-    them, and the band is where 95 % of their bins lie if ranks are uniform.
+    The thick line shows all quantities of the variable together. If there are at most 30, thin lines show each of them,
+    and the band contains 95 % of their bins if ranks are uniform.
 
     Examples
     --------
@@ -225,24 +226,24 @@ def ranks(ranks: "Ranks", variable: str | None = None, ax: Axes | None = None, n
 
 
 def coverage(ranks: "Ranks", ax: Axes | None = None) -> Axes:
-    """Share of true values inside central intervals, against what the intervals are to hold.
+    """Share of true values inside central intervals, against the level of the intervals.
 
     Parameters
     ----------
     ranks
         From `pyromosaic.checks.simulation_based_calibration` or `pyromosaic.checks.imputation_ranks`.
     ax
-        Where to draw.
+        Axes to draw on.
 
     Returns
     -------
     matplotlib.axes.Axes
-        The axes given, or new ones.
+        The given axes, or new ones.
 
     Notes
     -----
-    A line a variable, by the randomised share (`pyromosaic.checks.Ranks.coverage`). Below the diagonal intervals are
-    too narrow, above it too wide.
+    Each line is a variable, by the randomised share (`pyromosaic.checks.Ranks.coverage`). Intervals are too narrow
+    below the diagonal, and too wide above it.
 
     Examples
     --------

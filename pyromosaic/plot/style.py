@@ -26,12 +26,12 @@ COUNT_TICKS = np.array([0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 1
 
 
 def axes_of(ax: Axes | None) -> Axes:
-    """The axes that were given, or new ones."""
+    """The given axes, or new ones."""
     return plt.figure(layout="constrained").add_subplot() if ax is None else ax
 
 
 def distinct_colours(n: int) -> list[str]:
-    """The palette, or evenly spaced hues where there are more categories than it has."""
+    """The palette, or evenly spaced hues if there are more categories than colours in it."""
     if n <= len(PALETTE):
         return list(PALETTE[:n])
     return [to_hex(c) for c in plt.colormaps["turbo"](np.linspace(0.02, 0.98, n))]

@@ -94,6 +94,11 @@ def draws(model: nn.Module, guide: nn.Module, minibatch: Minibatch, question: Qu
                 weights = weights_drawn(part.decoder, (question.seed << 20) + i)
             with weights:
                 trace = run(model, guide, minibatch, latent_at_mean=at_mean, drawn=value is None)
+            if question.modality not in trace.nodes:
+                raise ValueError(
+                    f"the model has no site {question.modality!r}: it does not explain that modality, for which it "
+                    "has a site of its name wherever the modality is in minibatch.decoded"
+                )
             site = trace.nodes[question.modality]
             values.append((site["value"] if value is None else value(site["fn"])).index_select(-1, columns))
     return torch.stack(values)

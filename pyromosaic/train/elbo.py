@@ -1,4 +1,4 @@
-"""The evidence lower bound of a mosaic: mean-field, on the device throughout, with each site's part kept apart."""
+"""The evidence lower bound of a mosaic: mean-field, always on the device, with the part of each site kept apart."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ class Sites(TraceMessenger):
 class MosaicELBO(TraceMeanField_ELBO):
     """`pyro.infer.TraceMeanField_ELBO` with the parts of the loss, and without what costs time.
 
-    That is copies from device to host, and log densities of latent variables where their divergence has a formula.
+    It avoids copies from device to host, and log densities of latent variables whose divergence has a formula.
 
     The loss is that of `TraceMeanField_ELBO`: minus the log-likelihood of observed sites, plus the Kullback-Leibler
     divergence of latent sites (analytic where there is a formula), plus the factors of the guide. After each call
@@ -32,20 +32,8 @@ class MosaicELBO(TraceMeanField_ELBO):
     (`pyromosaic.program.weighted`); penalties are the
     sites whose name begins with ``"penalty/"``.
 
-    As a latent site's analytic divergence takes scale and mask from the guide alone, scales that differ between model
-    and guide are refused while Pyro's validation is on.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> from pyromosaic.data import measured
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0])
-    >>> model, elbo = MultiVI(mosaic), MosaicELBO()
-    >>> loss = elbo.loss(model.model, model.guide, measured(mosaic, mosaic.find(None)))
-    >>> list(elbo.terms), list(elbo.latent)
-    (['z', 'rna', 'adt_background', 'adt', 'penalty/jeffreys', 'penalty/mmd'], ['z', 'adt_background'])
-    >>> round(loss / float(sum(elbo.terms.values())), 3)
-    1.0
+    The analytic divergence of a latent site takes scale and mask from the guide alone. Therefore scales that differ
+    between model and guide are refused while Pyro's validation is on.
     """
 
     terms: dict[str, Tensor]
@@ -132,7 +120,7 @@ class MosaicELBO(TraceMeanField_ELBO):
 
 
 def _analytic_divergence(posterior: Any, prior: Any) -> Tensor | None:
-    """The Kullback-Leibler divergence where there is a formula for it."""
+    """The Kullback-Leibler divergence if there is a formula for it."""
     if isinstance(posterior, Delta):  # Pyro's formula leaves out the density that it may carry
         return None
     try:

@@ -20,17 +20,7 @@ from pyromosaic.train.elbo import MosaicELBO
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became infinite or not a number; the parameters are back at the start of the epoch.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> model = MultiVI(Mosaic.from_mudata(simulate(60, {"rna": 50})[0]))
-    >>> model.train(1, batch_size=16, learning_rate=1e30, gradient_clip=0, progress_bar=False)
-    Traceback (most recent call last):
-        ...
-    pyromosaic.train.plan.NonFiniteLossError: the loss is not finite in epoch 0, ...
-    """
+    """The loss became infinite or not a number; the parameters are restored from the start of the epoch."""
 
 
 Schedule = str | Callable[[torch.optim.Optimizer], Any]
@@ -43,20 +33,15 @@ class Optimisation:
     Parameters
     ----------
     learning_rate, weight_decay
-        Of AdamW.
+        Settings of AdamW.
     kl_warmup_epochs
-        Epochs over which the weight of latent variables' divergences rises linearly to 1; at most half of the run.
+        Number of epochs over which the weight of the divergences of latent variables rises linearly to 1; at most half
+        of the run.
     schedule
-        ``"cosine"`` lets the learning rate fall to a fiftieth over the run, ``"constant"`` keeps it; or a function from
-        an optimiser to a learning-rate scheduler that steps once an epoch.
+        ``"cosine"`` lets the learning rate fall to a fiftieth over the run, ``"constant"`` keeps it; or a function that
+        maps an optimiser to a learning-rate scheduler, which steps once per epoch.
     gradient_clip
         Largest norm of the gradient; 0 for no limit.
-
-    Examples
-    --------
-    >>> from pyromosaic.train import Optimisation
-    >>> Optimisation(learning_rate=1e-3, schedule="constant").kl_warmup_epochs
-    50
     """
 
     learning_rate: float = 3e-3
@@ -67,20 +52,20 @@ class Optimisation:
 
     def __post_init__(self) -> None:
         if isinstance(self.schedule, str) and self.schedule not in ("cosine", "constant"):
-            raise ValueError(f'the schedule is "cosine", "constant" or a function; found {self.schedule!r}')
+            raise ValueError(f'schedule must be "cosine", "constant" or a function; found {self.schedule!r}')
 
 
 class Plan(lightning.LightningModule):
     """A model and a guide under Lightning.
 
-    What is minimised is the negative ELBO plus penalties, divided by the number of cells. Each epoch appends a row to
-    `rows`: for training and validation cells the ``objective`` as it is minimised, the ``elbo`` (without penalties and
-    with full weight on the divergences), the ``reconstruction`` (the negative log-likelihood of what was measured) and
-    every site's part of the negative ELBO, all per cell.
+    Training minimises the negative ELBO plus penalties, divided by the number of cells. Each epoch appends a row to
+    `rows`. For training and validation cells it has the ``objective`` that is minimised, the ``elbo`` (without
+    penalties and with full weight on the divergences), the ``reconstruction`` (the negative log-likelihood of the
+    measurements) and the part of every site in the negative ELBO, all per cell.
 
-    A module with a method ``optimiser()``, an adversary say, is fitted by that; all other parameters by AdamW. One
-    backward pass serves both: no gradient may flow from the loss of one side to the parameters of the other.
-    `Optimisation` is about AdamW's parameters alone.
+    If a module has a method ``optimiser()``, as an adversary does, that optimiser trains it; AdamW trains all other
+    parameters. One backward pass serves both, so no gradient may flow from the loss of one side to the parameters of
+    the other. `Optimisation` applies only to the parameters of AdamW.
 
     Parameters
     ----------
@@ -89,16 +74,7 @@ class Plan(lightning.LightningModule):
     optimisation
         How parameters are fitted.
     n_epochs
-        Length of the run.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0])
-    >>> model = MultiVI(mosaic)
-    >>> plan = Plan(model.model, model.guide, Optimisation(kl_warmup_epochs=50), n_epochs=20)
-    >>> plan.warmup_epochs  # half of the run at most
-    10
+        Number of epochs.
     """
 
     def __init__(self, model: nn.Module, guide: nn.Module, optimisation: Optimisation, n_epochs: int) -> None:
@@ -117,11 +93,11 @@ class Plan(lightning.LightningModule):
         self._own_states: list[dict[str, Any]] = []
 
     def transfer_batch_to_device(self, batch: Minibatch, device: torch.device, dataloader_idx: int) -> Minibatch:
-        """Move a minibatch; Lightning's own way looks into it field by field."""
+        """Move a minibatch; Lightning's default would go through it field by field."""
         return batch.to(device)
 
     def configure_optimizers(self) -> Any:
-        """AdamW, and the schedule if there is one; beside them the optimisers that modules bring."""
+        """Make AdamW, the schedule if there is one, and the optimisers of modules that have one."""
         o = self.optimisation
         self.own_optimisers = [m.optimiser() for m in self.objective.modules() if hasattr(m, "optimiser")]
         for own, state in zip(self.own_optimisers, self._own_states, strict=bool(self._own_states)):
@@ -153,19 +129,19 @@ class Plan(lightning.LightningModule):
             self.objective.load_state_dict(self._last_good)
             raise NonFiniteLossError(
                 f"the loss is not finite in epoch {self.current_epoch}, at {', '.join(map(repr, sites))}; the "
-                "parameters are back at the start of this epoch. A lower learning rate or gradient_clip helps"
+                "parameters are restored from the start of this epoch. Lower the learning rate, or set gradient_clip"
             )
         self._add("train", minibatch, loss.detach())
         return loss
 
     def on_after_backward(self) -> None:
-        """Take the steps of the optimisers that modules bring; Lightning takes AdamW's, after clipping."""
+        """Take the steps of the modules' optimisers; Lightning takes the step of AdamW, after clipping."""
         for own in self.own_optimisers:
             own.step()
             own.zero_grad()
 
     def validation_step(self, minibatch: Minibatch, step: int) -> None:
-        """Evaluate the bound on cells that take no part in training."""
+        """Evaluate the bound on cells that are not used in training."""
         loss = self.objective(minibatch, 1.0) / minibatch.n_cells
         self._add("validation", minibatch, loss)
 
@@ -174,7 +150,7 @@ class Plan(lightning.LightningModule):
         terms, latent = self.elbo.terms, self.elbo.latent
         n = len(minibatch)
         share = n / minibatch.n_cells  # each term stands for n_cells cells
-        values = [term * (share / latent.get(name, 1.0)) for name, term in terms.items()]
+        values = [term * (share / (latent.get(name) or 1.0)) for name, term in terms.items()]  # 0 stays 0
         # Modalities, and so sites, may be missing from a minibatch.
         sums, key = self._sums.setdefault(part, {}), (*terms, "objective")
         sums[key] = sums.get(key, 0.0) + torch.stack([*values, loss * n])
@@ -182,12 +158,12 @@ class Plan(lightning.LightningModule):
         self._latent |= latent.keys()
 
     def on_train_epoch_start(self) -> None:
-        """Remember parameters that are known to be good."""
+        """Remember parameters that gave a finite loss."""
         self._sums, self._n_cells = {}, Counter()
         self._last_good = {k: v.detach().clone() for k, v in self.objective.state_dict().items()}
 
     def on_train_epoch_end(self) -> None:
-        """Append a row to the history and hand it to the loggers."""
+        """Append a row to the history and pass it to the loggers."""
         row: dict[str, float] = {}
         for part, sums in self._sums.items():
             parts: dict[str, float] = defaultdict(float)
@@ -206,12 +182,12 @@ class Plan(lightning.LightningModule):
             logger.log_metrics(row, self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the history, and the state of the optimisers that modules bring, with a checkpoint."""
+        """Keep the history and the state of the modules' optimisers with a checkpoint."""
         checkpoint["rows"] = self.rows
         checkpoint["own_optimisers"] = [own.state_dict() for own in self.own_optimisers]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the history of a checkpoint; optimisers, which do not exist yet, get their state later."""
+        """Continue the history of a checkpoint; optimisers, which do not exist yet, get their state later."""
         self.rows = list(checkpoint["rows"])
         self._own_states = checkpoint["own_optimisers"]
 
@@ -222,14 +198,14 @@ class ReturnToBest(EarlyStopping):
     Parameters
     ----------
     patience
-        Epochs without a better value after which training stops.
+        Number of epochs without a better value after which training stops.
     monitor
         The value: ``"elbo"`` or ``"reconstruction"``.
     """
 
     def __init__(self, patience: int, monitor: str = "elbo") -> None:
         if monitor not in ("elbo", "reconstruction"):
-            raise ValueError(f'early stopping monitors "elbo" or "reconstruction"; found {monitor!r}')
+            raise ValueError(f'monitor must be "elbo" or "reconstruction"; found {monitor!r}')
         mode = "max" if monitor == "elbo" else "min"
         super().__init__(f"validation_{monitor}", patience=patience, mode=mode, check_on_train_epoch_end=True)
         self.best: dict[str, Tensor] = {}
@@ -241,13 +217,13 @@ class ReturnToBest(EarlyStopping):
             self.best = {k: v.detach().clone() for k, v in plan.state_dict().items()}
 
     def on_train_end(self, trainer: lightning.Trainer, plan: lightning.LightningModule) -> None:
-        """Put the best parameters back."""
+        """Restore the best parameters."""
         plan.load_state_dict(self.best)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Lightning's remarks on hardware and products out of the user's output; its warnings are shown."""
+    """Hide Lightning's remarks on hardware and products from the user; show its warnings."""
     log = logging.getLogger("lightning.pytorch")
     level = log.level
     log.setLevel(max(level, logging.WARNING))
@@ -281,29 +257,29 @@ def fit(
     model, guide
         The Pyro program; trained in place.
     train, validation
-        Minibatches; None validates nothing.
+        Minibatches; without `validation`, nothing is validated.
     n_epochs
-        Length of the run.
+        Number of epochs.
     optimisation
         How parameters are fitted.
     early_stopping
-        Stop after this many epochs without a better value on validation cells, and return to the best; None to train
-        on.
+        Stop after this many epochs without a better value on validation cells, and restore the best parameters; None
+        never stops early.
     monitor
-        The value that early stopping looks at: ``"elbo"``, or ``"reconstruction"``, the negative log-likelihood.
+        The value for early stopping: ``"elbo"``, or ``"reconstruction"``, the negative log-likelihood.
     checkpoint_dir
-        Where to write Lightning checkpoints, the last of them ``last.ckpt``; None writes none.
+        Directory for Lightning checkpoints, the last of them ``last.ckpt``; None writes none.
     resume_from
-        A checkpoint to go on from.
+        A checkpoint to resume from.
     progress_bar, logger, callbacks, **trainer
-        For `lightning.pytorch.Trainer`. Unless early stopping or another callback monitors them, validation cells are
-        looked at some 20 times in the run, at regular epochs up to the last; ``check_val_every_n_epoch`` says how
-        often.
+        Arguments of `lightning.pytorch.Trainer`. Unless early stopping or another callback monitors them, validation
+        cells are evaluated about 20 times in the run, at regular epochs up to the last; set ``check_val_every_n_epoch``
+        to change this.
 
     Returns
     -------
     pandas.DataFrame
-        A row an epoch; columns as described at `Plan`, missing (NaN) where validation cells were not looked at.
+        One row per epoch; columns as described at `Plan`, missing (NaN) where validation cells were not evaluated.
 
     Raises
     ------
@@ -311,21 +287,10 @@ def fit(
         If early stopping is asked for without validation cells.
     NonFiniteLossError
         If the loss is not finite; the parameters are then those at the start of the epoch.
-
-    Examples
-    --------
-    >>> from pyromosaic import Mosaic, MultiVI, simulate
-    >>> from pyromosaic.data import loader
-    >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0])
-    >>> model = MultiVI(mosaic)
-    >>> minibatches = loader(mosaic, mosaic.find(None), batch_size=32, seed=0)
-    >>> history = fit(model.model, model.guide, minibatches, None, 2, Optimisation(), progress_bar=False)
-    >>> len(history), "train_elbo" in history
-    (2, True)
     """
     if early_stopping is not None and validation is None:
         raise ValueError(
-            "early stopping looks at validation cells: give validation a share above 0, or set early_stopping=None"
+            "early stopping needs validation cells: set validation to a share above 0, or set early_stopping=None"
         )
     plan = Plan(model, guide, optimisation, n_epochs)
     callbacks = list(callbacks)

@@ -265,7 +265,7 @@ def test_objects_are_given_again_at_load(mosaic, tmp_path):
     model = small(mosaic, prior=Wide())
     model.train(1, **QUIET)
     model.save(tmp_path / "model")
-    with pytest.raises(ValueError, match="give prior again"):
+    with pytest.raises(ValueError, match="pass prior=<object> to load"):
         MultiVI.load(tmp_path / "model")
     loaded = MultiVI.load(tmp_path / "model", prior=Wide())
     loaded.mosaic = mosaic

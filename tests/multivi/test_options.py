@@ -122,7 +122,7 @@ def test_private_variables_follow_their_modality_or_the_prior(mosaic):
 
 def test_imputation_is_less_sure_for_lack_of_the_private_variable(mosaic):
     model = small(mosaic, n_private=3, private_kl=0.1)
-    with pytest.warns(UserWarning, match="shared latent space explains only"):
+    with pytest.warns(UserWarning, match="shared latent space carries only"):
         model.train(40, batch_size=64, learning_rate=5e-3, kl_warmup_epochs=0, **QUIET)
     both = mosaic.obs_names[mosaic.patterns == "rna+adt"]
     sd = [
@@ -188,6 +188,10 @@ def test_dispersion_is_checked():
     for spec, message in [
         ({"likelihood": "nb", "dispersion": "cell"}, "found 'cell'"),
         ({"likelihood": "bernoulli", "dispersion": "gene-batch", "batch_key": "b"}, "'bernoulli' has no inverse"),
+        (
+            {"likelihood": "multinomial", "dispersion": "gene-batch", "batch_key": "b"},
+            "'multinomial' has no inverse dispersion to be 'gene-batch'",
+        ),
         ({"likelihood": "nb", "dispersion": "gene-batch"}, "takes a batch_key"),
         ({"likelihood": "nb", "dispersion": "gene-label"}, "takes a label_key"),
     ]:

@@ -142,7 +142,7 @@ def test_early_stopping_returns_to_the_best_epoch(mosaic):
     again = small(mosaic)
     again.train(best + 1, **options, **QUIET)
     pd.testing.assert_frame_equal(model.get_latent_representation(), again.get_latent_representation())
-    with pytest.raises(ValueError, match="early stopping looks at validation cells"):
+    with pytest.raises(ValueError, match="early stopping needs validation cells"):
         small(mosaic).train(2, validation=0.0, early_stopping=2, **QUIET)
 
 

@@ -1,7 +1,7 @@
-"""Guidance graphs: which features of different modalities go together, in which direction and how surely.
+"""Guidance graphs: which features of different modalities are linked, with which sign and how surely.
 
-Nodes are the features of all modalities; an edge joins two features, with a weight in (0, 1], the confidence of the
-link, and a sign, 1 where both rise together and -1 where one falls as the other rises (DiagVI; Cao and Gao, GLUE,
+Nodes are the features of all modalities. An edge links two features. Its weight in (0, 1] is the confidence of the
+link; its sign is 1 if both features rise together, and -1 if one falls when the other rises (DiagVI; Cao and Gao, GLUE,
 Nature Biotechnology 2022).
 """
 
@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import connected_components
 
 from pyromosaic.data import Mosaic, Schema
 from pyromosaic.data.tables import in_order
-from pyromosaic.linkage import Linkage, links_by_overlap
+from pyromosaic.links.pairs import Links, check_strength, links_by_overlap, links_from_table
 
 FEW = 20  # linked features of a modality below which its graph is thin
 
@@ -27,14 +27,15 @@ FEW = 20  # linked features of a modality below which its graph is thin
 class GuidanceGraph:
     """A checked guidance graph.
 
-    Made by `from_names`, `from_table`, `from_edges`, `from_data`, `from_overlap` or `from_matrix`.
+    Make one with `from_names`, `from_table`, `from_edges`, `from_data`, `from_overlap`, `from_matrix` or
+    `from_linkage`.
 
     Parameters
     ----------
     features
-        Names of the features by modality; nodes are numbered through, modality after modality.
+        Names of the features by modality; nodes are numbered consecutively, modality after modality.
     edges
-        Nodes of each edge, shape (2, E): every edge once, without self loops.
+        Nodes of each edge, shape (2, E); every edge occurs once, without self loops.
     weight
         Confidence of each edge, in (0, 1].
     sign
@@ -76,18 +77,14 @@ class GuidanceGraph:
         n = self.n_features
         if edges.ndim != 2 or len(edges) != 2 or edges.shape[1] != len(weight) or weight.shape != sign.shape:
             raise ValueError(
-                f"a graph has two nodes, one weight and one sign an edge; found shapes {edges.shape}, {weight.shape} "
-                f"and {sign.shape}"
+                f"a graph needs two nodes, one weight and one sign per edge; found shapes {edges.shape}, "
+                f"{weight.shape} and {sign.shape}"
             )
         if edges.size and (edges.dtype.kind not in "iu" or edges.min() < 0 or edges.max() >= n):
             raise ValueError(
-                f"nodes are the whole numbers from 0 to {n - 1}, one a feature; found {edges.min()} to {edges.max()}"
+                f"nodes must be integers from 0 to {n - 1}, one per feature; found {edges.min()} to {edges.max()}"
             )
-        if not ((weight > 0) & (weight <= 1)).all():
-            wrong = weight[~((weight > 0) & (weight <= 1))][0]
-            raise ValueError(f"the weight of an edge lies in (0, 1]; found {wrong:g}")
-        if not np.isin(sign, (-1, 1)).all():
-            raise ValueError(f"the sign of an edge is 1 or -1; found {sign[~np.isin(sign, (-1, 1))][0]:g}")
+        check_strength(weight, sign)
         edges = np.sort(edges.astype(np.int64), axis=0)
         table = pd.DataFrame({"i": edges[0], "j": edges[1], "weight": weight, "sign": sign})
         table = table[table["i"] != table["j"]]
@@ -96,7 +93,9 @@ class GuidanceGraph:
         )
         if (table["signs"] > 1).any():
             names = self.names[table.loc[table["signs"] > 1, ["i", "j"]].to_numpy()[0]]
-            raise ValueError(f"the edge between {names[0]!r} and {names[1]!r} is given with both signs; accepted: one")
+            raise ValueError(
+                f"the edge between {names[0]!r} and {names[1]!r} is given with both signs; give it one sign"
+            )
         object.__setattr__(self, "edges", table[["i", "j"]].to_numpy(dtype=np.int64).T)
         object.__setattr__(self, "weight", table["weight"].to_numpy(dtype=np.float32))
         object.__setattr__(self, "sign", table["sign"].to_numpy(dtype=np.float32))
@@ -128,7 +127,7 @@ class GuidanceGraph:
         return np.repeat(np.arange(len(self.features)), [len(names) for names in self.features.values()])
 
     def linked(self) -> dict[str, int]:
-        """How many features of each modality have an edge to another modality."""
+        """Number of features of each modality that have an edge to another modality."""
         across = self.edges[:, self.modality[self.edges[0]] != self.modality[self.edges[1]]]
         ends = np.unique(across)
         return {name: int(np.isin(ends, np.arange(s.start, s.stop)).sum()) for name, s in self.nodes.items()}
@@ -152,19 +151,19 @@ class GuidanceGraph:
         if (group != group[0]).any():
             stray = names[int(np.flatnonzero(group != group[0])[0])]
             raise ValueError(
-                f"no edge links modality {stray!r} to {names[0]!r}, directly or through others; names, a table of "
-                "links, or genomic overlap may give some"
+                f"no edge links modality {stray!r} to {names[0]!r}, directly or through others; add links, e.g. by "
+                "equal names, a table of links, or genomic overlap"
             )
         thin = {name: count for name, count in self.linked().items() if count < min(FEW, len(self.features[name]))}
         if thin:
             counts = ", ".join(f"{count} of {len(self.features[name])} {name} features" for name, count in thin.items())
-            warnings.warn(f"the guidance graph is thin: it links {counts}", stacklevel=2)
+            warnings.warn(f"the guidance graph has few links: it links {counts}", stacklevel=2)
 
     # Ways in
 
     @classmethod
     def from_names(cls, data: Mosaic | Schema) -> "GuidanceGraph":
-        """Link features of the same name in different modalities.
+        """Link features with the same name in different modalities.
 
         Parameters
         ----------
@@ -181,22 +180,22 @@ class GuidanceGraph:
         pairs = [pair for rows in nodes.groupby(nodes).groups.values() for pair in combinations(rows, 2)]
         if not pairs:
             raise ValueError(
-                f"the modalities {_words(features)} have no feature names in common; give links, as a table say"
+                f"the modalities {_words(features)} have no feature names in common; give links, e.g. as a table"
             )
         return cls(features, np.array(pairs).T, np.ones(len(pairs)), np.ones(len(pairs)))
 
     @classmethod
     def from_table(cls, data: Mosaic | Schema, table: pd.DataFrame, *, drop_absent: bool = False) -> "GuidanceGraph":
-        """Link the features that stand in one row of a table.
+        """Link the features in each row of a table.
 
         Parameters
         ----------
         data
             The registered data, or their schema.
         table
-            One column a modality, named after it, with a feature, or a sequence of several, in each row; missing where
-            a row says nothing of that modality. Columns ``weight`` and ``sign`` are read if they are there; else both
-            are 1.
+            One column per modality, named after it, with a feature or a sequence of features in each row, or a missing
+            value if the row has no feature of that modality. Columns ``weight`` and ``sign`` are optional; both are 1
+            by default.
         drop_absent
             Leave out features that the data do not have, instead of refusing the table.
 
@@ -209,7 +208,7 @@ class GuidanceGraph:
         --------
         >>> import pandas as pd
         >>> from pyromosaic import Mosaic, pbmc_mosaic, protein_gene_links
-        >>> from pyromosaic.guidance import GuidanceGraph
+        >>> from pyromosaic.links import GuidanceGraph
         >>> mosaic = Mosaic.from_mudata(pbmc_mosaic())
         >>> table = protein_gene_links().rename(columns={"gene": "rna", "protein": "adt"})
         >>> GuidanceGraph.from_table(mosaic, table, drop_absent=True)
@@ -219,7 +218,7 @@ class GuidanceGraph:
         columns = [name for name in features if name in table]
         if len(columns) < 2:
             raise ValueError(
-                f"a table of links has a column for each of at least 2 modalities, out of {_words(features)}; "
+                f"a table of links needs a column for each of at least 2 modalities, out of {_words(features)}; "
                 f"found the columns {_words(table.columns)}"
             )
         ends, rows = [], []
@@ -245,7 +244,7 @@ class GuidanceGraph:
         weight: Any = 1.0,
         sign: Any = 1.0,
     ) -> "GuidanceGraph":
-        """Edges one by one, within or between modalities, each with its weight and sign.
+        """Give edges one by one, within or between modalities, each with its weight and sign.
 
         Parameters
         ----------
@@ -254,18 +253,18 @@ class GuidanceGraph:
         edges
             Pairs of ``(modality, feature)``.
         weight, sign
-            One number, or one an edge.
+            One number, or one per edge.
 
         Raises
         ------
         ValueError
-            If there is no such feature, or a weight or sign is out of range.
+            If a feature does not exist, or a weight or sign is out of range.
 
         Examples
         --------
         >>> import warnings
         >>> from pyromosaic import Mosaic, pbmc_mosaic
-        >>> from pyromosaic.guidance import GuidanceGraph
+        >>> from pyromosaic.links import GuidanceGraph
         >>> mosaic = Mosaic.from_mudata(pbmc_mosaic())
         >>> edges = [(("rna", "CD8A"), ("adt", "cd8")), (("rna", "CD8A"), ("adt", "cd4.1"))]
         >>> with warnings.catch_warnings(action="ignore"):  # these are few
@@ -279,7 +278,7 @@ class GuidanceGraph:
 
     @classmethod
     def from_data(cls, data: Mosaic | Schema, graph: Any) -> "GuidanceGraph":
-        """A ready graph.
+        """Use a ready graph of PyTorch Geometric.
 
         Parameters
         ----------
@@ -287,7 +286,7 @@ class GuidanceGraph:
             The registered data, or their schema.
         graph
             `torch_geometric.data.Data` with ``edge_index``, and ``edge_weight`` and ``edge_sign`` if they are not 1.
-            Nodes are the features of the modalities one after the other in the data's order, unless
+            Nodes are the features of the modalities, one modality after the other in the order of the data, unless
             ``<modality>_indices`` say which nodes are the features of a modality.
 
         Raises
@@ -297,20 +296,22 @@ class GuidanceGraph:
         """
         features = _features(data)
         if getattr(graph, "edge_index", None) is None:
-            raise ValueError("a ready graph has an edge_index of shape (2, edges); found none")
+            raise ValueError("a ready graph needs an edge_index of shape (2, edges); found none")
         edges = np.asarray(graph.edge_index)
         n = sum(map(len, features.values()))
         if graph.num_nodes is not None and graph.num_nodes > n:
-            raise ValueError(f"the graph has {graph.num_nodes} nodes, but the data have {n} features, one a node")
+            raise ValueError(
+                f"the graph has {graph.num_nodes} nodes, but the data have {n} features; give one node per feature"
+            )
         position = np.arange(n)
         given = {k: np.asarray(i) for k in features if (i := getattr(graph, f"{k}_indices", None)) is not None}
         if len(given) == len(features):
             own = np.concatenate(list(given.values()))
             if not np.array_equal(np.sort(own), position) or any(len(given[k]) != len(features[k]) for k in features):
                 raise ValueError(
-                    "the graph's indices of the modalities' features do not number its nodes: they give "
-                    f"{', '.join(f'{len(v)} ({k})' for k, v in given.items())} nodes, each of 0 to {n - 1} is needed "
-                    f"once, and {', '.join(f'{len(v)} ({k})' for k, v in features.items())}"
+                    "the indices of the modalities in the graph do not match its nodes: they give "
+                    f"{', '.join(f'{len(v)} ({k})' for k, v in given.items())} nodes; accepted: each of 0 to {n - 1} "
+                    f"once, {', '.join(f'{len(v)} ({k})' for k, v in features.items())}"
                 )
             position = np.argsort(own)
             if edges.size and 0 <= edges.min() and edges.max() < n:
@@ -332,16 +333,16 @@ class GuidanceGraph:
         mosaic
             The data.
         modalities
-            The modality of genes, then the one of regions, which are named by coordinates, ``chr1:100-200`` say.
+            The modality of genes, then the modality of regions, whose names are coordinates such as ``chr1:100-200``.
         genes
-            Where each gene lies, indexed by name: columns ``chromosome``, ``start``, ``end`` and ``strand``.
+            Position of each gene, indexed by name, with columns ``chromosome``, ``start``, ``end`` and ``strand``.
         promoter
-            Bases upstream of a gene that count as its promoter.
+            Number of bases upstream of a gene that count as its promoter.
 
         Raises
         ------
         ValueError
-            If a column is missing, a region's name is no coordinate, or nothing overlaps.
+            If a column is missing, the name of a region is not a coordinate, or nothing overlaps.
         """
         return cls.from_table(mosaic, links_by_overlap(mosaic, modalities, genes, promoter).pairs)
 
@@ -356,7 +357,7 @@ class GuidanceGraph:
         data
             The registered data, or their schema.
         a, b
-            The modalities of the matrix's rows and columns, in their order of features.
+            The modalities of the rows and columns of the matrix, in their order of features.
         matrix
             Dense or sparse, features of `a` × features of `b`; a table is matched by its names.
         weighted
@@ -365,7 +366,7 @@ class GuidanceGraph:
         Raises
         ------
         ValueError
-            If the shape is another one.
+            If the shape does not fit.
         """
         features = _features(data)
         if isinstance(matrix, pd.DataFrame):
@@ -386,7 +387,7 @@ class GuidanceGraph:
         return cls(features, edges, np.abs(values) if weighted else np.ones(len(values)), np.sign(values))
 
     @classmethod
-    def from_linkage(cls, data: Mosaic | Schema, linkage: Linkage, level: float = 0.05) -> "GuidanceGraph":
+    def from_linkage(cls, data: Mosaic | Schema, linkage: Any, level: float = 0.05) -> "GuidanceGraph":
         """Link the features of two modalities that correlate beyond chance over cells matched without known links.
 
         Parameters
@@ -394,9 +395,9 @@ class GuidanceGraph:
         data
             The registered data, or their schema.
         linkage
-            What `pyromosaic.linkage.cca` found.
+            The `pyromosaic.linkage.Linkage` that `cca` found.
         level
-            See `pyromosaic.linkage.Linkage.feature_links`; an edge's weight is the correlation's size.
+            See `pyromosaic.linkage.Linkage.feature_links`; the weight of an edge is the absolute correlation.
         """
         table = linkage.feature_links(level)
         size = table["correlation"].abs().clip(1e-6, 1.0)
@@ -405,7 +406,7 @@ class GuidanceGraph:
     def merge(self, other: "GuidanceGraph") -> "GuidanceGraph":
         """The edges of both graphs; an edge in both has the larger weight."""
         if self.features != other.features:
-            raise ValueError("graphs of different features cannot be merged; build both from the same data")
+            raise ValueError("graphs with different features cannot be merged; build both from the same data")
         return GuidanceGraph(
             self.features,
             np.concatenate([self.edges, other.edges], axis=1),
@@ -416,18 +417,18 @@ class GuidanceGraph:
     # Keeping
 
     def to_json(self) -> dict[str, list[Any]]:
-        """Edges, weights and signs as plain lists; names of features are in the schema."""
+        """Edges, weights and signs as plain lists; the names of features are in the schema."""
         return {"edges": self.edges.tolist(), "weight": self.weight.tolist(), "sign": self.sign.tolist()}
 
     @classmethod
     def of(cls, graph: Any, data: Mosaic | Schema) -> "GuidanceGraph":
-        """The graph in whatever form a model was given it.
+        """Make a graph from any of the forms that a model accepts.
 
         Parameters
         ----------
         graph
-            A `GuidanceGraph`, a table for `from_table`, what `to_json` gave, a `torch_geometric.data.Data`, or None
-            for `from_names`.
+            A `GuidanceGraph`, `Links`, a table for `from_table`, what `to_json` gave, a `torch_geometric.data.Data`, or
+            None for `from_names`.
         data
             The registered data, or their schema.
 
@@ -438,8 +439,8 @@ class GuidanceGraph:
         """
         if graph is None:
             return cls.from_names(data)
-        if isinstance(graph, pd.DataFrame):
-            return cls.from_table(data, graph)
+        if isinstance(graph, pd.DataFrame | Links):
+            return cls.from_table(data, graph.pairs if isinstance(graph, Links) else graph)
         if isinstance(graph, Mapping):
             edges = np.array(graph["edges"], dtype=np.int64).reshape(2, -1)
             with warnings.catch_warnings(action="ignore"):  # the user was warned when the graph was made
@@ -448,18 +449,27 @@ class GuidanceGraph:
             return cls.from_data(data, graph)
         if not isinstance(graph, cls):
             raise ValueError(
-                f"found a graph of type {type(graph).__name__}; accepted: GuidanceGraph, pandas.DataFrame, "
-                "torch_geometric.data.Data, or None for equal names"
+                f"found a graph of type {type(graph).__name__}; accepted: GuidanceGraph, Links, "
+                "pandas.DataFrame, torch_geometric.data.Data, or None for equal names"
             )
         if graph.features != _features(data):
-            raise ValueError("the guidance graph was made for other features; build it from the data of the model")
+            raise ValueError(
+                "the guidance graph was made for other features; build it from the data that you give to the model"
+            )
         return graph
+
+
+def links_of(links: pd.DataFrame | Links | GuidanceGraph, mosaic: Mosaic, modalities: tuple[str, str]) -> Links:
+    """The links of two modalities in whatever form they are given; raises as `links_from_table` does."""
+    if isinstance(links, Links):
+        return links
+    return links_from_table(mosaic, modalities, links if isinstance(links, pd.DataFrame) else links.links(*modalities))
 
 
 def _features(data: Mosaic | Schema) -> dict[str, tuple[str, ...]]:
     modalities = (data.schema if isinstance(data, Mosaic) else data).modalities
     if len(modalities) < 2:
-        raise ValueError(f"a guidance graph links at least 2 modalities; found {_words(modalities)}")
+        raise ValueError(f"a guidance graph needs at least 2 modalities; found {_words(modalities)}")
     return {name: m.features for name, m in modalities.items()}
 
 
@@ -473,7 +483,7 @@ def _several(entry: Any) -> list[str]:
 
 
 def _find(features: Mapping[str, tuple[str, ...]], ends: list[tuple[str, str]], drop_absent: bool) -> np.ndarray:
-    """Nodes of ``(modality, feature)`` pairs; -1 for those that are not there, if they are to be dropped."""
+    """Nodes of ``(modality, feature)`` pairs; -1 for absent ones, if they are to be dropped."""
     node = {(k, f): i for i, (k, f) in enumerate((k, f) for k, names in features.items() for f in names)}
     nodes = np.array([node.get((modality, str(feature)), -1) for modality, feature in ends], dtype=np.int64)
     if (nodes < 0).any() and not drop_absent:
@@ -481,7 +491,7 @@ def _find(features: Mapping[str, tuple[str, ...]], ends: list[tuple[str, str]], 
         shown = ", ".join(f"{feature!r} ({modality})" for modality, feature in absent[:3])
         raise ValueError(
             f"{len(absent)} features of the links are not in the data: {shown}{', …' if len(absent) > 3 else ''}; "
-            "leave them out, with drop_absent=True in GuidanceGraph.from_table say"
+            "leave them out, e.g. with drop_absent=True in GuidanceGraph.from_table"
         )
     return nodes
 

@@ -1,4 +1,4 @@
-"""Linked features: which feature of one modality says something about which feature of another."""
+"""Links of two modalities: from a table, by name, or by where features lie on the genome."""
 
 import re
 import warnings
@@ -21,18 +21,10 @@ class Links:
     Parameters
     ----------
     pairs
-        One row a link: a column of feature names for each of the two modalities, named after it, ``weight`` from
-        above 0 to 1, and ``sign``, 1 or -1.
+        One row per link: a column of feature names for each of the two modalities, named after it; ``weight``, above 0
+        and at most 1; and ``sign``, 1 or -1.
     n_unknown
         Number of links that were left out because the mosaic lacks one of their features.
-
-    Examples
-    --------
-    >>> links = Links(pd.DataFrame({"rna": ["CD19", "CD14"], "adt": ["cd19", "cd14"], "weight": 1.0, "sign": 1.0}))
-    >>> len(links), links.modalities
-    (2, ('rna', 'adt'))
-    >>> links.take(np.array([1])).pairs["rna"].tolist()
-    ['CD14']
     """
 
     pairs: pd.DataFrame
@@ -52,12 +44,12 @@ class Links:
         return first, second
 
     def take(self, rows: np.ndarray) -> "Links":
-        """Some of the links, by number or mask."""
+        """Some of the links, by position or mask."""
         return Links(self.pairs.iloc[rows].reset_index(drop=True), self.n_unknown)
 
 
 def links_from_table(mosaic: Mosaic, modalities: tuple[str, str], table: pd.DataFrame) -> Links:
-    """Links from a table with a column of feature names for each modality, one row a link.
+    """Links from a table with a column of feature names for each modality and one row per link.
 
     Parameters
     ----------
@@ -66,19 +58,20 @@ def links_from_table(mosaic: Mosaic, modalities: tuple[str, str], table: pd.Data
     modalities
         Names of the two modalities.
     table
-        Columns named after the modalities, or else two columns that are told apart by the names in them
+        Columns named after the modalities, or two columns that can be assigned by the names in them
         (`pyromosaic.protein_gene_links` has ``protein`` and ``gene``). Columns ``weight`` (above 0, at most 1) and
-        ``sign`` (1 or -1) may stand beside; they are 1 by default.
+        ``sign`` (1 or -1) are optional; both are 1 by default.
 
     Returns
     -------
     Links
-        Those whose features are both in the mosaic, each pair once; the others are counted.
+        The links whose features are both in the mosaic, each pair once; the others are counted.
 
     Raises
     ------
     ValueError
-        If a modality does not exist, the columns cannot be told, a weight or sign is out of range, or no link is left.
+        If a modality does not exist, the columns cannot be assigned, a weight or sign is out of range, or no link is
+        left.
 
     Examples
     --------
@@ -98,30 +91,45 @@ def links_from_table(mosaic: Mosaic, modalities: tuple[str, str], table: pd.Data
             columns.reverse()
     else:
         raise ValueError(
-            f"a table of links has a column of names for each of {modalities[0]!r} and {modalities[1]!r}, and at most "
-            f"'weight' and 'sign' beside; found {', '.join(map(repr, table.columns)) or 'no column'}"
+            f"a table of links needs a column of names for each of {modalities[0]!r} and {modalities[1]!r}, and may "
+            f"have 'weight' and 'sign'; found {', '.join(map(repr, table.columns)) or 'no column'}"
         )
     pairs = pd.DataFrame({m: table[c].astype(str).to_numpy() for m, c in zip(modalities, columns, strict=True)})
     for name in ("weight", "sign"):
         pairs[name] = table[name].to_numpy(dtype=float) if name in table else 1.0
-    for name, fits, accepted in (
-        ("weight", pairs["weight"].between(0, 1, inclusive="right"), "above 0 and up to 1"),
-        ("sign", pairs["sign"].isin([-1, 1]), "1 or -1"),
-    ):
-        if not fits.all():
-            raise ValueError(f"the {name} of a link is {accepted}; found {pairs[name][~fits].iloc[0]:g}")
+    check_strength(pairs["weight"].to_numpy(), pairs["sign"].to_numpy())
     pairs = pairs.drop_duplicates(list(modalities))
     complete = pairs[modalities[0]].isin(features[0]) & pairs[modalities[1]].isin(features[1])
     if not complete.any():
         raise ValueError(
-            f"no linked feature is left: of {len(pairs)} links, none has both its features among the "
+            f"no linked feature is left: none of the {len(pairs)} links has both its features among the "
             f"{len(features[0])} of {modalities[0]!r} and the {len(features[1])} of {modalities[1]!r}"
         )
     return Links(pairs[complete].reset_index(drop=True), int((~complete).sum()))
 
 
+def check_strength(weight: np.ndarray, sign: np.ndarray) -> None:
+    """See that weights and signs of links are in range.
+
+    Raises
+    ------
+    ValueError
+        With the first that is not.
+
+    Examples
+    --------
+    >>> check_strength(np.array([0.5, 1.0]), np.array([1, -1]))
+    """
+    for name, values, fits, accepted in (
+        ("weight", weight, (weight > 0) & (weight <= 1), "above 0 and up to 1"),
+        ("sign", sign, np.isin(sign, (-1, 1)), "1 or -1"),
+    ):
+        if not fits.all():
+            raise ValueError(f"the {name} of a link is {accepted}; found {values[~fits][0]:g}")
+
+
 def links_by_name(mosaic: Mosaic, modalities: tuple[str, str]) -> Links:
-    """Links between features of the same name, genes and the activities of genes say.
+    """Links between features with the same name, e.g. genes and gene activities.
 
     Parameters
     ----------
@@ -133,12 +141,12 @@ def links_by_name(mosaic: Mosaic, modalities: tuple[str, str]) -> Links:
     Returns
     -------
     Links
-        One for each name in both, of weight and sign 1.
+        One link for each name in both, with weight and sign 1.
 
     Raises
     ------
     ValueError
-        If a modality does not exist, or no name is in both.
+        If a modality does not exist, or the modalities have no name in common.
 
     Examples
     --------
@@ -161,24 +169,25 @@ def links_by_overlap(mosaic: Mosaic, modalities: tuple[str, str], genes: pd.Data
     mosaic
         The data.
     modalities
-        The modality of genes, then the one of regions. Regions are named by their coordinates, ``"chr1:100-200"``
-        with ``:``, ``-`` or ``_`` between.
+        The modality of genes, then the modality of regions. The names of regions are coordinates such as
+        ``"chr1:100-200"``, separated by ``:``, ``-`` or ``_``.
     genes
-        Where each gene lies, indexed by name: columns ``chromosome`` (with or without ``"chr"``), ``start``, ``end``
-        and ``strand`` (``"+"`` or ``"-"``, or 1 and -1). A gene whose strand is missing or ``"."`` has no promoter.
+        Position of each gene, indexed by name, with columns ``chromosome`` (with or without ``"chr"``), ``start``,
+        ``end`` and ``strand`` (``"+"`` or ``"-"``, or 1 and -1). A gene whose strand is missing or ``"."`` has no
+        promoter.
     promoter
-        Bases upstream of the gene that count as its promoter.
+        Number of bases upstream of the gene that count as its promoter.
 
     Returns
     -------
     Links
-        One for each gene and region that overlap, of weight and sign 1.
+        One link for each gene and region that overlap, with weight and sign 1.
 
     Raises
     ------
     ValueError
-        If a modality or a column does not exist, a region's name or a gene's place is not a coordinate, a strand is
-        none, or nothing overlaps.
+        If a modality or a column does not exist, the name of a region or the position of a gene is not a coordinate,
+        a strand is none, or nothing overlaps.
 
     Warns
     -----
@@ -202,7 +211,8 @@ def links_by_overlap(mosaic: Mosaic, modalities: tuple[str, str], genes: pd.Data
     places = [re.fullmatch(r"(.+?)[:_-](\d+)[-_](\d+)", name) for name in names]
     if None in places:
         raise ValueError(
-            f"modality {modalities[1]!r}: the name {names[places.index(None)]!r} is no region; accepted: 'chr1:100-200'"
+            f"modality {modalities[1]!r}: the name {names[places.index(None)]!r} is not a region; accepted: names "
+            "like 'chr1:100-200'"
         )
     regions = pd.DataFrame([p.groups() for p in places if p], index=names, columns=wanted[:3])
     regions = regions.astype({"start": int, "end": int}).sort_values("start")
