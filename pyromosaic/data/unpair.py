@@ -151,11 +151,11 @@ def separate(mosaic: Mosaic) -> Mosaic:
     owner = np.repeat(np.arange(len(cells)), [len(own) for own in cells])
     modalities = {
         name: replace(
-            m,
-            rows=np.where(owner == i, m.rows, -1),
-            library=np.where(owner == i, m.library, np.float32(np.nan)),
+            m.take(index),
+            rows=np.where(owner == i, m.rows[index], -1),
+            library=np.where(owner == i, m.library[index], np.float32(np.nan)),
         )
-        for i, (name, m) in enumerate((name, m.take(index)) for name, m in mosaic.modalities.items())
+        for i, (name, m) in enumerate(mosaic.modalities.items())
     }
     prefixes = np.array([f"{name}:" for name in modalities], dtype=object)
     return replace(

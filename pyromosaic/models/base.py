@@ -299,11 +299,9 @@ class TrainedModel:
     def _data(self, data: Mosaic | None) -> Mosaic:
         mosaic = self.mosaic if data is None else data
         if mosaic is None:
-            raise ValueError("the model has no data: give some, data=model.register(mdata) say")
+            raise ValueError("the model has no data; pass some, e.g. data=model.register(mdata)")
         if not isinstance(mosaic, Mosaic):
-            raise ValueError(
-                f"data are a Mosaic, registered for this model: model.register(mdata); found a {type(mosaic).__name__}"
-            )
+            raise ValueError(f"data must be a Mosaic, e.g. data=model.register(mdata); found a {type(mosaic).__name__}")
         if mosaic.schema != self.schema:
             raise ValueError("the data were not registered for this model; call model.register(mdata) first")
         mosaic = self.arranged(mosaic)
