@@ -734,7 +734,7 @@ def test_bad_input_is_answered_in_one_sentence(mosaic, graph, data):
         small(mosaic, graph, refresh_every=-1)
     with pytest.raises(ValueError, match="linkage must be"):
         small(mosaic, graph, linkage="labels")
-    with pytest.raises(ValueError, match="weights are at least 0"):
+    with pytest.raises(ValueError, match="weights must be at least 0"):
         small(mosaic, graph, likelihood_weight=-1.0)
     with pytest.raises(ValueError, match="the weight of a penalty must be at least 0"):
         small(mosaic, graph, geometry=-1.0)
