@@ -17,7 +17,7 @@ from pyromosaic import ModalitySpec, Mosaic, MultiVI, metrics, pbmc_mosaic, simu
 from pyromosaic.data import Schema
 from pyromosaic.data.tables import kept_apart, word, words
 from pyromosaic.guidance import GuidanceGraph
-from pyromosaic.linkage import links_by_overlap
+from pyromosaic.links import links_by_overlap
 from pyromosaic.tasks import contrasts
 
 

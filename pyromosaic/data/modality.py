@@ -43,7 +43,7 @@ class Modality:
     exposures
         What each measurement was made out of, rows as in `matrix`; None if the likelihood needs no such thing.
     totals
-        Sum of each cell's measurements when they were registered, shape (N,); rows that are read must have it still.
+        Sum of each row of `matrix` when it was registered; rows that are read must have it still.
 
     Examples
     --------
@@ -97,7 +97,7 @@ class Modality:
 
     def take(self, cells: np.ndarray) -> "Modality":
         """The modality of a mosaic of these cells, with the same matrix."""
-        columns = ["rows", "codes", "continuous", "library", "labels", *(["totals"] if self.totals is not None else [])]
+        columns = ("rows", "codes", "continuous", "library", "labels")
         return replace(self, **{name: getattr(self, name)[cells] for name in columns})
 
     def read(self, cells: np.ndarray) -> Any:
@@ -110,7 +110,7 @@ class Modality:
         """
         block = self.matrix[self.rows[cells]]
         if self.totals is not None:
-            found, registered = row_totals(block), self.totals[cells]
+            found, registered = row_totals(block), self.totals[self.rows[cells]]
             changed = ~np.isclose(found, registered, rtol=1e-5, atol=1e-5)
             if changed.any():
                 i = int(np.flatnonzero(changed)[0])

@@ -282,8 +282,8 @@ def _modality(
     if groups is not None and summary.detected is not None:
         _warn_unmeasured(name, summary.detected, np.bincount(groups, minlength=len(batches)), batches)
     library = _library(name, spec, summary.totals, cells, present, table)
-    totals = np.zeros(len(cells))
-    totals[present] = summary.totals
+    totals = np.full(matrix.shape[0], np.nan)
+    totals[rows[present]] = summary.totals
 
     continuous = np.zeros((len(cells), len(spec.continuous_covariates)), dtype=np.float32)
     moments: dict[str, tuple[float, float]] = {}

@@ -172,8 +172,9 @@ def links_by_overlap(mosaic: Mosaic, modalities: tuple[str, str], genes: pd.Data
         The modality of genes, then the modality of regions. The names of regions are coordinates such as
         ``"chr1:100-200"``, separated by ``:``, ``-`` or ``_``.
     genes
-        Where each gene lies, indexed by name: columns ``chromosome`` (with or without ``"chr"``), ``start``, ``end``
-        and ``strand`` (``"+"`` or ``"-"``, or 1 and -1). A gene whose strand is missing or ``"."`` has no promoter.
+        Position of each gene, indexed by name, with columns ``chromosome`` (with or without ``"chr"``), ``start``,
+        ``end`` and ``strand`` (``"+"`` or ``"-"``, or 1 and -1). A gene whose strand is missing or ``"."`` has no
+        promoter.
     promoter
         Number of bases upstream of the gene that count as its promoter.
 
@@ -185,8 +186,8 @@ def links_by_overlap(mosaic: Mosaic, modalities: tuple[str, str], genes: pd.Data
     Raises
     ------
     ValueError
-        If a modality or a column does not exist, a region's name or a gene's place is not a coordinate, a strand is
-        none, or nothing overlaps.
+        If a modality or a column does not exist, the name of a region or the position of a gene is not a coordinate,
+        a strand is none, or nothing overlaps.
 
     Warns
     -----

@@ -46,8 +46,8 @@ class Asking(TrainedModel):
             Predict as if the cells had been measured in this batch, or average over these batches; by default, each
             cell is predicted for its own batch.
         library
-            Size of the cells to predict at, in counts; by default 1 for RNA, which gives shares, and the median cell's
-            for protein. Modalities without sizes take none.
+            Size of the cells in the prediction, in counts; by default 1 for RNA, which gives proportions, and the
+            median for protein. Modalities without sizes take none.
         n_samples
             Average over this many posterior draws; None decodes the posterior mean.
         data

@@ -348,11 +348,9 @@ class TrainedModel:
     def _data(self, data: Mosaic | None) -> Mosaic:
         mosaic = self.mosaic if data is None else data
         if mosaic is None:
-            raise ValueError("the model has no data: give some, data=model.register(mdata) say")
+            raise ValueError("the model has no data; pass some, e.g. data=model.register(mdata)")
         if not isinstance(mosaic, Mosaic):
-            raise ValueError(
-                f"data are a Mosaic, registered for this model: model.register(mdata); found a {type(mosaic).__name__}"
-            )
+            raise ValueError(f"data must be a Mosaic, e.g. data=model.register(mdata); found a {type(mosaic).__name__}")
         if mosaic.schema != self.schema:
             raise ValueError("the data were not registered for this model; call model.register(mdata) first")
         mosaic = self.arranged(mosaic)
@@ -404,7 +402,7 @@ def _options(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dic
     constructor, accepted = signature(cls.__init__), accepted_options(cls)  # type: ignore[misc]
     for old, new in RENAMED.items():
         if old in kwargs and old not in accepted and new.split("=")[0] in accepted:
-            raise TypeError(f"{cls.__name__} calls the option {old!r} {new!r} now")
+            raise TypeError(f"the option {old!r} of {cls.__name__} was renamed; use {new!r}")
     bound = constructor.bind_partial(None, *args, **kwargs)
     bound.apply_defaults()
     options: dict[str, Any] = {}
