@@ -151,12 +151,9 @@ def separate(mosaic: Mosaic) -> Mosaic:
     owner = np.repeat(np.arange(len(cells)), [len(own) for own in cells])
     modalities = {
         name: replace(
-            m,
+            m.take(index),
             rows=np.where(owner == i, m.rows[index], -1),
-            codes=m.codes[index],
-            continuous=m.continuous[index],
             library=np.where(owner == i, m.library[index], np.float32(np.nan)),
-            labels=m.labels[index],
         )
         for i, (name, m) in enumerate(mosaic.modalities.items())
     }
