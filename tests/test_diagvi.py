@@ -316,7 +316,7 @@ def test_sinkhorn_sums_over_pairs_or_from_a_reference_and_warms_up(mosaic, graph
     to_b = sinkhorn_divergence(a, b) + sinkhorn_divergence(b, c)
     torch.testing.assert_close(Sinkhorn(reference="b")(posteriors, None), to_b)
     assert Sinkhorn()({"a": posteriors["a"]}, None) == 0
-    with pytest.raises(ValueError, match="the reference is one of rna, adt, or None; found 'atac'"):
+    with pytest.raises(ValueError, match="reference must be one of rna, adt, or None; found 'atac'"):
         small(mosaic, graph, alignment=Sinkhorn(reference="atac"))
     assert Sinkhorn.warms_up
 
@@ -583,17 +583,17 @@ def test_what_is_learnt_does_not_depend_on_order_or_hidden_columns(data):
 def test_bad_input_is_refused_in_one_sentence(mosaic, graph, data):
     cases = [
         ({"prior": "student"}, 'the prior is "normal", "mixture" or a module; found \'student\''),
-        ({"alignment": -1.0}, "a penalty's weight is at least 0; found -1"),
-        ({"graph_weight": -1.0}, "graph_weight is at least 0; found -1"),
+        ({"alignment": -1.0}, "the weight of a penalty must be at least 0; found -1"),
+        ({"graph_weight": -1.0}, "graph_weight must be at least 0; found -1"),
         ({"n_private": -1}, "n_private at least 0; found 4 and -1"),
         ({"alignment": "sinkhorn"}, "alignment is a weight or a pyromosaic.penalties.Sinkhorn; found 'sinkhorn'"),
     ]
     for options, sentence in cases:
         with pytest.raises(ValueError, match=sentence):
             small(mosaic, graph, **options)
-    with pytest.raises(ValueError, match="blur is above 0, or None; found -1"):
+    with pytest.raises(ValueError, match="blur must be above 0, or None; found -1"):
         Sinkhorn(blur=-1.0)
-    with pytest.raises(ValueError, match="linkage is \"cca\", a table of scores, or None; found 'mnn'"):
+    with pytest.raises(ValueError, match="linkage must be \"cca\", a table of scores, or None; found 'mnn'"):
         small(mosaic, graph, linkage="mnn").train(1, **QUIET)
     table = pd.DataFrame(np.zeros((2, 3)), index=mosaic.obs_names[:2])
     with pytest.raises(ValueError, match="the linkage has no scores for cell"):

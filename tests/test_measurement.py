@@ -195,7 +195,7 @@ def test_options_of_earlier_versions_are_refused_by_their_new_name(mosaic):
         for kind in [*kinds, *([Passing] if DiagVI in kinds else [])]:
             graph = [links] if issubclass(kind, DiagVI | ScModal) else []
             data = contrasted(mosaic) if kind is ContrastiveVI else mosaic
-            message = f"{kind.__name__} calls the option '{old}' '{new}' now"
+            message = f"the option '{old}' of {kind.__name__} was renamed; use '{new}'"
             with pytest.raises(TypeError, match=re.escape(message)):
                 kind(data, *graph, **{old: 2})
     assert Blurred(mosaic, links, 0.5, **SMALL).guide.penalties[0].blur == 0.5  # its own option
@@ -255,7 +255,7 @@ def test_parts_of_the_package_are_saved_with_the_model(mosaic, tmp_path):
 def test_a_users_part_is_given_again(mosaic, tmp_path):
     model = MultiVI(mosaic, penalties=[Spread(2.0)], **SMALL)
     model.save(tmp_path)
-    with pytest.raises(ValueError, match="give penalties again"):
+    with pytest.raises(ValueError, match="pass penalties=<object> to load"):
         MultiVI.load(tmp_path)
     assert MultiVI.load(tmp_path, penalties=[Spread(2.0)]).guide.penalties[-1].weight == 2
 

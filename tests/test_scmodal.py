@@ -425,7 +425,7 @@ def aligned(model, mdata) -> float:
     latent = model.get_latent_representation()
     both = mdata["rna"].obs_names.intersection(mdata["adt"].obs_names)
     own = [latent.loc[_named(latent.index, name, both)] for name in ("rna", "adt")]
-    return float(metrics.foscttm(*own))
+    return float(metrics.foscttm(*(values.to_numpy() for values in own)))
 
 
 def test_pairs_are_found_and_labels_cross(trained, simulated):
@@ -524,7 +524,7 @@ def test_three_data_sets_in_a_chain_are_aligned_pair_by_pair():
     latent = model.get_latent_representation()
     cells = {name: latent.loc[_named(latent.index, name, mdata[name].obs_names)] for name in sizes}
     for a, b in combinations(sizes, 2):
-        assert metrics.foscttm(cells[a], cells[b]) < 0.05, (a, b)
+        assert metrics.foscttm(cells[a].to_numpy(), cells[b].to_numpy()) < 0.05, (a, b)
 
 
 # No answer leaks in
@@ -565,7 +565,7 @@ def test_shuffled_features_come_out_at_chance(simulated):
 def test_the_same_matrix_on_both_sides_is_refused(data):
     rna = data[0]["rna"].copy()
     mosaic = Mosaic.from_anndata({"rna": rna, "again": rna.copy()}, modalities={"rna": "nb", "again": "nb"})
-    with pytest.raises(ValueError, match="same matrix on both sides"):
+    with pytest.raises(ValueError, match="hold the same measurements"):
         small(mosaic, None).train(1, **QUIET)
     model = small(mosaic, None, linkage=None)
     latent = model.get_latent_representation(modality="rna")
@@ -713,7 +713,7 @@ def test_the_reference_says_what_it_cannot_answer(mosaic, graph, data):
 
 def test_bad_input_is_answered_in_one_sentence(mosaic, graph, data):
     adatas = {name: adata.copy() for name, adata in data[0].mod.items()}
-    with pytest.raises(ValueError, match="modality 'adt' has 1 cell; accepted: at least 2"):
+    with pytest.raises(ValueError, match="modality 'adt' has a single cell"):
         small(Mosaic.from_anndata({**adatas, "adt": adatas["adt"][:1].copy()}), graph)
     with pytest.raises(ValueError, match="needs at least 2 modalities; found 'rna'"):
         small(Mosaic.from_anndata({"rna": adatas["rna"]}), None, linkage=None)
@@ -721,22 +721,22 @@ def test_bad_input_is_answered_in_one_sentence(mosaic, graph, data):
         small(mosaic, None)
     with pytest.raises(ValueError, match="a deterministic program has no private variables"):
         reference(mosaic, graph, n_private=2)
-    with pytest.raises(ValueError, match=r"calls geometry='cosine' geometry=Geometry\(1.0, likeness='cosine'\) now"):
+    with pytest.raises(ValueError, match=r"was renamed; use geometry=Geometry\(1.0, likeness='cosine'\)"):
         small(mosaic, graph, geometry="cosine")
     with pytest.raises(ValueError, match="there is no likeness 'flat'; accepted: 'alignment', 'cosine'"):
         Geometry(likeness="flat")
     with pytest.raises(ValueError, match="anchors is a weight or a pyromosaic.penalties.Anchors; found"):
         small(mosaic, graph, anchors=Geometry())
     for wrong in ({"pairs": "ring"}, {"encoder": "graph"}):
-        with pytest.raises(ValueError, match="there is no choice"):
+        with pytest.raises(ValueError, match="unknown option"):
             small(mosaic, graph, **wrong)
     with pytest.raises(ValueError, match="refresh_every must be a number of epochs"):
         small(mosaic, graph, refresh_every=-1)
     with pytest.raises(ValueError, match="linkage must be"):
         small(mosaic, graph, linkage="labels")
-    with pytest.raises(ValueError, match="weights are at least 0"):
+    with pytest.raises(ValueError, match="weights must be at least 0"):
         small(mosaic, graph, likelihood_weight=-1.0)
-    with pytest.raises(ValueError, match="a penalty's weight is at least 0"):
+    with pytest.raises(ValueError, match="the weight of a penalty must be at least 0"):
         small(mosaic, graph, geometry=-1.0)
     own = pd.DataFrame(np.zeros((3, 2)), mosaic.obs_names[:3])
     with pytest.raises(ValueError, match="the linkage has no scores for cell"):

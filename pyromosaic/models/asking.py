@@ -14,7 +14,7 @@ from pyromosaic.data import Mosaic, Traits, measured
 from pyromosaic.models.base import TrainedModel
 from pyromosaic.tasks import AtMean, Estimate, compare_groups, contrasts, draws, estimate, inference_mode
 from pyromosaic.tasks.differential import Delta, Mode
-from pyromosaic.tasks.question import Cells, Question, portions
+from pyromosaic.tasks.question import Cells, Question, check_size, portions
 
 CHUNK_ENTRIES = 20_000_000  # draws × cells × features in memory at once
 
@@ -71,7 +71,7 @@ class Asking(TrainedModel):
         """
         if modality is None:
             modality = self._first("of expression", lambda traits: not traits.binary)
-        self._check_size(modality, library)
+        check_size(modality, self.schema[modality], library)
         size = self._unit_size(modality) if library is None else library
         value = self._likelihood(modality).normalized
         question = Question(modality, value, cells, features, None, None, size, n_samples, False, data, seed)
@@ -284,7 +284,7 @@ class Asking(TrainedModel):
         >>> found.mean.shape, sorted(found.quantiles)
         ((40, 5), [0.05, 0.95])
         """
-        self._check_size(modality, library)
+        check_size(modality, self.schema[modality], library)
         question = Question(
             modality, lambda d: d.mean, cells, features, encode, batch, library, n_samples, True, data, seed
         )
@@ -330,7 +330,7 @@ class Asking(TrainedModel):
         >>> model.posterior_predictive_sample("adt", cells=["cell0"], n_samples=4).shape
         (4, 1, 5)
         """
-        self._check_size(modality, library)
+        check_size(modality, self.schema[modality], library)
         question = Question(modality, None, cells, features, encode, batch, library, n_samples, True, data, seed)
         chunks = self._answers(question)
         return np.concatenate([chunk.cpu().numpy() for chunk in chunks], axis=1)
@@ -460,18 +460,6 @@ class Asking(TrainedModel):
             return lambda distribution: distribution.mean
         return self._likelihood(modality).normalized
 
-    def _check_size(self, modality: str, library: float | None) -> None:
-        """Refuse a size that is none, or would have no effect."""
-        traits = self.schema[modality].spec.traits
-        if library is None:
-            return
-        if isinstance(library, str | bool) or not np.all(np.isfinite(library)) or not np.all(np.asarray(library) > 0):
-            raise ValueError(f"library is a number of counts above 0, or None; found {library!r}")
-        if not traits.sized:
-            raise ValueError(
-                f"library has no effect on modality {modality!r}, whose likelihood knows no sizes; leave it out"
-            )
-
     def _unit_size(self, modality: str) -> float:
         """Size at which expected measurements are the denoised values: 1 for proportions of RNA, else the median."""
         schema = self.schema[modality]
@@ -489,10 +477,7 @@ class Asking(TrainedModel):
         several = isinstance(batch, Iterable) and not isinstance(batch, str)
         batches: list[object] = list(batch) if several else [batch]  # type: ignore[arg-type]
         if not batches:
-            raise ValueError(
-                "the list of batches to average over is empty; give at least one batch, or None for the "
-                "batch of each cell"
-            )
+            raise ValueError("the list of batches to average over is empty; name one, or give None for each cell's own")
         means = [self._estimate(replace(question, batch=b)).mean for b in batches]
         return sum(means[1:], means[0]) / len(means)
 

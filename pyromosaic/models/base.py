@@ -353,7 +353,7 @@ def _options(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dic
     constructor, accepted = signature(cls.__init__), accepted_options(cls)  # type: ignore[misc]
     for old, new in RENAMED.items():
         if old in kwargs and old not in accepted and new.split("=")[0] in accepted:
-            raise TypeError(f"{cls.__name__} calls the option {old!r} {new!r} now")
+            raise TypeError(f"the option {old!r} of {cls.__name__} was renamed; use {new!r}")
     bound = constructor.bind_partial(None, *args, **kwargs)
     bound.apply_defaults()
     options: dict[str, Any] = {}

@@ -335,7 +335,7 @@ class DiagVI(Embedded):
                 ("graph_weight", graph_weight),
             ):
                 if weight < 0:
-                    raise ValueError(f"{option} is at least 0; found {weight}")
+                    raise ValueError(f"{option} must be at least 0; found {weight}")
             per_feature = {name: m.n_features if kl_per_feature else 1 for name, m in modalities.items()}
             weights = Weights(graph_weight, {name: shared_kl / n for name, n in per_feature.items()})
             plates = {

@@ -273,14 +273,14 @@ class ScModal(Linking):
             raise ValueError(f"n_latent is at least 1 and n_private at least 0; found {n_latent} and {n_private}")
         if likelihood_weight < 0 or private_kl < 0:
             raise ValueError(
-                f"weights are at least 0; found likelihood_weight={likelihood_weight} and private_kl={private_kl}"
+                f"weights must be at least 0; found likelihood_weight={likelihood_weight} and private_kl={private_kl}"
             )
         if isinstance(geometry, str):
-            raise ValueError(f"ScModal calls geometry={geometry!r} geometry=Geometry(1.0, likeness={geometry!r}) now")
+            raise ValueError(f"geometry={geometry!r} was renamed; use geometry=Geometry(1.0, likeness={geometry!r})")
         if deterministic and n_private:
             raise ValueError(f"a deterministic program has no private variables: set n_private=0; found {n_private}")
         if refresh_every < 0:
-            raise ValueError(f"refresh_every is a number of epochs, at least 0; found {refresh_every}")
+            raise ValueError(f"refresh_every must be a number of epochs, at least 0; found {refresh_every}")
         for value, known in ((pairs, PAIRS), (encoder, ENCODERS)):
             if isinstance(value, str) and value not in known:
                 raise ValueError(f"unknown option {value!r}; accepted: {', '.join(map(repr, known))}")

@@ -35,6 +35,16 @@ def columns_of(name: str, schema: ModalitySchema, features: Sequence[str] | None
     return find(pd.Index(schema.features), features, "feature", f"modality {name!r}", numbers=False)
 
 
+def check_size(name: str, schema: ModalitySchema, library: float | None) -> None:
+    """Refuse a size to predict at that is not a number of counts, or that would have no effect."""
+    if library is None:
+        return
+    if isinstance(library, str | bool) or not np.all(np.isfinite(library)) or not np.all(np.asarray(library) > 0):
+        raise ValueError(f"library must be a number of counts above 0, or None; found {library!r}")
+    if not schema.spec.traits.sized:
+        raise ValueError(f"library has no effect on modality {name!r}, whose likelihood has no sizes; leave it out")
+
+
 def portions(index: np.ndarray, size: int = 1024) -> Iterator[np.ndarray]:
     """Numbers of cells, so many at a time.
 
