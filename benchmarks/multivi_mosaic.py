@@ -82,7 +82,7 @@ def quality(mosaic: Any, truth: dict[str, Any], options: Namespace, latent: pd.D
             figures[f"transfer {a} -> {b}, {k} NN"] = accuracy
     if options.unpair is not None:
         first, second = (latent[pattern == name] for name in names[:2])
-        second = second.loc[first.index.str.removesuffix(f":{names[0]}") + f":{names[1]}"]
+        second = second.loc[first.index.str.removesuffix(f":{names[0]}") + f":{names[1]}"].set_axis(first.index)
         figures["rank distance of copies"] = metrics.neighbor_rank_distance(
             first, second, others=latent[pattern.str.contains(r"\+")]
         )

@@ -107,7 +107,7 @@ def unpairing(options: Namespace, seed: int, rate: float, system: str) -> Figure
     labels = pd.concat([a.obs[options.label_key].astype(str) for a in mosaic.mod.values()])
     labels = labels[~labels.index.duplicated()].reindex(latent.index)
     first, second = (latent[pattern == name] for name in names[:2])
-    second = second.loc[first.index.str.removesuffix(names[0]) + names[1]]
+    second = second.loc[first.index.str.removesuffix(names[0]) + names[1]].set_axis(first.index)
     whole = latent[has.all(axis=1)]
     figures = {
         "cells": float(len(latent)),

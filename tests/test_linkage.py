@@ -140,7 +140,7 @@ def standardised_by_hand(values, batch):
 @pytest.mark.parametrize("name", ["rna", "atac", "adt"])
 def test_implicit_standardisation_is_the_explicit_one(name):
     mdata, _ = simulate(200, {"rna": 50, "atac": 60, "adt": 20}, n_batches=3, keep_means=False)
-    mosaic = mosaic_of(mdata)
+    mosaic = Mosaic.from_mudata(mdata, batch_key="batch", empty_cells="keep")
     modality, counts = mosaic.modalities[name], mdata.mod[name].X
     cells = np.flatnonzero(modality.present)
     counts = counts[modality.rows[cells]]

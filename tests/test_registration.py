@@ -379,6 +379,15 @@ def test_measures_match_names_in_any_order(measure, data):
         call(*permuted[:-1], strange)
 
 
+def test_copies_are_matched_without_their_modality():
+    expected = metrics.foscttm(LATENT, OTHER)
+    for rename in ("rna:{}".format, "{}:rna".format):
+        other = OTHER.rename(lambda name, rename=rename: rename(name).replace("rna", "adt"))
+        assert metrics.foscttm(LATENT.rename(rename), other[::-1]) == pytest.approx(expected)
+        with pytest.raises(ValueError, match="names do not fit"):
+            metrics.foscttm(LATENT.rename(rename), other.rename(lambda name: name.replace("c1", "d1")))
+
+
 def test_measures_take_anndata_and_arrays():
     truth = anndata.AnnData(COUNTS.astype(np.float32))
     expected = metrics.imputation_spearman(COUNTS.to_numpy(), GUESS.to_numpy())

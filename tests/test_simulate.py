@@ -66,7 +66,7 @@ def test_patterns_and_groups_have_the_shares_asked():
     mdata, truth = simulate(
         1000, {"rna": 20, "atac": 20, "adt": 5}, patterns=patterns, types=[0.2, 0.3, 0.5], n_batches=4
     )
-    found = Mosaic.from_mudata(mdata).patterns
+    found = Mosaic.from_mudata(mdata, empty_cells="keep").patterns
     assert found.value_counts().to_dict() == {"rna+adt": 750, "atac": 250}
     assert np.bincount(truth.type.codes[found == "rna+adt"]).tolist() == [150, 225, 375]
     assert np.bincount(truth.type.codes[found == "atac"]).tolist() == [50, 75, 125]

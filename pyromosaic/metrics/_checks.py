@@ -29,6 +29,18 @@ def aligned(names: Sequence[str], *tables: Any, axes: Sequence[str] = ("rows", "
     return tuple(arranged)
 
 
+def _without_modality(table: Any) -> Any:
+    """A table whose rows are named by the cell alone, where all names begin or end with one modality's."""
+    if isinstance(table, pd.DataFrame) and len(table):
+        names = table.index.astype(str)
+        head, tail = str(names[0]).partition(":")[0] + ":", ":" + str(names[0]).rpartition(":")[2]
+        if names.str.startswith(head).all():
+            return table.set_axis(names.str.removeprefix(head))
+        if names.str.endswith(tail).all():
+            return table.set_axis(names.str.removesuffix(tail))
+    return table
+
+
 def _names(table: Any, axis: int) -> pd.Index | None:
     """Names of a table's rows (0) or columns (1); None if it has none."""
     if hasattr(table, "obs_names"):
@@ -81,7 +93,7 @@ def as_latent_pair(
 
 def as_copies(x: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return two latents of the same cells, row by row."""
-    x, y = aligned(("x", "y"), x, y)
+    x, y = aligned(("x", "y"), _without_modality(x), _without_modality(y))
     first, second = as_latent_pair(x, y)
     if len(first) != len(second):
         raise ValueError(

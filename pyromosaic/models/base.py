@@ -113,7 +113,7 @@ class TrainedModel:
         check_names(self.schema)
         for name, modality in (self.mosaic.modalities if self.mosaic is not None else {}).items():
             if modality.present.sum() == 1:
-                raise ValueError(f"modality {name!r} has a single cell, which nothing can be learnt from; leave it out")
+                raise ValueError(f"modality {name!r} has 1 cell; accepted: at least 2")
         self.history = pd.DataFrame()
         self.split: Split | None = None
         with torch.random.fork_rng(), pyro.settings.context(module_local_params=True):
