@@ -215,8 +215,9 @@ def test_checkpoints_that_would_take_long_wait_for_a_minute_at_most(tmp_path, mo
 
 def test_a_second_run_in_the_folder_takes_it_over(tmp_path):
     multivi().train(3, checkpoint_dir=tmp_path, **QUIET)
+    model = multivi()
     with pytest.warns(UserWarning, match="is of an earlier run and is replaced after the first epoch"):
-        multivi().train(1, checkpoint_dir=tmp_path, **QUIET)
+        model.train(1, checkpoint_dir=tmp_path, **QUIET)
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
     assert len(newest(tmp_path)[1]["run"]["rows"]) == 1
 
@@ -228,8 +229,9 @@ def test_of_a_folder_the_newest_whole_checkpoint_is_taken(tmp_path):
     last.write_bytes(last.read_bytes()[:-7])
     with pytest.raises(ValueError, match="cut off or damaged"):
         newest(last)
+    model = multivi()
     with pytest.warns(UserWarning, match=r"last.ckpt cannot be taken.*damaged; .*previous.ckpt is taken"):
-        multivi().train(4, resume_from=tmp_path, **QUIET)
+        model.train(4, resume_from=tmp_path, **QUIET)
     before.write_bytes(b"")
     with pytest.raises(ValueError, match=r"last.ckpt.*previous.ckpt"):
         newest(tmp_path)
@@ -308,7 +310,11 @@ finally:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 5)])
 def test_signals_leave_a_checkpoint_and_a_true_exit_code(number, code, tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+
+    def heard() -> None:  # a test run in the background may have been told to ignore it
+        signal.signal(number, signal.SIG_DFL)
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heard) as process:
         for line in process.stdout:
             if line.strip() == "5":
                 process.send_signal(number)

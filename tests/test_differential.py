@@ -463,7 +463,7 @@ def test_wrong_questions_get_a_sentence(trained, mosaic, data):
         ({"cells1": ~everything}, "no cell was asked for"),
         ({"cells1": everything}, "group 'rest' has no cell"),
         ({"cells1": ["nobody"]}, "'nobody' is not in the mosaic"),
-        ({"groupby": "type", "features": ["CD4"]}, "no feature 'CD4'"),
+        ({"groupby": "type", "features": ["CD4"]}, "feature 'CD4' is not in modality 'rna'"),
         ({"groupby": "type", "features": []}, "no feature was asked for"),
         ({"groupby": "type", "n_samples": 0}, "n_samples is at least 1; found 0"),
         ({"groupby": "type", "fdr": 1.5}, "fdr lies between 0 and 1; found 1.5"),

@@ -10,6 +10,7 @@ from torch import nn
 from pyromosaic import Mosaic, MultiVI, ScModal, simulate
 from pyromosaic.data import measured
 from pyromosaic.laplace import UncertainLinear, learn_weights, weights_drawn
+from pyromosaic.penalties import Anchors
 from pyromosaic.tasks import inference_mode
 
 
@@ -142,6 +143,6 @@ def test_a_deterministic_program_stays_sure():
     mdata, truth = simulate(60, {"rna": 50, "adt": 25}, patterns=["rna", "adt"], links={"adt": 1.0})
     links = truth.links.rename(columns={"gene": "rna", "feature": "adt"})[["rna", "adt"]]
     options, training = ScModal.presets["reference"]
-    model = ScModal(Mosaic.from_mudata(mdata), links, **options | {"n_neighbors": 5})
+    model = ScModal(Mosaic.from_mudata(mdata), links, **options | {"anchors": Anchors(1.0, n_neighbors=5)})
     model.train(**training | {"max_steps": 2}, progress_bar=False)
     assert_allclose(model.get_imputed_values("adt", n_samples=3).sd, 0, atol=1e-6)

@@ -713,7 +713,7 @@ def test_the_reference_says_what_it_cannot_answer(mosaic, graph, data):
 
 def test_bad_input_is_answered_in_one_sentence(mosaic, graph, data):
     adatas = {name: adata.copy() for name, adata in data[0].mod.items()}
-    with pytest.raises(ValueError, match="modality 'adt' has a single cell"):
+    with pytest.raises(ValueError, match="modality 'adt' has 1 cell; accepted: at least 2"):
         small(Mosaic.from_anndata({**adatas, "adt": adatas["adt"][:1].copy()}), graph)
     with pytest.raises(ValueError, match="needs at least 2 modalities; found 'rna'"):
         small(Mosaic.from_anndata({"rna": adatas["rna"]}), None, linkage=None)

@@ -71,7 +71,7 @@ def test_models_of_the_package_answer_everything(kind, options, data):
 
 
 def test_accessibility_real_values_layers_and_no_batch():
-    mdata, _ = simulate(90, {"atac": 20, "cytof": 6}, likelihoods={"cytof": "normal"}, seed=1)
+    mdata, _ = simulate(90, {"atac": 40, "cytof": 6}, likelihoods={"cytof": "normal"}, seed=1)
     mdata["atac"].layers["raw"] = mdata["atac"].X.copy()
     specs = {"atac": ModalitySpec("bernoulli", layer="raw"), "cytof": ModalitySpec("normal")}
     report = check_model(MultiVI, Mosaic.from_mudata(mdata, specs), **SMALL)
@@ -132,8 +132,8 @@ def test_a_model_needs_neither_sizes_nor_parameters_of_batches(plain, data):
     model = plain(mosaic)
     model.train(1, progress_bar=False)
     new = data.copy()
-    for adata in new.mod.values():
-        adata.obs["batch"] = "new"
+    for part in (new, *new.mod.values()):
+        part.obs["batch"] = "new"
     adapted = model.adapt(new)
     assert adapted.schema["rna"].categories["batch"] == ("batch0", "batch1", "new") and len(adapted.history) == 1
     before, after = model.model.state_dict(), adapted.model.state_dict()

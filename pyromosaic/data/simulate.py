@@ -355,7 +355,7 @@ def simulate(
             mean, x = draw(cells, signal)
             if keep_means:
                 truth.mean[name][cells] = mean
-            if ModalitySpec(likelihood).needs_library:
+            if ModalitySpec(likelihood).data_kind != "real":  # cells with 0 throughout are refused at registration
                 while (empty := has[cells] & ~x.any(1)).any():
                     x[empty] = draw(cells[empty], signal[empty])[1]
             blocks.append(sparse.csr_matrix(x[has[cells]], dtype=np.float32))

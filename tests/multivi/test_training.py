@@ -186,8 +186,8 @@ def test_a_loss_that_is_not_finite_names_the_site_and_keeps_good_parameters(mosa
 
 def test_training_arguments_are_checked(mosaic):
     for arguments, message in [
-        ({"n_epochs": 0}, "at least 1"),
-        ({"batch_size": 0}, "at least 1"),
+        ({"n_epochs": 0}, "n_epochs is a whole number from 1"),
+        ({"batch_size": 0}, "batch_size is a whole number from 1"),
         ({"validation": 1.0}, "below 1 together"),
         ({"validation": -0.1}, "below 1 together"),
     ]:
