@@ -174,10 +174,10 @@ def test_other_settings_and_data_are_refused_and_change_nothing(tmp_path):
         assert model.history is history and model.split is parts and not model.guide.training
         assert all(torch.equal(a, b) for a, b in zip(state(model), before, strict=True))
     mdata, _ = simulate(150, {"rna": 30, "adt": 6}, seed=1)
-    mdata.obs_names = [f"other{i}" for i in range(150)]
-    for adata in mdata.mod.values():
+    adatas = {name: adata.copy() for name, adata in mdata.mod.items()}
+    for adata in adatas.values():
         adata.obs_names = [name.replace("cell", "other") for name in adata.obs_names]
-    other = MultiVI(Mosaic.from_anndata(dict(mdata.mod.items()), batch_key="batch", match_cells=True), n_latent=3)
+    other = MultiVI(Mosaic.from_anndata(adatas, batch_key="batch", match_cells=True), n_latent=3)
     with pytest.raises(ValueError, match="had cells="):
         other.train(3, resume_from=tmp_path, **QUIET)
     with pytest.raises(ValueError, match="had options="):

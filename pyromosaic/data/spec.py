@@ -42,7 +42,7 @@ class ModalitySpec:
     size_factor_key
         Column of `obs` with each cell's size in counts; by default the cell's total count.
     allow_non_integer
-        Accept values that are not whole under a count likelihood (corrected counts, say).
+        Accept values that are not whole under a count likelihood (e.g. corrected counts).
     dispersion
         The inverse dispersion of a negative binomial likelihood is one number per feature, ``"gene"``, or one per
         feature and batch, ``"gene-batch"``, or per feature and label, ``"gene-label"``.
