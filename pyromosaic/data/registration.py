@@ -172,8 +172,9 @@ def _check_agreement(said: list[Contradiction], modalities_with_this_batch: Coll
     for each in said:
         if each.first.modality in modalities_with_this_batch and each.second.modality in modalities_with_this_batch:
             raise ValueError(
-                f"{each}: one name stands for two cells, or two words for one batch; make the names differ "
-                "(for example by the sample), or the words equal. Columns that differ by modality on purpose need different names"
+                f"{each}: one name stands for two cells, or two words for one batch; make the names differ (for "
+                "example by the sample), or the words equal. Columns that differ by modality on purpose need different "
+                "names"
             )
     warn_of(said)
 
