@@ -35,13 +35,15 @@ from pyromosaic.linkage.variational import (
     VariationalLinkage,
     variational_cca,
 )
-from pyromosaic.links import Links, links_by_name, links_by_overlap, links_from_table
+from pyromosaic.links import Links as Links  # described with the links
+from pyromosaic.links import links_by_name as links_by_name
+from pyromosaic.links import links_by_overlap as links_by_overlap
+from pyromosaic.links import links_from_table as links_from_table
 
 __all__ = [
     "Canonical",
     "Correspondence",
     "Linkage",
-    "Links",
     "VariationalCCAGuide",
     "VariationalCCAModel",
     "VariationalLinkage",
@@ -53,9 +55,6 @@ __all__ = [
     "diagonal",
     "gromov_wasserstein",
     "link_recovery",
-    "links_by_name",
-    "links_by_overlap",
-    "links_from_table",
     "mutual_nearest",
     "shuffled_covariances",
     "transport",
