@@ -115,7 +115,8 @@ def mean_coverage(n_epochs: int, n_samples: int) -> pd.DataFrame:
             for name, size in sizes.items():
                 for kind, those in (("measured", mosaic.presence[name]), ("imputed", ~mosaic.presence[name])):
                     cells, median = mosaic.obs_names[those][:1000], float(np.median(size))
-                    found = model.get_imputed_values(name, cells, library=median, n_samples=n_samples)
+                    library = median if mosaic.modalities[name].spec.traits.sized else None
+                    found = model.get_imputed_values(name, cells, library=library, n_samples=n_samples)
                     at = mdata.obs_names.get_indexer(cells)
                     expected = truth.mean[name][at] / size[at, None] * median
                     low, high = (found.quantiles[level].to_numpy() for level in (0.05, 0.95))
