@@ -26,9 +26,9 @@ from pyromosaic.checks.cells import (
 from pyromosaic.checks.ranks import Ranks
 from pyromosaic.data import Minibatch, Mosaic, loader
 from pyromosaic.measurement import encoded_once
-from pyromosaic.models.asking import CHUNK_ENTRIES
 from pyromosaic.models.mosaic_model import Cells, MosaicModel
 from pyromosaic.tasks import inference_mode
+from pyromosaic.tasks.prediction import ENTRIES
 from pyromosaic.train import minimise
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ def imputation_ranks(
         truth = truth.to_df(model.schema[modality].spec.layer)
     features = list(truth.columns)
     model._features(modality, features)
-    size = max(1, CHUNK_ENTRIES // (n_samples * len(features)))
+    size = max(1, ENTRIES // (n_samples * len(features)))
     below, equal = np.empty((2, *truth.shape))
     for start in range(0, len(truth), size):
         part = slice(start, start + size)

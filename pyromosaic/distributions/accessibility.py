@@ -62,7 +62,8 @@ class AccessibilityBernoulli(_CountDistribution):
     @property
     def mean(self) -> Tensor:
         """Probability that the region is open."""
-        return self._log_open().exp().expand(self.batch_shape)
+        of_all = self.region_logits.sigmoid() * self.cell_logits.sigmoid()
+        return (self.logits.sigmoid() * of_all).expand(self.batch_shape)
 
     @property
     def variance(self) -> Tensor:

@@ -3,13 +3,14 @@
 from pyromosaic.program import AtMean
 from pyromosaic.tasks.differential import compare, compare_groups, contrasts, estimate_delta
 from pyromosaic.tasks.inference import inference_mode
-from pyromosaic.tasks.prediction import Estimate, draws, estimate
+from pyromosaic.tasks.prediction import Estimate, answers, draws, estimate
 from pyromosaic.tasks.question import Question
 
 __all__ = [
     "AtMean",
     "Estimate",
     "Question",
+    "answers",
     "compare",
     "compare_groups",
     "contrasts",

@@ -1,7 +1,7 @@
 """What a trained program says of a modality in any cell, measured or not."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,11 +10,15 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyromosaic.data import Minibatch
-from pyromosaic.laplace import weights_drawn
+from pyromosaic.data import Minibatch, Mosaic
+from pyromosaic.laplace import Weights, draw_weights, weights_set
 from pyromosaic.measurement import encoded_once, part_of
 from pyromosaic.program import AtMean
-from pyromosaic.tasks.question import Question
+from pyromosaic.tasks.inference import inference_mode
+from pyromosaic.tasks.question import Question, columns_of, portions
+
+ENTRIES = 60_000_000  # draws × cells × features in memory at once
+BLOCK = 4096  # columns of draws whose summaries a processor's cache holds
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,22 @@ def run(
         return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(minibatch)
 
 
-def draws(model: nn.Module, guide: nn.Module, minibatch: Minibatch, question: Question, columns: Tensor) -> Tensor:
+def drawn_weights(model: nn.Module, question: Question) -> list[Weights] | None:
+    """A draw of the decoder's weights for each draw of the answer, the same for all cells; None for trained weights."""
+    part = part_of(model, question.modality)
+    if not question.weights or question.n_samples is None or part is None:
+        return None
+    return [draw_weights(part.decoder, (question.seed << 20) + i) for i in range(question.n_samples)]
+
+
+def draws(
+    model: nn.Module,
+    guide: nn.Module,
+    minibatch: Minibatch,
+    question: Question,
+    columns: Tensor | None = None,
+    weights: Sequence[Weights] | None = None,
+) -> Tensor:
     """Independent posterior draws of a quantity for the cells of one minibatch.
 
     Parameters
@@ -65,9 +84,11 @@ def draws(model: nn.Module, guide: nn.Module, minibatch: Minibatch, question: Qu
     minibatch
         With the modality among those to be decoded.
     question
-        What is asked of it. Draws of the decoder's weights are the same for any cells.
+        What is asked of it.
     columns
-        Numbers of the features that are wanted.
+        Numbers of the features that are wanted; None for all.
+    weights
+        From `drawn_weights`.
 
     Returns
     -------
@@ -85,14 +106,11 @@ def draws(model: nn.Module, guide: nn.Module, minibatch: Minibatch, question: Qu
     >>> counts.shape
     torch.Size([2, 10, 3])
     """
-    values, value, part = [], question.value, part_of(model, question.modality)
-    at_mean = question.n_samples is None
+    value, part = question.value, part_of(model, question.modality)
+    at_mean, n_samples = question.n_samples is None, question.n_samples or 1
     with encoded_once(guide):
-        for i in range(question.n_samples or 1):
-            weights: AbstractContextManager[None] = nullcontext()
-            if question.weights and not at_mean and part is not None:
-                weights = weights_drawn(part.decoder, (question.seed << 20) + i)
-            with weights:
+        for i in range(n_samples):
+            with nullcontext() if weights is None or part is None else weights_set(part.decoder, weights[i]):
                 trace = run(model, guide, minibatch, latent_at_mean=at_mean, drawn=value is None)
             if question.modality not in trace.nodes:
                 raise ValueError(
@@ -100,8 +118,41 @@ def draws(model: nn.Module, guide: nn.Module, minibatch: Minibatch, question: Qu
                     "has a site of its name wherever the modality is in minibatch.decoded"
                 )
             site = trace.nodes[question.modality]
-            values.append((site["value"] if value is None else value(site["fn"])).index_select(-1, columns))
-    return torch.stack(values)
+            answer = site["value"] if value is None else value(site["fn"])
+            answer = answer if columns is None else answer.index_select(-1, columns)
+            if i == 0:
+                values = answer.new_empty(n_samples, *answer.shape)
+            values[i] = answer
+    return values
+
+
+def answers(
+    model: nn.Module, guide: nn.Module, mosaic: Mosaic, question: Question, device: torch.device
+) -> Iterator[Tensor]:
+    """Draws of a quantity for all cells in question, some cells at a time, each of shape (draws, cells, features).
+
+    Parameters
+    ----------
+    model, guide
+        The Pyro program.
+    mosaic
+        The cells, and others.
+    question
+        What is asked of it. A draw of the decoder's weights serves all cells.
+    device
+        Where the program is.
+    """
+    index, name, schema = mosaic.find(question.cells), question.modality, mosaic.schema[question.modality]
+    columns = None
+    if question.features is not None:
+        columns = torch.from_numpy(columns_of(name, schema, question.features)).to(device)
+    question.check(mosaic, index)
+    size = max(1, ENTRIES // (schema.n_features * (question.n_samples or 1)))
+    with inference_mode(model, guide, seed=question.seed):
+        weights = drawn_weights(model, question)
+        for part in portions(index, min(size, 1024)):
+            minibatch = question.minibatch(mosaic, part).to(device)
+            yield draws(model, guide, minibatch, question, columns, weights)
 
 
 def estimate(
@@ -141,12 +192,23 @@ def estimate(
     if any(not 0 <= q <= 1 for q in levels):
         raise ValueError(f"quantiles lie between 0 and 1; found {levels}")
 
-    def summaries() -> Iterator[np.ndarray]:
-        for values in chunks:
-            sd = values.std(0) if len(values) > 1 else torch.zeros_like(values[0])
-            parts = [values.mean(0), sd, *(torch.quantile(values, q, dim=0) for q in levels)]
-            yield torch.stack(parts).cpu().numpy()
-
-    whole = np.concatenate(list(summaries()), axis=1)
-    frames = [pd.DataFrame(part, index=cells, columns=features) for part in whole]
+    parts = [_summary(values.cpu().numpy(), levels) for values in chunks]
+    frames = [pd.DataFrame(part, index=cells, columns=features) for part in np.concatenate(parts, axis=1)]
     return Estimate(frames[0], frames[1], dict(zip(levels, frames[2:], strict=True)))
+
+
+def _summary(values: np.ndarray, levels: Sequence[float]) -> np.ndarray:
+    """Mean, standard deviation and quantiles over the first axis; a sort is ten times as fast as numpy's quantiles."""
+    n, flat = len(values), values.reshape(len(values), -1)
+    summary = np.zeros((2 + len(levels), flat.shape[1]), dtype=values.dtype)
+    for start in range(0, flat.shape[1], BLOCK):
+        block, found = flat[:, start : start + BLOCK], summary[:, start : start + BLOCK]
+        block.mean(0, out=found[0])
+        if n > 1:
+            (block - block[0]).std(0, ddof=1, out=found[1])  # differences, so that equal draws have none
+        ordered = np.sort(block, axis=0) if levels else block
+        for level, quantile in zip(levels, found[2:], strict=True):
+            below, weight = divmod(level * (n - 1), 1)
+            low, high = ordered[int(below)], ordered[min(int(below) + 1, n - 1)]
+            quantile[:] = low + values.dtype.type(weight) * (high - low)
+    return summary.reshape(-1, *values.shape[1:])
