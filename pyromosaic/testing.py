@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import anndata
@@ -17,6 +18,7 @@ from pyromosaic import checks
 from pyromosaic.data import Mosaic, to_predict
 from pyromosaic.data.tables import look_up, readings
 from pyromosaic.models import MosaicModel
+from pyromosaic.program import one_line
 from pyromosaic.tasks import Estimate, inference_mode
 
 __all__ = ["ModelError", "check_model"]
@@ -78,7 +80,9 @@ class ModelError(AssertionError):
     def __init__(self, kind: type, report: pd.DataFrame) -> None:
         self.report = report
         wrong = report.loc[report["outcome"] == "wrong", "finding"]
-        lines = [f"{kind.__name__} does not answer {len(wrong)} of {len(report)} questions:"]
+        n_left = (report["outcome"] == "not asked").sum()
+        left = f", and {n_left} were not asked" if n_left else ""
+        lines = [f"{kind.__name__} does not answer {len(wrong)} of {len(report)} questions{left}:"]
         for asked, finding in wrong.items():
             fitting = [q for q in QUESTIONS if asked == q.words or q.each and str(asked).startswith(f"{q.words} ")]
             lines.append(f"- {asked}: {finding.rstrip('.')}. Needed: {fitting[0].need}")
@@ -170,8 +174,7 @@ def _outcome(ask: Callable[..., str], candidate: _Candidate, *names: str) -> tup
     except _Wrong as why:
         return "wrong", str(why)
     except FAILURES as error:
-        reason = (str(error).splitlines() or ["no message"])[0]
-        return "wrong", reason if isinstance(error, ValueError) else f"{type(error).__name__}: {reason}"
+        return "wrong", one_line(error).removeprefix("ValueError: ").removeprefix("SiteError: ")
 
 
 def _finite(what: str, values: Any) -> None:
@@ -218,8 +221,9 @@ def _construct_from_schema(candidate: _Candidate) -> str:
 
 @_question(
     "training",
-    "the model samples its latent variables, and for each modality of minibatch.decoded a site of its name with "
-    "obs=view.counts; the guide samples the same latent variables, in the same plates.",
+    "both programs define forward(self, minibatch, kl_weight=1.0); the model samples 'z' and its other latent "
+    "variables, and for each modality of minibatch.decoded a site of its name with obs=view.counts; the guide samples "
+    "the same latent variables, in the same plates.",
     first=True,
 )
 def _train(candidate: _Candidate) -> str:
@@ -268,7 +272,8 @@ def _encoded(candidate: _Candidate, name: str) -> str:
 @_question(
     "imputed values of",
     "the model makes the site of a modality for any cell: view.counts is then None, and view.library NaN where the "
-    "modality was not measured, unless its Measurement has a `pyromosaic.sizes.Size`.",
+    "modality was not measured, unless its Measurement has a `pyromosaic.sizes.Size`; the distribution of a "
+    "likelihood has a finite mean.",
     each=True,
 )
 def _imputed(candidate: _Candidate, name: str) -> str:
@@ -381,7 +386,7 @@ def _saved(candidate: _Candidate) -> str:
     differing = [key for key in before if key in after and before[key] != after[key]]
     if differing:
         key = differing[0]
-        raise _Wrong(f"{key} is {before[key]!r}, and {after[key]!r} in the loaded model")
+        raise _Wrong(f"{key} is {shorten(before[key], 60)}, and {shorten(after[key], 60)} in the loaded model")
     _same("latent variables", model.get_latent_representation(), again.get_latent_representation())
     for name in model.schema.modalities:
         _same(f"imputed values of {name!r}", _means(model, name).mean, _means(again, name).mean)
@@ -402,19 +407,19 @@ def _programs(model: MosaicModel) -> tuple[Any, Any]:
     return model.model, model.guide
 
 
-def _plain(model: MosaicModel) -> dict[str, Any]:
-    """Numbers and words that a model and its modules have as attributes, and its options."""
+def _plain(model: MosaicModel) -> dict[str, str]:
+    """Numbers, words and unregistered tensors that a model and its modules have as attributes, and its options."""
     owners: dict[str, Any] = {"self": model}
     for part, program in zip(("model", "guide"), _programs(model), strict=True):
         owners |= {f"self.{part}.{name}".rstrip("."): module for name, module in program.named_modules()}
     plain = {
-        f"{owner}.{key}": value
+        f"{owner}.{key}": repr(value.tolist() if isinstance(value, torch.Tensor | np.ndarray) else value)
         for owner, thing in owners.items()
         for key, value in vars(thing).items()
-        if isinstance(value, bool | int | float | str) and not key.startswith("_")
+        if isinstance(value, bool | int | float | str | torch.Tensor | np.ndarray) and not key.startswith("_")
     }
     return plain | {
-        f"option {key!r}": value for key, value in model.options.items() if isinstance(value, int | float | str)
+        f"option {key!r}": repr(value) for key, value in model.options.items() if isinstance(value, int | float | str)
     }
 
 
