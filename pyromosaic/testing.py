@@ -36,7 +36,7 @@ class _NotAsked(Exception):
 
 
 class _Question(NamedTuple):
-    """Something that users ask: how, what it needs of a model, if of each modality, and if all else depends on it."""
+    """What users ask: how, what a model has to define for it, if of each modality, if other questions depend on it."""
 
     words: str
     ask: Callable[..., str]
@@ -90,7 +90,7 @@ class ModelError(AssertionError):
 
 
 def check_model(cls: type[MosaicModel], mosaic: Mosaic, **options: Any) -> pd.DataFrame:
-    """Ask of a class of models what users ask of any model.
+    """Check that a class of models answers all that users ask of any model.
 
     The class is constructed from the mosaic and from its schema, trained for two epochs, and asked for latent
     variables, imputed and denoised values, predictive samples, differential tests and predictive checks. The model is
@@ -101,26 +101,26 @@ def check_model(cls: type[MosaicModel], mosaic: Mosaic, **options: Any) -> pd.Da
     cls
         A subclass of `pyromosaic.models.MosaicModel`.
     mosaic
-        Some data, best one to three hundred cells. If cells lack a modality, and modalities have a batch, all
-        questions can be asked.
+        A small mosaic; 100 to 300 cells are enough. All questions can be asked if some cells lack a modality, and
+        modalities have a batch.
     **options
-        Further arguments of the constructor, behind the data.
+        Options of the constructor.
 
     Returns
     -------
     pandas.DataFrame
-        By ``question`` its ``outcome``, ``"right"`` or ``"not asked"``, and a sentence, the ``finding``.
+        One row per ``question``: its ``outcome``, ``"right"`` or ``"not asked"``, and a sentence, the ``finding``.
 
     Raises
     ------
     ModelError
-        If anything is missing or wrong: says all of it, and what each question needs of a model. Its ``report`` is the
-        whole table, in which such outcomes are ``"wrong"``.
+        If anything is missing or wrong. The message lists every fault, where in your code it arose, and what a model
+        has to define for the question. ``report`` is the whole table, in which such outcomes are ``"wrong"``.
 
     Notes
     -----
-    A model that cannot be constructed or trained is asked nothing further. The check says whether a model answers, not
-    whether its answers are any good; for that see `pyromosaic.checks`.
+    If a model cannot be constructed or trained, no further questions are asked. The check says whether a model
+    answers, not whether its answers are good; for that see `pyromosaic.checks`.
 
     Examples
     --------
@@ -206,7 +206,7 @@ def _construct(candidate: _Candidate) -> str:
 @_question(
     "construction from a schema",
     "`load` and `adapt` build a model before it has data: take all shapes from the schema that `construction` gives; "
-    "what is set from data belongs into a method `start` of likelihood, decoder or encoder.",
+    "set what depends on data in a method `start` of the likelihood, decoder or encoder.",
 )
 def _construct_from_schema(candidate: _Candidate) -> str:
     again = candidate.kind(candidate.mosaic.schema, **candidate.options)
@@ -257,7 +257,7 @@ def _encoded(candidate: _Candidate, name: str) -> str:
     model, mosaic = candidate.model, candidate.cells
     cells = np.flatnonzero(mosaic.modalities[name].present)[:256]
     if len(cells) < 2:
-        raise _NotAsked(f"{len(cells)} cells have {name!r}")
+        raise _NotAsked(f"too few cells have {name!r}: {len(cells)}")
     minibatch = to_predict(mosaic, cells, (), (name,)).to(model._device)
     view = minibatch.observed[name]
     others = replace(minibatch, observed={name: replace(view, counts=view.dense_counts().flip(0))})
@@ -299,7 +299,7 @@ def _within_support(candidate: _Candidate, name: str, what: str, values: Any) ->
 @_question(
     "denoised values of",
     "`self.modalities` of the model is a pyromosaic.program.Slots of pyromosaic.measurement.Measurement; `normalized` "
-    "of a likelihood says what is denoised, by default the mean.",
+    "of a likelihood returns the denoised values, by default the mean.",
     each=True,
 )
 def _denoised(candidate: _Candidate, name: str) -> str:
@@ -316,9 +316,7 @@ def _denoised(candidate: _Candidate, name: str) -> str:
     return " and ".join(answers)
 
 
-@_question(
-    "cell factors", "`cell_factor` of a likelihood gives what a cell's signal is multiplied by, shape (cells, 1)."
-)
+@_question("cell factors", "`cell_factor` of a likelihood returns the factor of each cell's signal, shape (cells, 1).")
 def _factors(candidate: _Candidate) -> str:
     factors, present = candidate.model.get_cell_factors(), candidate.cells.presence
     for name in candidate.mosaic.modalities:
@@ -342,7 +340,7 @@ def _samples(candidate: _Candidate, name: str) -> str:
 
 @_question(
     "differential tests of",
-    "`normalized` of a likelihood says what is compared, its `traits` on which scale.",
+    "`normalized` of a likelihood returns the values to compare, and its `traits` name the scale.",
     each=True,
 )
 def _differential(candidate: _Candidate, name: str) -> str:
@@ -368,7 +366,7 @@ def _checked(candidate: _Candidate) -> str:
 @_question(
     "saving and loading",
     "options are named arguments of the constructor that JSON can hold, or objects, which are given to load() again; "
-    "all else that a trained model remembers is a parameter or a registered buffer of self.model or self.guide.",
+    "everything else that a model learns is a parameter or a registered buffer of self.model or self.guide.",
 )
 def _saved(candidate: _Candidate) -> str:
     model = candidate.model
@@ -425,8 +423,8 @@ def _plain(model: MosaicModel) -> dict[str, str]:
 
 @_question(
     "adapting to a new batch",
-    "networks see the batch by view.one_hot() or view.design(), behind their other inputs; a parameter with an entry "
-    "for each batch has batches along one dimension; both stand in the part of their modality.",
+    "networks see the batch by view.one_hot() or view.design(), behind their other inputs; a parameter with one entry "
+    "per batch has batches along one dimension; both belong to the part of their modality.",
 )
 def _adapted(candidate: _Candidate) -> str:
     model, mosaic = candidate.model, candidate.mosaic
