@@ -219,7 +219,7 @@ def own(module: Any) -> Any:
         return module
     module = deepcopy(module) if module in _TAKEN else module
     _TAKEN.add(module)
-    for part in module.modules():
+    for part in module.modules():  # one made under Pyro's default setting would use the global store of parameters
         if isinstance(part, PyroModule) and not hasattr(part._pyro_context, "param_state"):
             part._pyro_context.param_state = {"params": {}, "constraints": {}}
     return module
