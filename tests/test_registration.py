@@ -301,7 +301,7 @@ def test_numbers_as_names_are_names():
     assert mosaic.find(mask).tolist() == [1, 3]
     assert mosaic.find(pd.Index([0, 1])).tolist() == [1, 3]
     assert mosaic.find(np.array([0, 1])).tolist() == [0, 1]
-    with pytest.raises(ValueError, match="may be names or numbers of cells"):
+    with pytest.raises(ValueError, match="could be names or positions of cells"):
         mosaic.find(pd.Series([0, 1]))
 
 

@@ -42,13 +42,14 @@ class Likelihood(PyroModule):
     Attributes
     ----------
     data_kind
-        Numbers that the data are checked to be: ``"count"``, ``"nonnegative"`` or ``"real"``.
+        Kind of values that registration accepts: ``"count"``, ``"nonnegative"`` or ``"real"``.
     traits
-        More than that: whether the cell's size matters, how groups of cells are compared; see `pyromosaic.data.Traits`.
+        In place of `data_kind`, if there is more to say: whether the cell's size matters, how groups of cells are
+        compared; see `pyromosaic.data.Traits`.
     predictors
-        Names of what the decoder is to say, each for every cell and feature.
+        Names of the decoder's outputs, each of shape (..., cells, features).
     posterior_predictors
-        The same for a decoder in the guide, for the `posterior` of latent variables of the likelihood's own.
+        Names of the outputs of a decoder in the guide, for the `posterior` of the likelihood's own latent variables.
     """
 
     family: ClassVar[str] = ""  # the name that `pyromosaic.ModalitySpec` takes; empty for a likelihood of one's own

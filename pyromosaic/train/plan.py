@@ -147,7 +147,8 @@ class Plan(lightning.LightningModule):
             sites = [name for name, term in self.elbo.terms.items() if not torch.isfinite(term)]
             raise NonFiniteLossError(
                 f"the loss is not finite in epoch {self.current_epoch}, at {', '.join(map(repr, sites))}; the "
-                "parameters are restored from the start of this epoch. Lower the learning rate, or set gradient_clip"
+                "parameters are restored from the start of this epoch. Lower the learning rate, or set gradient_clip; "
+                "if the first epoch fails, check the distributions of these sites for NaN and negative scales"
             )
         self._add("train", minibatch, loss.detach())
         return loss
