@@ -1,17 +1,13 @@
 """One modality of a mosaic: its measurements, and what is known of the cells that have it."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from pyromosaic.data.matrix import Matrix, as_tensor, row_totals
 from pyromosaic.data.spec import ModalitySchema, ModalitySpec
-
-if TYPE_CHECKING:
-    pass
-
 
 ENTRIES_FOR_START = 5_000_000  # entries, of at most 10,000 cells, from which start values are computed
 

@@ -1,7 +1,7 @@
 """Figures of cells and of training."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,9 +16,6 @@ from numpy.typing import ArrayLike
 
 from pyromosaic.metrics import imputation_spearman
 from pyromosaic.metrics._checks import aligned
-
-if TYPE_CHECKING:
-    pass
 from pyromosaic.plot.style import COUNT_TICKS, PALETTE, UNKNOWN, axes_of, distinct_colours
 
 

@@ -1,15 +1,9 @@
 """Colours and axes of all figures."""
 
-from typing import TYPE_CHECKING
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
-
-if TYPE_CHECKING:
-    pass
-
 
 #: Colours of up to 20 categories, each as far as can be from those before it, from white and from `UNKNOWN`, for
 #: normal sight and under simulated protanopia, deuteranopia and tritanopia. The first six are those of Okabe and Ito.
