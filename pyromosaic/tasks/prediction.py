@@ -1,4 +1,4 @@
-"""What a trained program says of a modality in any cell, measured or not."""
+"""Predictions of a trained program for a modality in any cell, measured or not."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,14 +19,14 @@ from pyromosaic.tasks.question import Question
 
 @dataclass(frozen=True)
 class Estimate:
-    """A quantity of every cell and feature, over draws from the posterior.
+    """A quantity for every cell and feature, summarised over draws from the posterior.
 
     Parameters
     ----------
     mean, sd
         Mean and standard deviation over the draws, cells × features.
     quantiles
-        Quantiles over the draws by level, each cells × features.
+        Quantiles over the draws, by level; each cells × features.
 
     Examples
     --------
@@ -47,7 +47,7 @@ class Estimate:
 def run(
     model: nn.Module, guide: nn.Module, minibatch: Minibatch, latent_at_mean: bool, drawn: bool = False
 ) -> poutine.Trace:
-    """Trace of the model on latent values from the guide; what is to be predicted is at its mean, or `drawn`."""
+    """Trace of the model on latent values from the guide; the predicted modality is at its mean, or `drawn`."""
     with AtMean() if latent_at_mean else nullcontext():
         guide_trace = poutine.trace(guide).get_trace(minibatch)
     predicted = {*minibatch.decoded, *(f"{name}_size" for name in minibatch.decoded)}
@@ -63,11 +63,11 @@ def draws(model: nn.Module, guide: nn.Module, minibatch: Minibatch, question: Qu
     model, guide
         The Pyro program.
     minibatch
-        With the modality among those to be decoded.
+        The cells; the modality is among those to be decoded.
     question
-        What is asked of it. Draws of the decoder's weights are the same for any cells.
+        The question. Draws of the decoder's weights are the same for all cells.
     columns
-        Numbers of the features that are wanted.
+        Numbers of the requested features.
 
     Returns
     -------
@@ -107,21 +107,21 @@ def draws(model: nn.Module, guide: nn.Module, minibatch: Minibatch, question: Qu
 def estimate(
     chunks: Iterable[Tensor], cells: pd.Index, features: pd.Index, quantiles: Sequence[float] = ()
 ) -> Estimate:
-    """Mean, standard deviation and quantiles over draws, chunk of cells by chunk of cells.
+    """Mean, standard deviation and quantiles over draws, one chunk of cells at a time.
 
     Parameters
     ----------
     chunks
         Draws for consecutive groups of cells, each of shape (draws, cells, features).
     cells, features
-        Names.
+        Names of the cells and features.
     quantiles
         Levels between 0 and 1.
 
     Returns
     -------
     Estimate
-        Tables of cells × features; the standard deviation is 0 where there is a single draw.
+        Tables of cells × features; the standard deviation is 0 for a single draw.
 
     Raises
     ------
