@@ -62,7 +62,7 @@ def quality(adata: Any, options: Namespace, z: np.ndarray | None, s: np.ndarray 
     condition = adata.obs[options.condition_key].astype(str).to_numpy()
     target = condition != options.background
     shares = pd.Series(condition).value_counts(normalize=True)
-    figures = {"largest possible condition enrichment": 1 / float((shares**2).sum())}
+    figures = {"maximum condition enrichment": 1 / float((shares**2).sum())}
     for name, values in (("z", z), ("s", s)):
         if values is None:
             continue
@@ -137,7 +137,7 @@ def ours(options: Namespace, seed: int, arguments: dict[str, Any]) -> Figures:
     if options.markers:
         figures |= marker_ranks(model.salient_effect().index, options)
     seconds = cost.seconds / len(model.history)
-    return {**figures, "seconds per epoch": seconds, "seconds in all": cost.seconds, "peak memory, MB": cost.peak_mb}
+    return {**figures, "seconds per epoch": seconds, "seconds in total": cost.seconds, "peak memory, MB": cost.peak_mb}
 
 
 def peer(options: Namespace, seed: int) -> Figures:
@@ -157,7 +157,7 @@ def peer(options: Namespace, seed: int) -> Figures:
     return {
         **figures,
         "seconds per epoch": seconds,
-        "seconds in all": result.seconds,
+        "seconds in total": result.seconds,
         "peak memory, MB": result.peak_memory_mb,
     }
 
@@ -176,7 +176,7 @@ def without_cohorts(options: Namespace, seed: int) -> Figures:
     with measured_cost() as cost:
         model.train(options.epochs, seed=seed, progress_bar=False)
     figures = quality(adata, options, model.get_latent_representation().to_numpy(), None)
-    return {**figures, "seconds per epoch": cost.seconds / options.epochs, "seconds in all": cost.seconds}
+    return {**figures, "seconds per epoch": cost.seconds / options.epochs, "seconds in total": cost.seconds}
 
 
 def contrastive_pca(options: Namespace, seed: int) -> Figures:
@@ -188,7 +188,7 @@ def contrastive_pca(options: Namespace, seed: int) -> Figures:
     with measured_cost() as cost:
         difference = np.cov(x[target].T) - options.cpca_alpha * np.cov(x[~target].T)
         s = x @ np.linalg.eigh(difference)[1][:, ::-1][:, :10]
-    return {**quality(adata, options, None, s), "seconds in all": cost.seconds}
+    return {**quality(adata, options, None, s), "seconds in total": cost.seconds}
 
 
 def main() -> None:

@@ -132,7 +132,7 @@ def _cost(seconds: float, epochs: int, peak_mb: float) -> Figures:
     return {
         "epochs": epochs,
         "seconds per epoch": seconds / epochs,
-        "seconds in all": seconds,
+        "seconds in total": seconds,
         "peak memory, MB": peak_mb,
     }
 

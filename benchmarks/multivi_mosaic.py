@@ -70,7 +70,7 @@ def quality(mosaic: Any, truth: dict[str, Any], options: Namespace, latent: pd.D
     labels = labels[~labels.index.duplicated()].reindex(latent.index)
     figures = {
         "modality enrichment (1 = mixed)": metrics.modality_enrichment(latent, pattern),
-        "  largest possible": 1 / float((pattern.value_counts(normalize=True) ** 2).sum()),
+        "  maximum": 1 / float((pattern.value_counts(normalize=True) ** 2).sum()),
         "label purity": metrics.label_purity(latent, labels),
     }
     for a, b in [(a, b) for a in names for b in names if a != b]:
@@ -152,7 +152,7 @@ def _cost(seconds: float, epochs: int, peak_mb: float) -> Figures:
     return {
         "epochs": epochs,
         "seconds per epoch": seconds / epochs,
-        "seconds in all": seconds,
+        "seconds in total": seconds,
         "peak memory, MB": peak_mb,
     }
 

@@ -112,7 +112,7 @@ def unpairing(options: Namespace, seed: int, rate: float, system: str) -> Figure
     figures = {
         "cells": float(len(latent)),
         "modality enrichment (1 = mixed)": metrics.modality_enrichment(latent, pattern),
-        "  largest possible": 1 / float((pattern.value_counts(normalize=True) ** 2).sum()),
+        "  maximum": 1 / float((pattern.value_counts(normalize=True) ** 2).sum()),
         "rank distance of copies": metrics.neighbor_rank_distance(first, second, others=whole),
         "label purity": metrics.label_purity(latent, labels),
     }
@@ -227,9 +227,9 @@ def heldout(options: Namespace, seed: int, name: str, label: str | None) -> dict
             "markers": float(up.sum()),
             "Pearson, markers": float(np.corrcoef(effect[up], truth["effect"][up])[0, 1]) if up.sum() > 4 else np.nan,
             "called": float(calls["is_significant"].sum()),
-            "  of these by the observed data": float(confirmed),
-            "  share of all so called": float(truth["called"].mean()),
-            "  same direction, of those in both": float((sign == np.sign(truth["effect"]))[both].mean()),
+            "  of these, called in the observed data": float(confirmed),
+            "  share of all features called there": float(truth["called"].mean()),
+            "  same direction, if called in both": float((sign == np.sign(truth["effect"]))[both].mean()),
         }
         results[tested] = {k: v for k, v in figures.items() if not np.isnan(v)}
     return results
@@ -322,7 +322,7 @@ def trimodal(options: Namespace, seed: int) -> Figures:
     labels = pd.Series(truth.type.astype(str), mdata.obs_names)[latent.index]
     figures = {
         "modality enrichment (1 = mixed)": metrics.modality_enrichment(latent, patterns),
-        "  largest possible": 1 / float((patterns.value_counts(normalize=True) ** 2).sum()),
+        "  maximum": 1 / float((patterns.value_counts(normalize=True) ** 2).sum()),
         "label purity": metrics.label_purity(latent, labels),
     }
     for a, b in [(a, b) for a in mdata.mod for b in mdata.mod if a != b]:
@@ -459,7 +459,7 @@ def draw_unpairing(options: Namespace, results: Mapping[str, Runs]) -> None:
         ax.set(xlabel="cells unpaired (%)", ylabel=title, xlim=(-3, 103))
         ax.spines[["top", "right"]].set_visible(False)
     runs = results["pyromosaic"]
-    most = [np.mean([run["  largest possible"] for run in seeds]) for seeds in runs.values()]
+    most = [np.mean([run["  maximum"] for run in seeds]) for seeds in runs.values()]
     axes[0].plot(rates, most, ":", color="0.4", label="not mixed at all")
     axes[0].axhline(1, linestyle="--", color="0.4", label="mixed")
     axes[1].axhline(2 / 3, linestyle=":", color="0.4", label="random pairs")

@@ -84,7 +84,7 @@ def ours(options: Namespace, seed: int) -> Figures:
     if model.scores:
         scores = pd.DataFrame(model.scores.values.numpy(), mosaic.obs_names)
         figures |= quality({name: by_cell(scores, name) for name in adatas}, labels, "linkage alone: ")
-    return {**figures, "seconds in all": cost.seconds, "peak memory, MB": cost.peak_mb}
+    return {**figures, "seconds in total": cost.seconds, "peak memory, MB": cost.peak_mb}
 
 
 def steps(options: Namespace, seed: int, naive: bool) -> Figures:

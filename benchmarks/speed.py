@@ -158,7 +158,7 @@ def timed(options: Namespace, system: int, seed: int) -> Figures:
         )
     return {
         "processor seconds per epoch": float(np.median(np.diff(ends))),
-        "seconds in all": cost.seconds,
+        "seconds in total": cost.seconds,
         "peak memory, MB": cost.peak_mb,
     }
 
