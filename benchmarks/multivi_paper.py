@@ -510,7 +510,7 @@ def main() -> None:
         nargs="+",
         default=[],
         metavar="TYPE=GENE,GENE",
-        help="what is known",
+        help="known marker genes",
     )
     parser.add_argument("--cells", type=int, default=2800, help="trimodal: simulated cells")
     parser.add_argument("--min-cells", type=int, default=40, help="heldout: minimum number of cells of a type")

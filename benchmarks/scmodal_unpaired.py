@@ -127,7 +127,7 @@ def steps(options: Namespace, seed: int, naive: bool) -> Figures:
         term(encoded(model.guide.modalities, minibatch)[0], minibatch).backward()
 
     return {
-        "seconds a step": seconds / options.timed_steps,
+        "seconds per step": seconds / options.timed_steps,
         "whole step: peak above the level before, MB": peak(whole),
         "geometry and encoders: peak above the level before, MB": peak(geometry),
         "peak memory of the process, MB": cost.peak_mb,

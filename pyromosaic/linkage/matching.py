@@ -284,7 +284,7 @@ def gromov_wasserstein(
         import ot
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "start='geometry' needs POT, which is not installed; run pip install 'pyromosaic[linkage]'"
+            "matching by geometry needs POT, which is not installed; run pip install 'pyromosaic[linkage]'"
         ) from error
     distances = [squareform(pdist(values)) for values in (x, y)]
     first, second = (d / d.mean() for d in distances)
