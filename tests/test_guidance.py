@@ -145,7 +145,7 @@ def test_bad_graphs_are_refused_in_one_sentence(mosaic):
         (lambda: GuidanceGraph.from_edges(mosaic, link, weight=0.0), "above 0 and at most 1; found 0"),
         (lambda: GuidanceGraph.from_edges(mosaic, link, weight=np.nan), "above 0 and at most 1; found nan"),
         (lambda: GuidanceGraph.from_edges(mosaic, link, sign=0), "must be 1 or -1; found 0"),
-        (lambda: GuidanceGraph.from_edges(mosaic, link * 2, sign=[1, -1]), "'A' and 'a' is given with both signs"),
+        (lambda: GuidanceGraph.from_edges(mosaic, link * 2, sign=[1, -1]), "'A' and 'a' has both signs"),
         (
             lambda: GuidanceGraph.from_edges(mosaic, [(("rna", "A"), ("rna", "B"))]),
             "no edge links modality 'adt' to 'rna'",

@@ -93,9 +93,7 @@ class GuidanceGraph:
         )
         if (table["signs"] > 1).any():
             names = self.names[table.loc[table["signs"] > 1, ["i", "j"]].to_numpy()[0]]
-            raise ValueError(
-                f"the edge between {names[0]!r} and {names[1]!r} is given with both signs; give it one sign"
-            )
+            raise ValueError(f"the edge between {names[0]!r} and {names[1]!r} has both signs; choose one")
         object.__setattr__(self, "edges", table[["i", "j"]].to_numpy(dtype=np.int64).T)
         object.__setattr__(self, "weight", table["weight"].to_numpy(dtype=np.float32))
         object.__setattr__(self, "sign", table["sign"].to_numpy(dtype=np.float32))

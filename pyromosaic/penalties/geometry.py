@@ -54,7 +54,7 @@ class Geometry(Penalty):
         super().__init__(weight)
         self.encoders, self.found = dict(encoders or {}), encoders is None  # the guide owns their parameters
         if isinstance(likeness, str) and likeness not in LIKENESS:
-            raise ValueError(f"there is no likeness {likeness!r}; accepted: {', '.join(map(repr, LIKENESS))}")
+            raise ValueError(f"unknown likeness {likeness!r}; accepted: {', '.join(map(repr, LIKENESS))}")
         self.likeness = LIKENESS[likeness] if isinstance(likeness, str) else likeness
 
     def attach(self, modalities: Mapping[str, Any]) -> None:

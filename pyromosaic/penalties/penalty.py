@@ -84,7 +84,7 @@ def chosen(option: str, given: Any, kind: type[P], **known: Any) -> P:
     if isinstance(given, kind):
         return given.completed(**known) if known else given
     if not isinstance(given, Real):
-        raise ValueError(f"{option} is a weight or a pyromosaic.penalties.{kind.__name__}; found {given!r}")
+        raise ValueError(f"{option} must be a weight or a pyromosaic.penalties.{kind.__name__}; found {given!r}")
     return kind(weight=float(given), **known)
 
 
@@ -116,7 +116,7 @@ def attached(penalties: Iterable[Any], modalities: Mapping[str, Any]) -> nn.Modu
     for penalty in owned:
         if not getattr(penalty, "complete", True):
             raise ValueError(
-                f"{type(penalty).__name__} takes {' and '.join(penalty.needed)}, unless it is given as the option of a "
+                f"{type(penalty).__name__} takes {' and '.join(penalty.needed)}, unless it is passed as an option of a "
                 "model that has one"
             )
         penalty.attach(modalities)

@@ -106,7 +106,8 @@ def compare(
     first, second = np.asarray(first), np.asarray(second)
     if first.ndim != 2 or first.shape != second.shape or first.size == 0:
         raise ValueError(
-            f"draws are paired, pairs × features, at least one of each; found shapes {first.shape} and {second.shape}"
+            "draws must have the same shape, pairs × features, at least one of each; "
+            f"found {first.shape} and {second.shape}"
         )
     names = np.arange(first.shape[1]) if features is None else list(features)
     if len(names) != first.shape[1]:
@@ -117,17 +118,17 @@ def compare(
 def check(mode: str, delta: Delta, fdr: float) -> None:
     """Refuse arguments that `compare` does not accept, before anything is drawn."""
     if mode not in ("change", "vanilla"):
-        raise ValueError(f"mode is 'change' or 'vanilla'; found {mode!r}")
+        raise ValueError(f"mode must be 'change' or 'vanilla'; found {mode!r}")
     if not (delta is None or delta == "default" or (isinstance(delta, int | float) and 0 < delta < np.inf)):
-        raise ValueError(f"delta is a number above 0, 'default', or None to estimate it; found {delta!r}")
+        raise ValueError(f"delta must be a number above 0, 'default', or None to estimate it; found {delta!r}")
     if not 0 < fdr < 1:
-        raise ValueError(f"fdr lies between 0 and 1; found {fdr}")
+        raise ValueError(f"fdr must be between 0 and 1; found {fdr}")
 
 
 def effect(first: np.ndarray, second: np.ndarray, scale: Scale, pseudocount: float) -> np.ndarray:
     """Fold change or difference in each pair, as `compare` defines it."""
     if scale not in DELTAS:
-        raise ValueError(f"scale is 'log2' or 'difference'; found {scale!r}")
+        raise ValueError(f"scale must be 'log2' or 'difference'; found {scale!r}")
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         raise ValueError("draws to compare must be finite numbers; found one that is not")
     if scale == "difference":
@@ -135,7 +136,7 @@ def effect(first: np.ndarray, second: np.ndarray, scale: Scale, pseudocount: flo
     least = min(first.min(), second.min()) + pseudocount
     if pseudocount < 0 or least <= 0:
         raise ValueError(
-            f"fold changes need a pseudocount of at least 0 and values above 0 once it is added; found the pseudocount "
+            f"fold changes need a pseudocount of at least 0 and values above 0 after adding it; found the pseudocount "
             f"{pseudocount} and the value {least}"
         )
     return np.log2((first + pseudocount) / (second + pseudocount))
@@ -380,7 +381,7 @@ def compare_groups(
     """
     check(mode, delta, fdr)
     if n_samples < 1:
-        raise ValueError(f"n_samples is at least 1; found {n_samples}")
+        raise ValueError(f"n_samples must be at least 1; found {n_samples}")
     schema = modality.schema
     batches: tuple[str | None, ...] = (None,)
     if batch_correction:

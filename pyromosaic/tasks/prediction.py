@@ -96,8 +96,8 @@ def draws(model: nn.Module, guide: nn.Module, minibatch: Minibatch, question: Qu
                 trace = run(model, guide, minibatch, latent_at_mean=at_mean, drawn=value is None)
             if question.modality not in trace.nodes:
                 raise ValueError(
-                    f"the model has no site {question.modality!r}: it does not explain that modality, for which it "
-                    "has a site of its name wherever the modality is in minibatch.decoded"
+                    f"the model has no site {question.modality!r}: it does not explain that modality; it needs a "
+                    "site with the modality's name if the modality is in minibatch.decoded"
                 )
             site = trace.nodes[question.modality]
             values.append((site["value"] if value is None else value(site["fn"])).index_select(-1, columns))
@@ -139,7 +139,7 @@ def estimate(
     """
     levels = list(quantiles)
     if any(not 0 <= q <= 1 for q in levels):
-        raise ValueError(f"quantiles lie between 0 and 1; found {levels}")
+        raise ValueError(f"quantiles must be between 0 and 1; found {levels}")
 
     def summaries() -> Iterator[np.ndarray]:
         for values in chunks:

@@ -90,7 +90,7 @@ class Question:
     >>> Question("rna", n_samples=0)
     Traceback (most recent call last):
         ...
-    ValueError: n_samples is at least 1; found 0
+    ValueError: n_samples must be at least 1; found 0
     """
 
     modality: str
@@ -111,7 +111,7 @@ class Question:
         if self.encode is not None and len(self.encode) == 0:
             raise ValueError("there is no modality to infer from; pass at least one, or None for all of a cell's")
         if self.n_samples is not None and self.n_samples < 1:
-            raise ValueError(f"n_samples is at least 1; found {self.n_samples}")
+            raise ValueError(f"n_samples must be at least 1; found {self.n_samples}")
 
     def check(self, mosaic: Mosaic, index: np.ndarray) -> None:
         """Refuse the modalities to infer from if a cell has none of them."""
