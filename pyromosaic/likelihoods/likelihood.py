@@ -42,13 +42,14 @@ class Likelihood(PyroModule):
     Attributes
     ----------
     data_kind
-        Values that the data are checked for: ``"count"``, ``"nonnegative"`` or ``"real"``.
+        Kind of values that registration accepts: ``"count"``, ``"nonnegative"`` or ``"real"``.
     traits
-        All further properties, e.g. whether the cell's size matters; see `pyromosaic.data.Traits`.
+        In place of `data_kind`, if there is more to say: whether the cell's size matters, how groups of cells are
+        compared; see `pyromosaic.data.Traits`.
     predictors
-        Names of the decoder's outputs, each for every cell and feature.
+        Names of the decoder's outputs, each of shape (..., cells, features).
     posterior_predictors
-        Names of the outputs of a decoder in the guide, for the `posterior` of the likelihood's latent variables.
+        Names of the outputs of a decoder in the guide, for the `posterior` of the likelihood's own latent variables.
     """
 
     family: ClassVar[str] = ""  # the name that `pyromosaic.ModalitySpec` accepts; empty for a user's likelihood
