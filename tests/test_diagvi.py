@@ -586,7 +586,7 @@ def test_bad_input_is_refused_in_one_sentence(mosaic, graph, data):
         ({"alignment": -1.0}, "the weight of a penalty must be at least 0; found -1"),
         ({"graph_weight": -1.0}, "graph_weight must be at least 0; found -1"),
         ({"n_private": -1}, "n_private at least 0; found 4 and -1"),
-        ({"alignment": "sinkhorn"}, "alignment is a weight or a pyromosaic.penalties.Sinkhorn; found 'sinkhorn'"),
+        ({"alignment": "sinkhorn"}, "alignment must be a weight or a pyromosaic.penalties.Sinkhorn; found 'sinkhorn'"),
     ]
     for options, sentence in cases:
         with pytest.raises(ValueError, match=sentence):

@@ -532,7 +532,7 @@ def test_the_minus_strand_in_all_its_words(strand):
 
 @pytest.mark.parametrize("strand", [".", None, np.nan, ""])
 def test_a_strand_that_is_not_known(strand):
-    with pytest.warns(UserWarning, match="the strand of 1 of 1 genes is not known; they are linked by their body"):
+    with pytest.warns(UserWarning, match="the strand of 1 of 1 genes is unknown; they are linked by their body"):
         assert overlap(strand=[strand]) == {BODY}
 
 

@@ -723,9 +723,9 @@ def test_bad_input_is_answered_in_one_sentence(mosaic, graph, data):
         reference(mosaic, graph, n_private=2)
     with pytest.raises(ValueError, match=r"was renamed; use geometry=Geometry\(1.0, likeness='cosine'\)"):
         small(mosaic, graph, geometry="cosine")
-    with pytest.raises(ValueError, match="there is no likeness 'flat'; accepted: 'alignment', 'cosine'"):
+    with pytest.raises(ValueError, match="unknown likeness 'flat'; accepted: 'alignment', 'cosine'"):
         Geometry(likeness="flat")
-    with pytest.raises(ValueError, match="anchors is a weight or a pyromosaic.penalties.Anchors; found"):
+    with pytest.raises(ValueError, match="anchors must be a weight or a pyromosaic.penalties.Anchors; found"):
         small(mosaic, graph, anchors=Geometry())
     for wrong in ({"pairs": "ring"}, {"encoder": "graph"}):
         with pytest.raises(ValueError, match="unknown option"):

@@ -1,4 +1,4 @@
-"""What every trained model can do, written once against its Pyro program."""
+"""Methods of every trained model, written once for its Pyro program."""
 
 from pyromosaic.program import AtMean
 from pyromosaic.tasks.differential import compare, compare_groups, contrasts, estimate_delta

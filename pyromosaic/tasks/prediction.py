@@ -1,4 +1,4 @@
-"""What a trained program says of a modality in any cell, measured or not."""
+"""Predictions of a trained program for a modality in any cell, measured or not."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -23,14 +23,14 @@ BLOCK = 4096  # columns of draws whose summaries a processor's cache holds
 
 @dataclass(frozen=True)
 class Estimate:
-    """A quantity of every cell and feature, over draws from the posterior.
+    """A quantity for every cell and feature, summarised over draws from the posterior.
 
     Parameters
     ----------
     mean, sd
         Mean and standard deviation over the draws, cells × features.
     quantiles
-        Quantiles over the draws by level, each cells × features.
+        Quantiles over the draws, by level; each cells × features.
 
     Examples
     --------
@@ -51,7 +51,7 @@ class Estimate:
 def run(
     model: nn.Module, guide: nn.Module, minibatch: Minibatch, latent_at_mean: bool, drawn: bool = False
 ) -> poutine.Trace:
-    """Trace of the model on latent values from the guide; what is to be predicted is at its mean, or `drawn`."""
+    """Trace of the model on latent values from the guide; the predicted modality is at its mean, or `drawn`."""
     with AtMean() if latent_at_mean else nullcontext():
         guide_trace = poutine.trace(guide).get_trace(minibatch)
     predicted = {*minibatch.decoded, *(f"{name}_size" for name in minibatch.decoded)}
@@ -82,11 +82,11 @@ def draws(
     model, guide
         The Pyro program.
     minibatch
-        With the modality among those to be decoded.
+        The cells; the modality is among those to be decoded.
     question
-        What is asked of it.
+        The question.
     columns
-        Numbers of the features that are wanted; None for all.
+        Numbers of the requested features; None for all.
     weights
         From `drawn_weights`.
 
@@ -114,8 +114,8 @@ def draws(
                 trace = run(model, guide, minibatch, latent_at_mean=at_mean, drawn=value is None)
             if question.modality not in trace.nodes:
                 raise ValueError(
-                    f"the model has no site {question.modality!r}: it does not explain that modality, for which it "
-                    "has a site of its name wherever the modality is in minibatch.decoded"
+                    f"the model has no site {question.modality!r}: it does not explain that modality; it needs a "
+                    "site with the modality's name if the modality is in minibatch.decoded"
                 )
             site = trace.nodes[question.modality]
             answer = site["value"] if value is None else value(site["fn"])
@@ -138,9 +138,9 @@ def answers(
     mosaic
         The cells, and others.
     question
-        What is asked of it. A draw of the decoder's weights serves all cells.
+        The question. A draw of the decoder's weights serves all cells.
     device
-        Where the program is.
+        Device of the program.
     """
     index, name, schema = mosaic.find(question.cells), question.modality, mosaic.schema[question.modality]
     columns = None
@@ -158,21 +158,21 @@ def answers(
 def estimate(
     chunks: Iterable[Tensor], cells: pd.Index, features: pd.Index, quantiles: Sequence[float] = ()
 ) -> Estimate:
-    """Mean, standard deviation and quantiles over draws, chunk of cells by chunk of cells.
+    """Mean, standard deviation and quantiles over draws, one chunk of cells at a time.
 
     Parameters
     ----------
     chunks
         Draws for consecutive groups of cells, each of shape (draws, cells, features).
     cells, features
-        Names.
+        Names of the cells and features.
     quantiles
         Levels between 0 and 1.
 
     Returns
     -------
     Estimate
-        Tables of cells × features; the standard deviation is 0 where there is a single draw.
+        Tables of cells × features; the standard deviation is 0 for a single draw.
 
     Raises
     ------
@@ -190,7 +190,7 @@ def estimate(
     """
     levels = list(quantiles)
     if any(not 0 <= q <= 1 for q in levels):
-        raise ValueError(f"quantiles lie between 0 and 1; found {levels}")
+        raise ValueError(f"quantiles must be between 0 and 1; found {levels}")
 
     parts = [_summary(values.cpu().numpy(), levels) for values in chunks]
     frames = [pd.DataFrame(part, index=cells, columns=features) for part in np.concatenate(parts, axis=1)]
