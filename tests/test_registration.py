@@ -80,14 +80,24 @@ def test_sizes_that_are_no_counts():
 # The user's matrix
 
 
+CHANGES = {
+    "logarithms": np.log1p,
+    "other counts of the same sum": lambda x: np.roll(x, 1, axis=-1),
+    "one more and one less": lambda x: x + np.resize([1, -1, 0], x.shape[-1]),
+    "the cells in another order": lambda x: x[::-1],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("store", STORED[:2])
-def test_counts_changed_after_registration_are_said(store):
+def test_counts_changed_after_registration_are_said(store, change):
     adata = make(names(30))
-    adata.X = store(adata.X)
+    original = adata.X.copy()
+    adata.X = store(original)
     model = MultiVI(Mosaic.from_anndata({"rna": adata}), n_latent=2, n_hidden=8)
     before = model.get_latent_representation()
-    x = adata.X if store is np.array else adata.X.data
-    x[...] = np.log1p(x)
+    x = adata.X if store is np.array else adata.X.data.reshape(original.shape)
+    x[...] = CHANGES[change](original)
     for question in (
         lambda: model.train(1, progress_bar=False),
         model.get_latent_representation,
@@ -95,8 +105,32 @@ def test_counts_changed_after_registration_are_said(store):
     ):
         with pytest.raises(ValueError, match="modality 'rna': the measurements were changed after registration"):
             question()
-    x[...] = np.round(np.expm1(x))
+    x[...] = original
     pd.testing.assert_frame_equal(model.get_latent_representation(), before)
+
+
+def test_a_matrix_is_known_again_however_it_is_read(tmp_path):
+    """Rows in any order, repeated, and from a file: the same sums."""
+    adata = make(names(40), 300)
+    adata.X = sparse.csr_matrix(np.where(adata.X > 6, adata.X / 3, 0).astype(np.float32))
+    adata.write_h5ad(tmp_path / "x.h5ad")
+    on_disk = anndata.read_h5ad(tmp_path / "x.h5ad", backed="r")
+    for each in (adata, on_disk):
+        modality = Mosaic.from_anndata({"rna": each}, allow_non_integer=True).modalities["rna"]
+        for cells in ([3], [39, 0, 7, 7], np.arange(40)[::-1]):
+            assert modality.read(np.array(cells)).shape == (len(cells), 300)
+    on_disk.file.close()
+
+
+def test_exposures_changed_after_registration_are_said():
+    adata = make(names(30))
+    adata.layers["n"] = adata.X + 1
+    spec = ModalitySpec("normal", exposure_layer="n")
+    modality = Mosaic.from_anndata({"x": adata}, {"x": spec}).modalities["x"]
+    adata.layers["n"][4] = adata.layers["n"][4, ::-1] + [0, 1, -1]
+    assert modality.exposure(np.arange(4)).shape == (4, 3)
+    with pytest.raises(ValueError, match="'x': the exposures were changed .*, 1 of 30 cells .*, cell number 4 first"):
+        modality.exposure(np.arange(30))
 
 
 # Annotation
