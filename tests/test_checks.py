@@ -187,7 +187,7 @@ def changed(model, name, change):
     drawn, _ = checks.prior_sample(model, seed=3)
     modality = drawn.modalities[name]
     x = modality.matrix[np.arange(len(modality.matrix.source))]
-    own = replace(modality, matrix=Matrix(change(np.random.default_rng(0), x).astype(np.float32)), totals=None)
+    own = replace(modality, matrix=Matrix(change(np.random.default_rng(0), x).astype(np.float32)))
     return replace(drawn, modalities=drawn.modalities | {name: own})
 
 

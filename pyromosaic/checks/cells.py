@@ -179,7 +179,6 @@ def prior_sample(
         modalities[name] = replace(
             m.take(index),
             matrix=Matrix(np.concatenate(counts[name]).astype(np.float32)),
-            totals=None,
             rows=np.where(has, np.cumsum(has) - 1, -1),
             library=library[name],
             dense=True,

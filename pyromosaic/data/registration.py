@@ -283,8 +283,6 @@ def _modality(
     if groups is not None and summary.detected is not None:
         _warn_unmeasured(name, summary.detected, np.bincount(groups, minlength=len(batches)), batches)
     library = _library(name, spec, summary.totals, cells, present, table)
-    totals = np.full(matrix.shape[0], np.nan)
-    totals[rows[present]] = summary.totals
 
     continuous = np.zeros((len(cells), len(spec.continuous_covariates)), dtype=np.float32)
     moments: dict[str, tuple[float, float]] = {}
@@ -317,7 +315,7 @@ def _modality(
     # A likelihood of the user's own need not know of sparse tensors.
     dense = not isinstance(spec.likelihood, str) or DATA_KINDS[spec.likelihood] != "count"
     dense |= summary.density > DENSE_ABOVE
-    return Modality(name, schema, matrix, rows, categorical, continuous, library, labels, dense, exposures, totals)
+    return Modality(name, schema, matrix, rows, categorical, continuous, library, labels, dense, exposures)
 
 
 def not_empty(matrix: Any) -> np.ndarray:

@@ -35,9 +35,19 @@ class Bernoulli(Likelihood):
         self.depth = nn.Sequential(nn.Linear(1, 16), nn.LeakyReLU(), nn.Linear(16, 1))
 
     def start(self, view: View) -> dict[str, Tensor]:
-        """Initialise at the share of cells in which each region is open, with cell and region factors of one half."""
-        share = (view.dense_counts() > 0).to(torch.float32).mean(0)
-        return {"accessibility": logit((4 * share).clamp(1e-4, 0.9))}
+        """Initialise at the share of cells in which each region is open.
+
+        Cell and region factors start at one half, or higher where a region is open in more cells than that allows: then
+        each of the three factors has its third of the share, in logarithms.
+        """
+        is_open = view.dense_counts() > 0
+        share = is_open.to(torch.float32).mean(0).clamp(max=1 - 0.5 / len(is_open))
+        region = share.pow(1 / 3).clamp_min(0.5)
+        cell = region.max()
+        with torch.no_grad():
+            self.region_logits.copy_(logit(region))
+            self.depth[-1].bias += logit(cell) - self.depth(share.new_zeros(1))  # of the median cell
+        return {"accessibility": logit((share / (cell * region)).clamp_min(1e-4))}
 
     def cell_logits(self, view: View) -> Tensor:
         """Log odds of the cell factor, shape (b, 1)."""

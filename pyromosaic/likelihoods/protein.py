@@ -45,14 +45,19 @@ class NBMixture(CountLikelihood):
         theta starts at 10, because antibodies are far less dispersed than genes, and log theta can move only a limited
         distance during training. If it is still too small, predictive intervals of held-out counts are too wide.
         """
-        x = torch.log1p(view.dense_counts() * self.schema.library / view.library).numpy()
+        counts, size = view.dense_counts(), self.cell_factor(view)
+        x = torch.log1p(counts / size).numpy()
+        # A protein that was hardly ever seen starts at its mean; other backgrounds start higher.
+        mean = torch.log1p((counts.sum(0) + 0.5) / size.sum()).numpy()
         batches = view.one_hot().argmax(-1).numpy() if self.schema.spec.batch_key else np.zeros(len(x), dtype=int)
         with torch.no_grad():
             self.log_theta.fill_(np.log(10.0))
             for batch in np.unique(batches):
                 loc, scale = two_normals(x[batches == batch])[:2]
-                # x is log1p, but the parameter is a log mean.
-                self.background_loc[batch] = torch.from_numpy(np.log(np.expm1(np.maximum(loc[0], 0.1))))
+                # x is log1p, the parameter is a log mean.
+                self.background_loc[batch] = torch.from_numpy(
+                    np.log(np.expm1(np.where(mean < 0.1, mean, np.maximum(loc[0], 0.1))))
+                )
                 self.background_log_scale[batch] = torch.from_numpy(np.log(np.clip(scale[0], 0.1, 1.0)))
         loc, _, background = two_normals(x)
         gap = torch.from_numpy(np.maximum(loc[1] - loc[0], 0.1))
