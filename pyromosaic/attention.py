@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from pyromosaic.accepted import Rate, Whole, Width, checked
 from pyromosaic.data import ModalitySchema
 from pyromosaic.nn import Encoder
 
@@ -26,15 +27,16 @@ class AttentionEncoder(Encoder):
         Number of tokens.
     """
 
+    @checked
     def __init__(
         self,
         schema: ModalitySchema,
-        n_latent: int,
-        n_hidden: int = 128,
-        n_layers: int = 2,
-        dropout: float = 0.1,
+        n_latent: Width,
+        n_hidden: Width = 128,
+        n_layers: Whole = 2,
+        dropout: Rate = 0.1,
         covariates: bool = True,
-        n_tokens: int = 8,
+        n_tokens: Width = 8,
     ) -> None:
         super().__init__(schema, n_latent, n_hidden, 0, dropout, covariates)
         n_inputs = schema.n_features + covariates * schema.n_covariates

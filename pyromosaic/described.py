@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from inspect import Parameter, signature
 from typing import Any, ClassVar, Self
 
+import numpy as np
 from torch import nn
 
 
@@ -89,6 +90,8 @@ def to_json(value: Any, classes: Mapping[str, type]) -> Any:
         return {key: to_json(entry, classes) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [to_json(entry, classes) for entry in value]
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or isinstance(value, str | int | float):
         return value
     raise TypeError(f"{type(value).__name__} is code, not a plain value")

@@ -278,9 +278,9 @@ def fusion_of(fusion: str | Fusion, modalities: Sequence[str]) -> Fusion:
     >>> fusion_of("product", ["rna", "adt"])
     ProductFusion()
     """
-    if not isinstance(fusion, str):
+    if isinstance(fusion, Fusion):
         return fusion
-    if fusion not in FUSIONS:
+    if not isinstance(fusion, str) or fusion not in FUSIONS:
         raise ValueError(f"unknown fusion {fusion!r}; accepted: {', '.join(FUSIONS)}, or a Fusion")
     return FUSIONS[fusion](modalities)
 

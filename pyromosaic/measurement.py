@@ -15,6 +15,7 @@ from pyro import distributions as dist
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyromosaic.accepted import Weight, checked
 from pyromosaic.data import Minibatch, Traits, View
 from pyromosaic.posterior import Posterior, alone
 from pyromosaic.program import Part, Slots, weighted
@@ -47,6 +48,7 @@ def _balance(minibatch: Minibatch, weights: Mapping[str, float]) -> AbstractCont
     return balanced
 
 
+@checked
 @dataclass(frozen=True)
 class Plates:
     """Plates and weights of a modality's sites, the same in model and guide.
@@ -65,16 +67,9 @@ class Plates:
 
     name: str
     n_features: int
-    data: float = 1.0
-    private: float = 1.0
+    data: Weight = 1.0
+    private: Weight = 1.0
     balanced: bool = False
-
-    def __post_init__(self) -> None:
-        if self.data < 0 or self.private < 0:
-            raise ValueError(
-                f"weights must be at least 0; found {self.data} for the likelihood of modality {self.name!r} and "
-                f"{self.private} for its private variable"
-            )
 
     @contextmanager
     def cells(self, minibatch: Minibatch) -> Iterator[None]:

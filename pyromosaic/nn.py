@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyromosaic.accepted import Dimensions, Rate, Whole, Width, checked
 from pyromosaic.data import DataKind, ModalitySchema, View
 from pyromosaic.laplace import UncertainLinear
 
@@ -137,16 +138,17 @@ class Encoder(nn.Module):
         Dropout rate on the inputs in training, scaled by ``1 - 250 / n_features``.
     """
 
+    @checked
     def __init__(
         self,
         schema: ModalitySchema,
-        n_latent: int,
-        n_hidden: int = 128,
-        n_layers: int = 2,
-        dropout: float = 0.1,
+        n_latent: Width,
+        n_hidden: Width = 128,
+        n_layers: Whole = 2,
+        dropout: Rate = 0.1,
         covariates: bool = True,
-        embedding: int = 0,
-        input_dropout: float = 0.0,
+        embedding: Dimensions = 0,
+        input_dropout: Rate = 0.0,
     ) -> None:
         super().__init__()
         self.scaling = InputScaling(schema)
@@ -202,15 +204,16 @@ class Decoder(nn.Module):
         As in `Encoder`.
     """
 
+    @checked
     def __init__(
         self,
         schema: ModalitySchema,
         predictors: tuple[str, ...],
-        n_latent: int,
-        n_hidden: int = 128,
-        n_layers: int = 1,
-        dropout: float = 0.0,
-        embedding: int = 0,
+        n_latent: Width,
+        n_hidden: Width = 128,
+        n_layers: Whole = 1,
+        dropout: Rate = 0.0,
+        embedding: Dimensions = 0,
     ) -> None:
         super().__init__()
         self.embed, width = embed(schema, embedding)
@@ -334,7 +337,8 @@ class InnerProductDecoder(nn.Module):
         Dimension of the private latent variable.
     """
 
-    def __init__(self, schema: ModalitySchema, predictors: tuple[str, ...], n_private: int = 0) -> None:
+    @checked
+    def __init__(self, schema: ModalitySchema, predictors: tuple[str, ...], n_private: Dimensions = 0) -> None:
         super().__init__()
         self.n_batches = len(schema.categories[schema.spec.batch_key]) if schema.spec.batch_key else 0
         n_effects = schema.n_covariates - self.n_batches

@@ -11,6 +11,7 @@ import torch
 from pyro import distributions as dist
 from torch import Tensor, nn
 
+from pyromosaic.accepted import Count, Positive, Width, checked
 from pyromosaic.data import Minibatch, View
 from pyromosaic.described import Described
 from pyromosaic.labels import Labels
@@ -38,7 +39,8 @@ class StandardNormal(Described):
     needed = ("n_latent",)
     zero: Tensor
 
-    def __init__(self, n_latent: int | None = None) -> None:
+    @checked
+    def __init__(self, n_latent: Width | None = None) -> None:
         super().__init__()
         self.complete = n_latent is not None
         self.register_buffer("zero", torch.zeros(n_latent or 0), persistent=False)
@@ -73,7 +75,8 @@ class StudentT(Described):
     needed = ("n_latent",)
     zero: Tensor
 
-    def __init__(self, n_latent: int | None = None, df: float = 5.0) -> None:
+    @checked
+    def __init__(self, n_latent: Width | None = None, df: Positive = 5.0) -> None:
         super().__init__()
         self.df, self.complete = df, n_latent is not None
         self.register_buffer("zero", torch.zeros(n_latent or 0), persistent=False)
@@ -109,7 +112,8 @@ class ARD(Described):
 
     needed = ("n_latent",)
 
-    def __init__(self, n_latent: int | None = None) -> None:
+    @checked
+    def __init__(self, n_latent: Width | None = None) -> None:
         super().__init__()
         self.complete = n_latent is not None
         self.log_scale = nn.Parameter(torch.zeros(n_latent or 0))
@@ -148,7 +152,8 @@ class GaussianMixture(Described):
 
     needed = ("n_latent",)
 
-    def __init__(self, n_latent: int | None = None, n_components: int = 10, labels: Labels | None = None) -> None:
+    @checked
+    def __init__(self, n_latent: Width | None = None, n_components: Count = 10, labels: Labels | None = None) -> None:
         super().__init__()
         self.complete = n_latent is not None
         if n_latent is None:
@@ -200,7 +205,8 @@ class VampPrior(nn.Module):
     >>> model.train(n_epochs=1, progress_bar=False)
     """
 
-    def __init__(self, encoder: Any, n_latent: int, n_components: int = 50) -> None:
+    @checked
+    def __init__(self, encoder: Any, n_latent: Width, n_components: Count = 50) -> None:
         super().__init__()
         self.encoder, self.n_latent = (encoder,), n_latent  # the guide owns the encoder's parameters
         self.inputs = nn.Parameter(torch.randn(n_components, encoder.scaling.schema.n_features))  # scaled for it

@@ -136,7 +136,7 @@ def test_ranks_of_counts_are_randomised():
     halves = pd.Series(np.where(np.arange(4000) < 1000, "a", "b"), name="half")
     by = ranks.coverage((0.9,), by=halves)
     assert list(by["n"]) == [1000, 3000] and by.index.names == ["variable", "half", "level"]
-    with pytest.raises(ValueError, match="levels must lie between 0 and 1"):
+    with pytest.raises(ValueError, match="levels must be a list with values each a number between 0 and 1"):
         ranks.coverage((90,))
 
 
@@ -345,9 +345,9 @@ def test_points_have_no_posterior_to_check():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: checks.predictive_check(m, n_samples=0), "n_samples must be at least 1"),
-        (lambda m: checks.held_out_log_likelihood(m, n_samples=0), "n_samples must be at least 1"),
-        (lambda m: checks.simulation_based_calibration(m, of="size"), 'of must be "latent", "mean" or "effect"'),
+        (lambda m: checks.predictive_check(m, n_samples=0), "n_samples must be a whole number from 1"),
+        (lambda m: checks.held_out_log_likelihood(m, n_samples=0), "n_samples must be a whole number from 1"),
+        (lambda m: checks.simulation_based_calibration(m, of="size"), "of must be 'latent', 'mean' or 'effect'"),
         (lambda m: checks.predictive_check(m, [0]), "in 1 of the cells"),
     ],
 )

@@ -536,9 +536,9 @@ def test_questions_that_make_no_sense_are_refused(trained):
         trained.get_latent_representation(representation="both")
     with pytest.raises(ValueError, match="none of the given cells is a target cell"):
         trained.salient_effect(np.flatnonzero(trained.mosaic.groups == 0))
-    with pytest.raises(ValueError, match="n_samples must be at least 1"):
+    with pytest.raises(ValueError, match="n_samples must be a whole number from 1"):
         trained.salient_effect(n_samples=0)
-    with pytest.raises(ValueError, match="fdr must be between 0 and 1"):
+    with pytest.raises(ValueError, match="fdr must be a number between 0 and 1"):
         trained.salient_effect(fdr=2.0)
     with pytest.raises(ValueError, match="feature 'nothing' is not in modality 'rna'"):
         trained.salient_effect(features=["nothing"])

@@ -195,14 +195,14 @@ def test_wrong_pairs_get_a_sentence():
         (lambda: compare(x, x * np.nan), "finite numbers"),
         (lambda: compare(x, -x), "values above 0"),
         (lambda: compare(x, 0 * x, pseudocount=0.0), "values above 0"),
-        (lambda: compare(x, x, pseudocount=-0.5), "pseudocount of at least 0"),
+        (lambda: compare(x, x, pseudocount=-0.5), "pseudocount must be a number from 0"),
         (lambda: compare(x, x, scale="ratio"), "'log2' or 'difference'; found 'ratio'"),
         (lambda: compare(x, x, mode="both"), "'change' or 'vanilla'; found 'both'"),
         (lambda: compare(x, x, delta=0.0), "a number above 0"),
         (lambda: compare(x, x, delta=np.nan), "a number above 0"),
         (lambda: compare(x, x, delta="auto"), "found 'auto'"),
-        (lambda: compare(x, x, fdr=0.0), "fdr must be between 0 and 1"),
-        (lambda: compare(x, x, fdr=1.0), "fdr must be between 0 and 1"),
+        (lambda: compare(x, x, fdr=0.0), "fdr must be a number between 0 and 1"),
+        (lambda: compare(x, x, fdr=1.0), "fdr must be a number between 0 and 1"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
@@ -465,8 +465,8 @@ def test_wrong_questions_get_a_sentence(trained, mosaic, data):
         ({"cells1": ["nobody"]}, "'nobody' is not in the mosaic"),
         ({"groupby": "type", "features": ["CD4"]}, "feature 'CD4' is not in modality 'rna'"),
         ({"groupby": "type", "features": []}, "no feature was asked for"),
-        ({"groupby": "type", "n_samples": 0}, "n_samples must be at least 1; found 0"),
-        ({"groupby": "type", "fdr": 1.5}, "fdr must be between 0 and 1; found 1.5"),
+        ({"groupby": "type", "n_samples": 0}, "n_samples must be a whole number from 1 to 1e9; found 0"),
+        ({"groupby": "type", "fdr": 1.5}, "fdr must be a number between 0 and 1; found 1.5"),
         ({"groupby": "type", "delta": -1.0}, "delta must be a number above 0"),
         ({"groupby": "type", "mode": "t-test"}, "'change' or 'vanilla'; found 't-test'"),
     ]:

@@ -69,7 +69,7 @@ def test_adapting_moves_only_what_belongs_to_the_new_batch(trained):
 def test_networks_may_see_an_embedding_of_the_batch(tmp_path):
     reference, query, last = mosaics()
     mosaic = Mosaic.from_mudata(reference[:300].copy(), batch_key="batch")
-    with pytest.raises(ValueError, match="covariate_embedding must be at least 0; found -1"):
+    with pytest.raises(ValueError, match="covariate_embedding must be a whole number from 0 to 100,000; found -1"):
         MultiVI(mosaic, covariate_embedding=-1)
     plain = MultiVI(mosaic, n_latent=4, n_hidden=16, dropout=0.0)
     model = MultiVI(mosaic, n_latent=4, n_hidden=16, dropout=0.0, covariate_embedding=3)

@@ -11,6 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyromosaic.accepted import Count, Positive, Seed, Whole, checked
 from pyromosaic.checks.cells import (
     BLOCK,
     blocks,
@@ -37,17 +38,18 @@ if TYPE_CHECKING:
 Quantity = Literal["latent", "mean", "effect"]
 
 
+@checked
 def simulation_based_calibration(
     model: MosaicModel,
     cells: Cells = None,
     *,
     of: Quantity = "latent",
-    n_samples: int = 99,
-    n_steps: int = 500,
-    batch_size: int = 256,
-    learning_rate: float = 3e-3,
+    n_samples: Count = 99,
+    n_steps: Whole = 500,
+    batch_size: Count = 256,
+    learning_rate: Positive = 3e-3,
     data: Mosaic | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Ranks:
     """Ranks of true values, drawn from the model itself, among draws from the posterior that the guide infers.
 
@@ -100,8 +102,6 @@ def simulation_based_calibration(
     >>> checks.simulation_based_calibration(model, n_samples=9, n_steps=5)
     Ranks of 200 cells among 9 draws: adt_background (5), z (3)
     """
-    if of not in ("latent", "mean", "effect"):
-        raise ValueError(f'of must be "latent", "mean" or "effect"; found {of!r}')
     mosaic = model._data(data)
     index = mosaic.find(cells)
     if mosaic.groups is not None:
@@ -132,16 +132,17 @@ def simulation_based_calibration(
     return Ranks(pd.concat(tables[0]), pd.concat(tables[1]), n_samples)
 
 
+@checked
 def fit_guide(
     model: Any,
     guide: Any,
     mosaic: Mosaic,
     index: np.ndarray,
     shared: poutine.Trace,
-    n_steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
+    n_steps: Whole,
+    batch_size: Count,
+    learning_rate: Positive,
+    seed: Seed,
 ) -> None:
     """Fit a guide to data drawn from a model with fixed parameters, by the plain ELBO."""
     if n_steps == 0:
@@ -193,15 +194,16 @@ def _frame(model: MosaicModel, cells: pd.Index, found: dict[str, tuple[Tensor, T
     return pd.concat(parts, axis=1, names=["variable", "name"])
 
 
+@checked
 def imputation_ranks(
     model: MosaicModel,
     modality: str,
     truth: "AnnData | pd.DataFrame",
     *,
-    n_samples: int = 199,
+    n_samples: Count = 199,
     encode: list[str] | None = None,
     data: Mosaic | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Ranks:
     """Ranks of held-out measurements among draws from their posterior predictive distribution.
 

@@ -14,6 +14,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
+from pyromosaic.accepted import Seed, checked
 from pyromosaic.data import Minibatch, Mosaic, measured
 from pyromosaic.data.matrix import Matrix
 from pyromosaic.measurement import part_of
@@ -125,8 +126,9 @@ def log_weight(explained: poutine.Trace, inferred: poutine.Trace, minibatch: Min
     return total
 
 
+@checked
 def prior_sample(
-    model: MosaicModel, cells: Cells = None, *, data: Mosaic | None = None, seed: int = 0
+    model: MosaicModel, cells: Cells = None, *, data: Mosaic | None = None, seed: Seed = 0
 ) -> tuple[Mosaic, dict[str, pd.DataFrame]]:
     """Draw a mosaic from the model, and return it with the latent variables that generated it.
 

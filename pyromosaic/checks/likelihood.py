@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from pyromosaic.accepted import Count, Seed, checked
 from pyromosaic.checks.cells import blocks, explain, infer, log_weight, without_penalties
 from pyromosaic.data import Mosaic
 from pyromosaic.measurement import encoded_once
@@ -11,8 +12,9 @@ from pyromosaic.models.mosaic_model import Cells, MosaicModel
 from pyromosaic.tasks import inference_mode
 
 
+@checked
 def held_out_log_likelihood(
-    model: MosaicModel, cells: Cells = None, *, n_samples: int = 100, data: Mosaic | None = None, seed: int = 0
+    model: MosaicModel, cells: Cells = None, *, n_samples: Count = 100, data: Mosaic | None = None, seed: Seed = 0
 ) -> pd.DataFrame:
     r"""Log-likelihood of each cell's measurements, all modalities together, by importance sampling.
 
@@ -64,8 +66,6 @@ def held_out_log_likelihood(
     >>> bool((table["log_likelihood"] >= table["elbo"]).all())
     True
     """
-    if n_samples < 1:
-        raise ValueError(f"n_samples must be at least 1; found {n_samples}")
     mosaic = model._data(data)
     index = mosaic.find(cells)
     parts = []

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pyromosaic.accepted import Count, Seed, checked
 from pyromosaic.checks.cells import BLOCK, blocks, draw_prior, shared_variables, without_penalties
 from pyromosaic.data import Minibatch, Mosaic
 from pyromosaic.measurement import encoded_once, part_of
@@ -49,15 +50,16 @@ class PredictiveCheck:
     n_samples: int
 
 
+@checked
 def predictive_check(
     model: MosaicModel,
     cells: Cells = None,
     *,
     prior: bool = False,
     links: pd.DataFrame | None = None,
-    n_samples: int = 99,
+    n_samples: Count = 99,
     data: Mosaic | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> PredictiveCheck:
     """Compare the data with data drawn from the model, by statistics of every modality.
 
@@ -121,8 +123,6 @@ def predictive_check(
     >>> check.overall.loc["adt"].index.tolist()
     ['background', 'mean', 'size', 'variance', 'zeros']
     """
-    if n_samples < 1:
-        raise ValueError(f"n_samples must be at least 1; found {n_samples}")
     mosaic = model._data(data)
     index = mosaic.find(cells)
     pairs = _pairs(model, mosaic, index, links)

@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from pyromosaic.accepted import Count, Level, Seed, checked
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -43,7 +45,8 @@ class Ranks:
         )
         return f"Ranks of {len(self.below)} cells among {self.n_samples} draws: {variables}"
 
-    def uniform(self, seed: int = 0) -> pd.DataFrame:
+    @checked
+    def uniform(self, seed: Seed = 0) -> pd.DataFrame:
         """Ranks as numbers between 0 and 1, uniform if the distributions are right.
 
         If a true value equals some draws, as counts often do, it gets a random rank among them. Therefore ranks are
@@ -57,8 +60,9 @@ class Ranks:
         places = np.random.default_rng(seed).random(self.below.shape)
         return (self.below + places * (self.equal + 1)) / (self.n_samples + 1)
 
+    @checked
     def coverage(
-        self, levels: Sequence[float] = (0.5, 0.9), by: pd.Series | None = None, seed: int = 0
+        self, levels: Sequence[Level] = (0.5, 0.9), by: pd.Series | None = None, seed: Seed = 0
     ) -> pd.DataFrame:
         """Share of true values inside central intervals of the draws, over cells and quantities of each variable.
 
@@ -80,8 +84,6 @@ class Ranks:
             than its level even for right distributions, because it includes all draws equal to an end; if most counts
             are 0, it contains nearly everything. The randomised share equals the level for right distributions.
         """
-        if any(not 0 < level < 1 for level in levels):
-            raise ValueError(f"levels must lie between 0 and 1; found {list(levels)}")
         uniform = self.uniform(seed)
         groups = (
             {(): self.below.index} if by is None else {(k,): i for k, i in by.groupby(by, observed=True).groups.items()}
@@ -104,7 +106,8 @@ class Ranks:
         index = pd.MultiIndex.from_tuples(list(table), names=names)
         return pd.DataFrame(list(table.values()), index, ["interval", "randomised", "n"])
 
-    def test(self, n_bins: int = 20, seed: int = 0) -> pd.DataFrame:
+    @checked
+    def test(self, n_bins: Count = 20, seed: Seed = 0) -> pd.DataFrame:
         """Chi-square test of uniformity of each quantity over cells.
 
         Parameters

@@ -90,4 +90,7 @@ def from_cells(mosaic: "Mosaic", background: Any, target: Any) -> tuple[Cohorts,
 
 def _words(values: Any) -> tuple[str, ...]:
     several = isinstance(values, Iterable) and not isinstance(values, str)
-    return tuple(map(word, values)) if several else (word(values),)
+    found = tuple(map(word, values)) if several else (word(values),)
+    if not found:
+        raise ValueError("a cohort takes at least one value of the column; found an empty list")
+    return found

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from pyromosaic.accepted import Count, Rate, Seed, Whole, checked
 from pyromosaic.data.minibatch import Minibatch, measured
 from pyromosaic.data.mosaic import Mosaic
 
@@ -35,8 +36,9 @@ class _Portions(Sampler[np.ndarray]):
         yield from np.array_split(cells, self.n_portions)  # lazily: a loader with workers makes one iterator in vain
 
 
+@checked
 def loader(
-    mosaic: Mosaic, cells: np.ndarray, batch_size: int, seed: int | None = None, n_workers: int = 0
+    mosaic: Mosaic, cells: np.ndarray, batch_size: Count, seed: Seed | None = None, n_workers: Whole = 0
 ) -> DataLoader[Minibatch]:
     """Minibatches over `cells`; shuffled anew each epoch when a seed is given.
 
@@ -70,8 +72,8 @@ def loader(
     >>> [len(minibatch) for minibatch in loader(mosaic, mosaic.find(None), batch_size=40, seed=0)]
     [30, 30, 30]
     """
-    if len(cells) == 0 or batch_size < 1:
-        raise ValueError(f"minibatches need at least one cell and a size of 1; found {len(cells)} and {batch_size}")
+    if len(cells) == 0:
+        raise ValueError("minibatches need at least one cell; found none")
     generator = None if seed is None else np.random.default_rng(seed)
     return DataLoader(
         _Minibatches(mosaic, len(cells)),
@@ -121,12 +123,13 @@ class _Pairs(Sampler[np.ndarray]):
             yield np.concatenate([background[:m], target[:m]])
 
 
+@checked
 def contrastive_loader(
     mosaic: Mosaic,
     cells: np.ndarray,
-    batch_size: int,
-    seed: int | None = None,
-    n_workers: int = 0,
+    batch_size: Count,
+    seed: Seed | None = None,
+    n_workers: Whole = 0,
     *,
     replay: bool = False,
 ) -> DataLoader[Minibatch]:
@@ -171,8 +174,6 @@ def contrastive_loader(
     """
     if mosaic.groups is None:
         raise ValueError("the mosaic has no cohorts; mosaic.with_cohorts says which cells are background and target")
-    if batch_size < 1:
-        raise ValueError(f"a minibatch has at least one cell of each cohort; found size {batch_size}")
     cohorts = cells[mosaic.groups[cells] == 0], cells[mosaic.groups[cells] > 0]
     if min(map(len, cohorts)) == 0:
         raise ValueError(
@@ -210,7 +211,8 @@ class Split:
     test: np.ndarray
 
 
-def split(mosaic: Mosaic, validation: float = 0.1, test: float = 0.0, seed: int = 0) -> Split:
+@checked
+def split(mosaic: Mosaic, validation: Rate = 0.1, test: Rate = 0.0, seed: Seed = 0) -> Split:
     """Random split within each presence pattern and cohort; too few cells of a kind stay in the training part.
 
     Cells of neither cohort, where there are cohorts, are in no part.

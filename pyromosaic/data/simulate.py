@@ -16,6 +16,7 @@ import pandas as pd
 from scipy import sparse
 from scipy.special import expit
 
+from pyromosaic.accepted import Count, Seed, Width, checked
 from pyromosaic.data.spec import LIKELIHOOD_BY_NAME, ModalitySpec
 from pyromosaic.data.tables import kept_apart
 
@@ -170,15 +171,16 @@ STORIES: Mapping[str, Callable[..., Story]] = {
 }
 
 
+@checked
 def simulate(
-    n_cells: int = 1000,
+    n_cells: Count = 1000,
     modalities: Mapping[str, int] | None = None,
     *,
     likelihoods: Mapping[str, str] | None = None,
     patterns: Mapping[str, float] | Sequence[str] | None = None,
     types: int | Sequence[float] | Mapping[str, Sequence[float]] = 5,
     private: Mapping[str, Sequence[str]] | None = None,
-    n_latent: int = 5,
+    n_latent: Width = 5,
     separation: float = 2.0,
     n_batches: int = 2,
     batch_effect: float = 0.3,
@@ -188,11 +190,11 @@ def simulate(
     treated: float | Mapping[str, float] = 0.0,
     treated_types: Sequence[float] | None = None,
     n_responses: int = 2,
-    n_salient: int = 2,
+    n_salient: Width = 2,
     affected: float = 0.2,
     effect: float = 1.0,
     keep_means: bool = True,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> "tuple[MuData, Truth]":
     """Draw a mosaic from known parameters.
 

@@ -282,6 +282,10 @@ def find(names: pd.Index, wanted: Any, noun: str, owner: str, numbers: bool = Tr
                     f"a Series of whole numbers could be names or positions of {noun}s; pass names as text, by "
                     ".astype(str), or positions without an index, by .to_numpy()"
                 )
+        if len(positions) == len(names) > 2 and np.isin(positions, (0, 1)).all():
+            raise ValueError(
+                f"a 0 or 1 for each {noun} may be a mask or {noun} numbers; give a mask as booleans, .astype(bool)"
+            )
         low, high = np.min(positions), np.max(positions)
         if low < 0 or high >= len(names):
             raise ValueError(f"{noun} numbers run from 0 to {len(names) - 1}; found {low} to {high}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from pyromosaic.accepted import Seed, Share, checked
 from pyromosaic.data.mosaic import Mosaic
 from pyromosaic.data.tables import kept_apart
 
@@ -32,7 +33,8 @@ def _mudata(modalities: "dict[str, AnnData]", obs: pd.DataFrame, origin: Mapping
     return mdata
 
 
-def hide(mdata: "MuData", n_hidden: Mapping[str, int], seed: int = 0) -> "tuple[MuData, dict[str, AnnData]]":
+@checked
+def hide(mdata: "MuData", n_hidden: Mapping[str, int], seed: Seed = 0) -> "tuple[MuData, dict[str, AnnData]]":
     """Hide modalities of randomly chosen cells that have them all; no cell loses more than one.
 
     Parameters
@@ -84,7 +86,8 @@ def hide(mdata: "MuData", n_hidden: Mapping[str, int], seed: int = 0) -> "tuple[
     return _mudata(kept, mdata.obs, {}), truth
 
 
-def unpair(mdata: "MuData", share: float, seed: int = 0) -> "MuData":
+@checked
+def unpair(mdata: "MuData", share: Share, seed: Seed = 0) -> "MuData":
     """Replace a share of the complete cells by copies that have one modality each (MultiVI's artificial unpairing).
 
     Parameters

@@ -75,7 +75,8 @@ def shared_scores(mosaic: Mosaic, graph: GuidanceGraph, n_components: int, seed:
         width = min(
             n_components, *(min(len(graph.features[k]), int(mosaic.modalities[k].present.sum())) - 1 for k in (a, b))
         )
-        linkage = cca(mosaic, (a, b), links[a, b], n_components=width, seed=seed)
+        n_pcs = min(30, *(int(mosaic.modalities[k].present.sum()) - 1 for k in (a, b)))
+        linkage = cca(mosaic, (a, b), links[a, b], n_components=width, n_pcs=n_pcs, seed=seed)
         if not scores:
             scores = {name: linkage.scores[name].to_numpy() for name in (a, b)}
             radius = float(np.sqrt((linkage.correlations**2).sum()))

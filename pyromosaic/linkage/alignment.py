@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from pyromosaic.accepted import Count, Rate, Seed, Share, Weight, checked
 from pyromosaic.data import Mosaic
 from pyromosaic.linkage.canonical import (
     Canonical,
@@ -119,7 +120,8 @@ class Linkage:
             )
         return found
 
-    def feature_links(self, level: float = 0.05) -> pd.DataFrame:
+    @checked
+    def feature_links(self, level: Share = 0.05) -> pd.DataFrame:
         r"""Features whose correlation across modalities is stronger than by chance.
 
         The correlation of features j and k is that of the canonical model, :math:`l_j^T C_{xx} A \,\mathrm{diag}(\rho)
@@ -186,6 +188,7 @@ def link_recovery(found: pd.DataFrame, held_out: Links) -> tuple[float, float]:
     return hits / len(judged) if len(judged) else float("nan"), hits / len(held_out)
 
 
+@checked
 def cca(
     mosaic: Mosaic,
     modalities: tuple[str, str],
@@ -193,16 +196,16 @@ def cca(
     *,
     match: Literal["transport", "mutual", "assignment"] | Match = "transport",
     start: Literal["links", "diagonal", "geometry"] | None = None,
-    rounds: int = 5,
-    held_out: float = 0.25,
-    link_share: float = 0.5,
-    n_components: int | None = None,
-    n_pcs: int = 30,
-    n_neighbors: int = 15,
-    ridge: float = 0.2,
-    n_metacells: int = 4096,
+    rounds: Count = 5,
+    held_out: Rate = 0.25,
+    link_share: Share = 0.5,
+    n_components: Count | None = None,
+    n_pcs: Count = 30,
+    n_neighbors: Count = 15,
+    ridge: Weight = 0.2,
+    n_metacells: Count = 4096,
     correspondence: Correspondence | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Linkage:
     """Link two modalities by canonical correlation analysis with a soft correspondence, without pairs or labels.
 
@@ -280,14 +283,6 @@ def cca(
     ((1200, 15), (1200, 15))
     """
     _check(mosaic, modalities)
-    if isinstance(match, str) and match not in MATCHES:
-        raise ValueError(f"unknown match {match!r}; accepted: {', '.join(map(repr, MATCHES))} or a function")
-    if start not in (None, "links", "diagonal", "geometry"):
-        raise ValueError(f"unknown start {start!r}; accepted: 'links', 'diagonal', 'geometry' or None")
-    if rounds < 1 or not 0 <= held_out < 1:
-        raise ValueError(
-            f"rounds must be at least 1, and held_out at least 0 and below 1; found {rounds} and {held_out}"
-        )
     most = 15 if n_components is None else n_components
     first, second = (Side.fit(mosaic, name, n_pcs, n_neighbors, n_metacells, seed) for name in modalities)
     _refuse_same(first, second)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pyromosaic.accepted import Count, Seed, Share, Weight, checked
 from pyromosaic.linkage.matching import Correspondence
 
 
@@ -38,7 +39,8 @@ class Canonical:
         return values @ self.coefficients[side] * self.correlations**power
 
 
-def canonical_correlation(x: np.ndarray, y: np.ndarray, pi: Correspondence, ridge: float = 0.2) -> Canonical:
+@checked
+def canonical_correlation(x: np.ndarray, y: np.ndarray, pi: Correspondence, ridge: Weight = 0.2) -> Canonical:
     r"""Fit canonical variables of two modalities whose cells have a soft correspondence.
 
     With :math:`C_{xx}, C_{yy}` the covariances of all cells and :math:`C_{xy} = X^T \Pi Y - (X^T \Pi 1)(1^T \Pi Y)`,
@@ -77,8 +79,9 @@ def canonical_variables(within: Sequence[np.ndarray], between: np.ndarray) -> Ca
     return Canonical((first @ u * sign, second @ vt.T * sign), correlations)
 
 
+@checked
 def shuffled_covariances(
-    x: np.ndarray, y: np.ndarray, pi: Correspondence, n_shuffles: int = 20, seed: int = 0
+    x: np.ndarray, y: np.ndarray, pi: Correspondence, n_shuffles: Count = 20, seed: Seed = 0
 ) -> np.ndarray:
     """Cross-covariances under shuffled correspondences, shape (n_shuffles, columns of x, columns of y).
 
@@ -117,7 +120,8 @@ def shuffled_covariances(
     return np.array(null)
 
 
-def count_components(canonical: Canonical, null: np.ndarray, level: float = 0.05) -> int:
+@checked
+def count_components(canonical: Canonical, null: np.ndarray, level: Share = 0.05) -> int:
     """Number of leading components whose correlation is higher than by chance.
 
     Component k is compared with the largest correlation in shuffled data after components 1 to k - 1 are removed
@@ -153,8 +157,9 @@ def count_components(canonical: Canonical, null: np.ndarray, level: float = 0.05
     return len(canonical.correlations)
 
 
+@checked
 def crossfit_correlations(
-    x: np.ndarray, y: np.ndarray, pi: Correspondence, ridge: float = 0.2, seed: int = 0
+    x: np.ndarray, y: np.ndarray, pi: Correspondence, ridge: Weight = 0.2, seed: Seed = 0
 ) -> np.ndarray:
     """Canonical correlations in cells that were not used to estimate the coefficients.
 
@@ -180,6 +185,7 @@ def crossfit_correlations(
         half[_by_content(values)] = rng.permutation(len(values)) % 2 == 0
         halves.append(half)
 
+    @checked
     def part(side: bool) -> tuple[np.ndarray, np.ndarray, Correspondence]:
         cells = [half == side for half in halves]
         (rows, first), (columns, second) = (

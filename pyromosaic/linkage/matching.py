@@ -10,6 +10,7 @@ from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import pdist, squareform
 
+from pyromosaic.accepted import Count, Length, Positive, Share, Weight, checked
 from pyromosaic.linkage.preprocess import group_means
 
 
@@ -113,13 +114,14 @@ def unit_rows(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
+@checked
 def transport(
     similarity: np.ndarray,
     weights: tuple[np.ndarray, np.ndarray],
     *,
-    epsilon: float = 0.02,
-    reach: float = 2.0,
-    n_iterations: int = 100,
+    epsilon: Positive = 0.02,
+    reach: Length = 2.0,
+    n_iterations: Count = 100,
 ) -> np.ndarray:
     """Entropic optimal transport with cost 1 - similarity: a soft matching of similar cells.
 
@@ -159,7 +161,10 @@ def transport(
     return (first * u)[:, None] * kernel * (second * v)
 
 
-def mutual_nearest(similarity: np.ndarray, weights: tuple[np.ndarray, np.ndarray], *, k: int = 30) -> sparse.csr_array:
+@checked
+def mutual_nearest(
+    similarity: np.ndarray, weights: tuple[np.ndarray, np.ndarray], *, k: Count = 30
+) -> sparse.csr_array:
     """Pairs of cells that are among each other's k most similar cells, with equal weights.
 
     Parameters
@@ -195,8 +200,9 @@ def mutual_nearest(similarity: np.ndarray, weights: tuple[np.ndarray, np.ndarray
     return chosen.multiply(back).tocsr()
 
 
+@checked
 def assignment(
-    similarity: np.ndarray, weights: tuple[np.ndarray, np.ndarray], *, keep: float = 0.8
+    similarity: np.ndarray, weights: tuple[np.ndarray, np.ndarray], *, keep: Share = 0.8
 ) -> sparse.csr_array:
     """One-to-one matching with the largest total similarity; only the most similar pairs are kept.
 
@@ -220,7 +226,8 @@ def assignment(
     return sparse.csr_array((np.ones(kept.sum()), (rows[kept], columns[kept])), shape=similarity.shape)
 
 
-def diagonal(x: np.ndarray, y: np.ndarray, n_components: int = 15) -> tuple[np.ndarray, np.ndarray]:
+@checked
+def diagonal(x: np.ndarray, y: np.ndarray, n_components: Count = 15) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates of cells on the singular vectors of ``x @ y.T``, computed without forming that product.
 
     This is canonical correlation analysis with diagonal covariances (Butler et al., Nature Biotechnology 2018).
@@ -246,13 +253,14 @@ def diagonal(x: np.ndarray, y: np.ndarray, n_components: int = 15) -> tuple[np.n
     return unit_rows(basis @ u[:, :n_components]), unit_rows(vt.T[:, :n_components])
 
 
+@checked
 def gromov_wasserstein(
     x: np.ndarray,
     y: np.ndarray,
     weights: tuple[np.ndarray, np.ndarray],
     similarity: np.ndarray | None = None,
     *,
-    geometry: float = 0.5,
+    geometry: Weight = 0.5,
 ) -> np.ndarray:
     """Match cells with similar distances to all other cells: fused Gromov–Wasserstein transport.
 

@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 
+from pyromosaic.accepted import Count, Dimensions, Positive, Seed, checked
 from pyromosaic.data import Mosaic
 from pyromosaic.fusion import Posterior, ProductFusion, presence
 from pyromosaic.linkage.alignment import Linkage, cca, scores_table
@@ -293,17 +294,18 @@ def implied_covariance(model: VariationalCCAModel, n_draws: int = 20_000) -> np.
     return ((first - first.mean(0)).T @ (second - second.mean(0)) / n_draws).numpy()
 
 
+@checked
 def variational_cca(
     mosaic: Mosaic,
     modalities: tuple[str, str],
     links: pd.DataFrame | Links | GuidanceGraph | None = None,
     *,
-    n_hidden: int = 0,
-    ridge: float = 0.2,
-    n_steps: int = 300,
-    batch_size: int = 512,
-    learning_rate: float = 2e-3,
-    seed: int = 0,
+    n_hidden: Dimensions = 0,
+    ridge: Positive = 0.2,
+    n_steps: Count = 300,
+    batch_size: Count = 512,
+    learning_rate: Positive = 2e-3,
+    seed: Seed = 0,
     **matching: Any,
 ) -> VariationalLinkage:
     r"""Link two modalities by probabilistic canonical correlation analysis, linear or deep.
@@ -360,11 +362,8 @@ def variational_cca(
     >>> bool((sd[both].max() < sd[~both].max()).all())
     True
     """
-    if n_hidden < 0 or n_steps < 1 or batch_size < 4 or batch_size % 4 or ridge <= 0:
-        raise ValueError(
-            "n_hidden must be at least 0, n_steps at least 1, batch_size a multiple of 4 and ridge above 0; found "
-            f"{n_hidden}, {n_steps}, {batch_size} and {ridge}"
-        )
+    if batch_size % 4:
+        raise ValueError(f"batch_size must be a multiple of 4; found {batch_size}")
     link = cca(mosaic, modalities, links, ridge=ridge, seed=seed, **matching)
     n_latent = len(link.correlations)
     data, scale, noise, covariances = {}, {}, {}, {}

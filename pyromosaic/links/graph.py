@@ -16,6 +16,7 @@ import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from pyromosaic.accepted import checked
 from pyromosaic.data import Mosaic, Schema
 from pyromosaic.data.tables import in_order
 from pyromosaic.links.pairs import Links, check_strength, links_by_overlap, links_from_table
@@ -183,6 +184,7 @@ class GuidanceGraph:
         return cls(features, np.array(pairs).T, np.ones(len(pairs)), np.ones(len(pairs)))
 
     @classmethod
+    @checked
     def from_table(cls, data: Mosaic | Schema, table: pd.DataFrame, *, drop_absent: bool = False) -> "GuidanceGraph":
         """Link the features in each row of a table.
 
@@ -345,6 +347,7 @@ class GuidanceGraph:
         return cls.from_table(mosaic, links_by_overlap(mosaic, modalities, genes, promoter).pairs)
 
     @classmethod
+    @checked
     def from_matrix(
         cls, data: Mosaic | Schema, a: str, b: str, matrix: Any, *, weighted: bool = False
     ) -> "GuidanceGraph":
@@ -405,12 +408,8 @@ class GuidanceGraph:
         """The edges of both graphs; an edge in both keeps the larger weight."""
         if self.features != other.features:
             raise ValueError("graphs with different features cannot be merged; build both from the same data")
-        return GuidanceGraph(
-            self.features,
-            np.concatenate([self.edges, other.edges], axis=1),
-            np.concatenate([self.weight, other.weight]),
-            np.concatenate([self.sign, other.sign]),
-        )
+        both = ((self.edges, other.edges), (self.weight, other.weight), (self.sign, other.sign))
+        return GuidanceGraph(self.features, *(np.concatenate(parts, axis=-1) for parts in both))
 
     # Saving
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from pyromosaic.accepted import Whole, checked
 from pyromosaic.data import Mosaic
 from pyromosaic.data.tables import words
 
@@ -161,7 +162,8 @@ def links_by_name(mosaic: Mosaic, modalities: tuple[str, str]) -> Links:
     return links_from_table(mosaic, modalities, pd.DataFrame(dict.fromkeys(modalities, names)))
 
 
-def links_by_overlap(mosaic: Mosaic, modalities: tuple[str, str], genes: pd.DataFrame, promoter: int = 2000) -> Links:
+@checked
+def links_by_overlap(mosaic: Mosaic, modalities: tuple[str, str], genes: pd.DataFrame, promoter: Whole = 2000) -> Links:
     """Links between genes and the regions that overlap their body or promoter.
 
     Parameters

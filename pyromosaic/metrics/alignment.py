@@ -7,13 +7,15 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial.distance import cdist
 
+from pyromosaic.accepted import Count, checked
 from pyromosaic.metrics._checks import aligned, as_copies, as_labels, as_latent, as_latent_pair, check_number
 from pyromosaic.metrics.neighbors import nearest_neighbors
 from pyromosaic.neighbors import vote
 
 
+@checked
 def foscttm(
-    x: ArrayLike, y: ArrayLike, *, per_cell: bool = False, block_size: int = 512
+    x: ArrayLike, y: ArrayLike, *, per_cell: bool = False, block_size: Count = 512
 ) -> float | NDArray[np.float64]:
     r"""Fraction of samples closer than the true match, from both sides.
 
@@ -73,13 +75,14 @@ def foscttm(
     return fraction if per_cell else float(fraction.mean())
 
 
+@checked
 def neighbor_rank_distance(
     x: ArrayLike,
     y: ArrayLike,
     *,
     others: ArrayLike | None = None,
     normalized: bool = True,
-    block_size: int = 512,
+    block_size: Count = 512,
 ) -> float:
     r"""Mean rank distance: how many neighbours lie between the two copies of a cell.
 
@@ -181,12 +184,13 @@ class LabelTransfer(NamedTuple):
     """Share of `x` cells whose label is predicted correctly from `y` cells."""
 
 
+@checked
 def label_transfer_accuracy(
     reference: ArrayLike,
     reference_labels: Any,
     query: ArrayLike,
     query_labels: Any,
-    n_neighbors: int = 1,
+    n_neighbors: Count = 1,
 ) -> float:
     """Share of query cells whose label wins the vote of their nearest reference neighbours.
 
@@ -232,8 +236,9 @@ def label_transfer_accuracy(
     return float(np.mean(labels[winners] == wanted))
 
 
+@checked
 def label_transfer_both_ways(
-    x: ArrayLike, x_labels: Any, y: ArrayLike, y_labels: Any, n_neighbors: int = 1
+    x: ArrayLike, x_labels: Any, y: ArrayLike, y_labels: Any, n_neighbors: Count = 1
 ) -> LabelTransfer:
     """Label transfer accuracy from `x` to `y` and from `y` to `x`; see :func:`label_transfer_accuracy`.
 

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from pyromosaic.accepted import Count, checked
 from pyromosaic.metrics._checks import aligned, as_finite, check_number, check_same_shape
 
 
@@ -47,7 +48,8 @@ def interval_coverage(truth: ArrayLike, lower: ArrayLike, upper: ArrayLike) -> f
     return float(np.mean((lower <= truth) & (truth <= upper)))
 
 
-def reliability_curve(confidence: ArrayLike, correct: ArrayLike, n_bins: int = 15) -> pd.DataFrame:
+@checked
+def reliability_curve(confidence: ArrayLike, correct: ArrayLike, n_bins: Count = 15) -> pd.DataFrame:
     """How often predictions are right, by their stated confidence.
 
     Parameters
@@ -94,7 +96,8 @@ def reliability_curve(confidence: ArrayLike, correct: ArrayLike, n_bins: int = 1
     return means.assign(n=means["n"].fillna(0).astype(int))
 
 
-def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, n_bins: int = 15) -> float:
+@checked
+def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, n_bins: Count = 15) -> float:
     r"""Mean absolute difference between confidence and accuracy.
 
     .. math::
@@ -132,7 +135,8 @@ def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, n_bins
     return float(np.average((bins["accuracy"] - bins["confidence"]).abs(), weights=bins["n"]))
 
 
-def error_by_uncertainty(error: ArrayLike, uncertainty: ArrayLike, n_bins: int = 10) -> pd.DataFrame:
+@checked
+def error_by_uncertainty(error: ArrayLike, uncertainty: ArrayLike, n_bins: Count = 10) -> pd.DataFrame:
     """Mean squared error of predictions, from the most to the least certain.
 
     Parameters

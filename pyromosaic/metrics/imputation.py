@@ -10,10 +10,12 @@ from sklearn.decomposition import PCA, TruncatedSVD
 from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.metrics import average_precision_score
 
+from pyromosaic.accepted import Count, Positive, checked
 from pyromosaic.metrics._checks import aligned, as_counts, as_finite, as_sparse, check_number, check_same_shape
 from pyromosaic.metrics.neighbors import nearest_neighbors
 
 
+@checked
 def imputation_spearman(
     truth: Any, imputed: ArrayLike, per: Literal["all", "cell", "feature"] = "all"
 ) -> float | NDArray[np.float64]:
@@ -124,7 +126,8 @@ def imputation_auprc(truth: Any, probability: ArrayLike) -> float:
     return float(average_precision_score(detected.ravel(), probability.ravel()))
 
 
-def scale_by_library(counts: Any, total: float = 1e4) -> sparse.csr_array:
+@checked
+def scale_by_library(counts: Any, total: Positive = 1e4) -> sparse.csr_array:
     """Scale every cell's counts to the same library size.
 
     Parameters
@@ -159,12 +162,13 @@ def scale_by_library(counts: Any, total: float = 1e4) -> sparse.csr_array:
     return sparse.diags_array(factor, format="csr") @ counts
 
 
+@checked
 def smooth_by_neighbors(
     counts: Any,
     method: Literal["pca", "lsi"] = "pca",
     *,
-    n_components: int = 30,
-    n_neighbors: int = 50,
+    n_components: Count = 30,
+    n_neighbors: Count = 50,
 ) -> NDArray[np.float32]:
     """Average held-out measurements over similar cells, as a less noisy truth that does not depend on a model.
 

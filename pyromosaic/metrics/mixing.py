@@ -6,11 +6,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from pyromosaic.accepted import Count, checked
 from pyromosaic.metrics._checks import aligned, as_labels, as_latent
 from pyromosaic.metrics.neighbors import nearest_neighbors
 
 
-def label_purity(latent: ArrayLike, labels: Any, n_neighbors: int = 15) -> float:
+@checked
+def label_purity(latent: ArrayLike, labels: Any, n_neighbors: Count = 15) -> float:
     """Mean share of a cell's nearest neighbours that have the same label as the cell.
 
     Parameters
@@ -43,7 +45,8 @@ def label_purity(latent: ArrayLike, labels: Any, n_neighbors: int = 15) -> float
     return _share_of_own(latent, as_labels(labels, len(latent), "labels"), n_neighbors)
 
 
-def modality_enrichment(latent: ArrayLike, groups: Any, n_neighbors: int = 15) -> float:
+@checked
+def modality_enrichment(latent: ArrayLike, groups: Any, n_neighbors: Count = 15) -> float:
     r"""How much more often than by chance a cell's neighbours come from the same modality.
 
     .. math::

@@ -9,16 +9,18 @@ from pyro import poutine
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pyromosaic.data import Mosaic, Traits, measured
+from pyromosaic.accepted import Count, Level, Positive, Seed, Share, checked
+from pyromosaic.data import Mosaic, measured
 from pyromosaic.models.base import TrainedModel
 from pyromosaic.tasks import AtMean, Estimate, answers, compare_groups, contrasts, estimate, inference_mode
 from pyromosaic.tasks.differential import Delta, Mode
-from pyromosaic.tasks.question import Cells, Question, check_size, portions
+from pyromosaic.tasks.question import Cells, Question, check_size, first_of, portions, unit_size
 
 
 class Asking(TrainedModel):
     """Methods about measurements; see `pyromosaic.models.MosaicModel`."""
 
+    @checked
     def get_normalized_expression(
         self,
         modality: str | None = None,
@@ -26,10 +28,10 @@ class Asking(TrainedModel):
         *,
         features: Sequence[str] | None = None,
         batch: str | Sequence[str] | None = None,
-        library: float | None = None,
-        n_samples: int | None = None,
+        library: Positive | None = None,
+        n_samples: Count | None = None,
         data: Mosaic | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> pd.DataFrame:
         """Denoised expression, measured or not: proportions of genes, or the expected foreground of proteins.
 
@@ -67,13 +69,14 @@ class Asking(TrainedModel):
         ((60, 50), True)
         """
         if modality is None:
-            modality = self._first("of expression", lambda traits: not traits.binary)
+            modality = first_of(self.schema, "of expression", lambda traits: not traits.binary)
         check_size(modality, self.schema[modality], library)
-        size = self._unit_size(modality) if library is None else library
+        size = unit_size(self.schema[modality]) if library is None else library
         value = self._likelihood(modality).normalized
         question = Question(modality, value, cells, features, None, None, size, n_samples, False, data, seed)
         return self._expected(question, batch)
 
+    @checked
     def get_protein_foreground_probability(
         self,
         modality: str | None = None,
@@ -81,9 +84,9 @@ class Asking(TrainedModel):
         *,
         features: Sequence[str] | None = None,
         batch: str | Sequence[str] | None = None,
-        n_samples: int | None = None,
+        n_samples: Count | None = None,
         data: Mosaic | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> pd.DataFrame:
         """Probability that a cell has a protein, rather than only background, measured or not.
 
@@ -107,7 +110,9 @@ class Asking(TrainedModel):
         >>> model.get_protein_foreground_probability(cells=["cell0", "cell1"]).shape
         (2, 5)
         """
-        modality = self._first("'nb_mixture'", lambda traits: traits.background) if modality is None else modality
+        modality = (
+            first_of(self.schema, "'nb_mixture'", lambda traits: traits.background) if modality is None else modality
+        )
         if not self.schema[modality].spec.traits.background:
             raise ValueError(f"modality {modality!r} has no foreground; only the likelihood 'nb_mixture' has one")
         if "mixing" not in self._likelihood(modality).predictors:
@@ -121,6 +126,7 @@ class Asking(TrainedModel):
         question = Question(modality, foreground, cells, features, None, None, size, n_samples, False, data, seed)
         return self._expected(question, batch)
 
+    @checked
     def get_accessibility_estimates(
         self,
         modality: str | None = None,
@@ -129,9 +135,9 @@ class Asking(TrainedModel):
         features: Sequence[str] | None = None,
         batch: str | Sequence[str] | None = None,
         factors: bool = False,
-        n_samples: int | None = None,
+        n_samples: Count | None = None,
         data: Mosaic | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> pd.DataFrame:
         """Denoised accessibility, measured or not.
 
@@ -159,7 +165,7 @@ class Asking(TrainedModel):
         >>> bool((seen <= open_).all(axis=None))
         True
         """
-        modality = self._first("'bernoulli'", lambda traits: traits.binary) if modality is None else modality
+        modality = first_of(self.schema, "'bernoulli'", lambda traits: traits.binary) if modality is None else modality
         value = (lambda d: d.mean) if factors else self._likelihood(modality).normalized
         question = Question(modality, value, cells, features, None, None, None, n_samples, False, data, seed)
         return self._expected(question, batch)
@@ -222,7 +228,7 @@ class Asking(TrainedModel):
         >>> model.get_region_factors().shape
         (40,)
         """
-        modality = self._first("'bernoulli'", lambda traits: traits.binary) if modality is None else modality
+        modality = first_of(self.schema, "'bernoulli'", lambda traits: traits.binary) if modality is None else modality
         if not self.schema[modality].spec.traits.binary:
             raise ValueError(f"modality {modality!r} has no region factors; only the likelihood 'bernoulli' has them")
         if not hasattr(self._likelihood(modality), "region_factor"):
@@ -232,6 +238,7 @@ class Asking(TrainedModel):
         factors = self._likelihood(modality).region_factor().detach().cpu().numpy()
         return pd.Series(factors, pd.Index(self.schema[modality].features))
 
+    @checked
     def get_imputed_values(
         self,
         modality: str,
@@ -240,11 +247,11 @@ class Asking(TrainedModel):
         features: Sequence[str] | None = None,
         encode: Sequence[str] | None = None,
         batch: str | None = None,
-        library: float | None = None,
-        n_samples: int | None = 25,
-        quantiles: Sequence[float] = (0.05, 0.95),
+        library: Positive | None = None,
+        n_samples: Count | None = 25,
+        quantiles: Sequence[Share] = (0.05, 0.95),
         data: Mosaic | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> Estimate:
         """Expected measurements of a modality with their uncertainty, inferred from all modalities of each cell.
 
@@ -287,6 +294,7 @@ class Asking(TrainedModel):
         )
         return self._estimate(question, quantiles)
 
+    @checked
     def posterior_predictive_sample(
         self,
         modality: str,
@@ -295,10 +303,10 @@ class Asking(TrainedModel):
         features: Sequence[str] | None = None,
         encode: Sequence[str] | None = None,
         batch: str | None = None,
-        library: float | None = None,
-        n_samples: int = 1,
+        library: Positive | None = None,
+        n_samples: Count = 1,
         data: Mosaic | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> np.ndarray:
         """Measurements drawn from the posterior predictive distribution, measured or not.
 
@@ -332,6 +340,7 @@ class Asking(TrainedModel):
         chunks = self._answers(question)
         return np.concatenate([chunk.cpu().numpy() for chunk in chunks], axis=1)
 
+    @checked
     def differential(
         self,
         groupby: str | None = None,
@@ -343,13 +352,13 @@ class Asking(TrainedModel):
         modality: str | None = None,
         mode: Mode = "change",
         delta: Delta = "default",
-        fdr: float = 0.05,
+        fdr: Level = 0.05,
         batch_correction: bool = False,
         protein_foreground: bool = False,
-        n_samples: int = 5000,
+        n_samples: Count = 5000,
         features: Sequence[str] | None = None,
         data: Mosaic | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> pd.DataFrame:
         """Differential expression, accessibility or protein between groups of cells, measured or not.
 
@@ -427,7 +436,7 @@ class Asking(TrainedModel):
         value = self._compared(name, protein_foreground)
         columns = pd.unique(self._features(name, features))
         wanted = None if features is None else [self.schema[name].features[column] for column in columns]
-        question = Question(name, value, None, wanted, library=self._unit_size(name), n_samples=1, data=mosaic)
+        question = Question(name, value, None, wanted, library=unit_size(self.schema[name]), n_samples=1, data=mosaic)
 
         def draw(cells: np.ndarray, batch: str | None, seed: int) -> np.ndarray:
             chunks = self._answers(replace(question, cells=cells, batch=batch, seed=seed))
@@ -456,18 +465,6 @@ class Asking(TrainedModel):
         if self.schema[modality].spec.traits.background and not protein_foreground:
             return lambda distribution: distribution.mean
         return self._likelihood(modality).normalized
-
-    def _unit_size(self, modality: str) -> float:
-        """Size at which expected measurements are the denoised values: 1 for proportions of RNA, else the median."""
-        schema = self.schema[modality]
-        return 1.0 if schema.spec.traits.shares else schema.library
-
-    def _first(self, what: str, fits: Callable[[Traits], bool]) -> str:
-        """The first modality whose likelihood describes such measurements."""
-        for name, modality in self.schema.modalities.items():
-            if fits(modality.spec.traits):
-                return name
-        raise ValueError(f"the model has no modality for this question: none has a likelihood {what}")
 
     def _expected(self, question: Question, batch: str | Sequence[str] | None) -> pd.DataFrame:
         """Mean of a quantity over posterior draws and over batches, each batch with the same draws."""

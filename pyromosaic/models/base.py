@@ -15,6 +15,7 @@ from pyro import poutine
 from torch import nn
 from torch.utils.data import DataLoader
 
+from pyromosaic.accepted import Count, Positive, Rate, Seed, Weight, Whole, checked
 from pyromosaic.data import Minibatch, Mosaic, Schema, Split, loader, measured, split, to_predict
 from pyromosaic.fusion import Fusion
 from pyromosaic.laplace import learn_weights
@@ -22,7 +23,7 @@ from pyromosaic.measurement import part_of
 from pyromosaic.program import Program, check, check_names
 from pyromosaic.tasks import inference_mode
 from pyromosaic.tasks.question import columns_of, portions
-from pyromosaic.train import Optimisation, Schedule, fit
+from pyromosaic.train import Optimisation, Schedule, check_trainer, fit
 
 #: Options that have another name than in earlier versions, or are arguments of a part now.
 RENAMED: Mapping[str, str] = {
@@ -47,9 +48,6 @@ RENAMED: Mapping[str, str] = {
     "lam_geometry": "geometry",
     "n_components": "prior=GaussianMixture(n_components=...)",
 }
-
-#: Options that count dimensions, units or layers.
-WIDTHS = ("n_latent", "n_salient", "n_hidden", "n_encoder_layers", "n_decoder_layers")
 
 
 class Preset(NamedTuple):
@@ -76,12 +74,6 @@ class TrainedModel:
                     f"{cls.__name__} takes a Mosaic, from Mosaic.from_mudata or Mosaic.from_anndata; found a "
                     f"{type(data).__name__}"
                 )
-        for name, value in model.options.items():
-            if name in WIDTHS and not isinstance(value, Mapping | None):
-                _check_whole(name, value)
-        dropout = model.options.get("dropout", 0)
-        if not (_is_number(dropout) and 0 <= dropout < 1):
-            raise ValueError(f"dropout is a number from 0 to below 1; found {dropout!r}")
         return model
 
     @contextmanager
@@ -172,6 +164,9 @@ class TrainedModel:
         """Minibatches to train on and to validate with."""
         return loader(mosaic, cells, batch_size, seed, n_workers)
 
+    def prepare(self, mosaic: Mosaic) -> None:
+        """Compute what training needs of all cells, once its arguments were checked."""
+
     def finish(self, mosaic: Mosaic) -> None:
         """Fit the uncertainty of decoders, and how size depends on z, for cells without the modality."""
         for name, modality in mosaic.modalities.items():
@@ -213,21 +208,22 @@ class TrainedModel:
                 values.append((found["value"] if sample else found["fn"].mean)[..., 0, :].cpu().numpy())
         return np.concatenate(values)
 
+    @checked
     def train(
         self,
-        n_epochs: int = 150,
+        n_epochs: Count = 150,
         *,
-        batch_size: int = 256,
-        learning_rate: float = 3e-3,
-        weight_decay: float = 1e-3,
-        kl_warmup_epochs: int = 50,
+        batch_size: Count = 256,
+        learning_rate: Positive = 3e-3,
+        weight_decay: Weight = 1e-3,
+        kl_warmup_epochs: Whole = 50,
         schedule: Schedule = "cosine",
-        gradient_clip: float = 10.0,
-        validation: float = 0.1,
-        test: float = 0.0,
-        early_stopping: int | None = None,
-        seed: int = 0,
-        n_workers: int = 0,
+        gradient_clip: Weight = 10.0,
+        validation: Rate = 0.1,
+        test: Rate = 0.0,
+        early_stopping: Count | None = None,
+        seed: Seed = 0,
+        n_workers: Whole = 0,
         **trainer: Any,
     ) -> None:
         """Fit the parameters by stochastic variational inference.
@@ -280,12 +276,7 @@ class TrainedModel:
         (2, True)
         """
         mosaic = self._data(None)
-        _check_whole("n_epochs", n_epochs)
-        _check_whole("batch_size", batch_size)
-        if early_stopping is not None:
-            _check_whole("early_stopping", early_stopping)
-        if "max_epochs" in trainer:
-            raise ValueError(f"the number of epochs is n_epochs here; found max_epochs={trainer['max_epochs']!r}")
+        check_trainer(trainer)
         parts = split(mosaic, validation, test, seed)
         train = self.loader(mosaic, parts.train, batch_size, seed, n_workers)
         # In no order, so that each minibatch holds all populations.
@@ -295,6 +286,7 @@ class TrainedModel:
         some = measured(mosaic, parts.train[:: 1 + len(parts.train) // 128]).to(self._device)
         unchecked = [name for name, m in self.schema.modalities.items() if m.spec.allow_non_integer]
         check(self.model, self.guide, some, unchecked)
+        self.prepare(mosaic)
         settings = {
             "model": type(self).__name__,
             "options": json.dumps(self.options, default=lambda option: type(option).__name__),
@@ -398,15 +390,6 @@ def accepted_options(cls: type) -> set[str]:
     """Names of the options of a class and of those that it derives from."""
     constructors = [vars(base)["__init__"] for base in cls.__mro__[:-1] if "__init__" in vars(base)]
     return {name for constructor in constructors for name in signature(constructor).parameters}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-
-
-def _check_whole(name: str, value: Any) -> None:
-    if not (_is_number(value) and isinstance(value, int | np.integer) and value >= 1):
-        raise ValueError(f"{name} is a whole number from 1; found {value!r}")
 
 
 def _options(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

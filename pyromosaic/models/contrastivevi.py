@@ -7,7 +7,7 @@ Methods 2023; extended to mosaics of modalities and to several target groups.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyro
@@ -17,6 +17,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from pyromosaic.accepted import Count, Layers, Positive, Rate, Seed, Share, Weight, Whole, Width, checked
 from pyromosaic.data import Minibatch, Mosaic, Schema, View, contrastive_loader
 from pyromosaic.described import complete
 from pyromosaic.fusion import Fusion, Posterior, agreement_weights, fusion_of, leave_out, presence
@@ -282,38 +283,35 @@ class ContrastiveVI(Contrasting):
     Guide: ClassVar[type[ContrastiveGuide]] = ContrastiveGuide
     _replay = False
 
+    @checked
     def __init__(
         self,
         data: Mosaic | Schema,
         *,
-        n_latent: int = 10,
-        n_salient: int = 10,
-        salient: str = "shared",
-        n_hidden: int = 128,
-        n_encoder_layers: int = 2,
-        n_decoder_layers: int = 1,
-        dropout: float = 0.1,
-        input_dropout: float = 0.95,
+        n_latent: Width = 10,
+        n_salient: Width = 10,
+        salient: Literal["shared", "own"] = "shared",
+        n_hidden: Width = 128,
+        n_encoder_layers: Layers = 2,
+        n_decoder_layers: Layers = 1,
+        dropout: Rate = 0.1,
+        input_dropout: Rate = 0.95,
         encode_covariates: bool = True,
         library: str | Mapping[str, str] = "observed",
-        cohort_mmd: float | CohortMMD = 100.0,
-        dependence: float | Dependence = 20.0,
-        wasserstein: float | Wasserstein = 1.0,
-        jeffreys: float | Jeffreys | None = None,
-        mmd: float | MMD = 50.0,
-        left_out: float | None = None,
+        cohort_mmd: Weight | CohortMMD = 100.0,
+        dependence: Weight | Dependence = 20.0,
+        wasserstein: Weight | Wasserstein = 1.0,
+        jeffreys: Weight | Jeffreys | None = None,
+        mmd: Weight | MMD = 50.0,
+        left_out: Share | None = None,
         prior: nn.Module | None = None,
-        salient_prior: nn.Module | str | None = None,
+        salient_prior: nn.Module | Literal["ard"] | None = None,
         fusion: str | Fusion = "mean",
         encoder: Callable[..., nn.Module] | None = None,
         decoder: Callable[..., nn.Module] | None = None,
         penalties: Sequence[Penalty] | Mapping[str, Sequence[Penalty]] = (),
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
-        if salient not in ("shared", "own"):
-            raise ValueError(f'salient must be "shared" or "own"; found {salient!r}')
-        if isinstance(salient_prior, str) and salient_prior != "ard":
-            raise ValueError(f'salient_prior must be "ard" or a module; found {salient_prior!r}')
         with self.construction(data, seed) as schema:
             targets = tuple(range(1, len(cohorts_of(schema).names)))
             own = tuple((f"s_{cohorts_of(schema).names[code]}", (code,)) for code in targets)
@@ -425,12 +423,13 @@ class ContrastiveVI(Contrasting):
         latent = [self._latent(mosaic, cells, site, sample=True) for site in self._variables]
         return cells, np.concatenate(latent, axis=1)
 
+    @checked
     def train(
         self,
-        n_epochs: int = 150,
+        n_epochs: Count = 150,
         *,
-        batch_size: int = 640,
-        learning_rate: float = 4e-3,
+        batch_size: Count = 640,
+        learning_rate: Positive = 4e-3,
         replay: bool = False,
         **options: Any,
     ) -> None:
@@ -456,8 +455,9 @@ class ContrastiveVI(Contrasting):
         self._replay = replay
         super().train(n_epochs, batch_size=batch_size, learning_rate=learning_rate, **options)
 
+    @checked
     def loader(
-        self, mosaic: Mosaic, cells: np.ndarray, batch_size: int, seed: int | None = None, n_workers: int = 0
+        self, mosaic: Mosaic, cells: np.ndarray, batch_size: Count, seed: Seed | None = None, n_workers: Whole = 0
     ) -> DataLoader[Minibatch]:
         """Minibatches with as many background as target cells, `batch_size` in total."""
         return contrastive_loader(mosaic, cells, -(-batch_size // 2), seed, n_workers, replay=self._replay)

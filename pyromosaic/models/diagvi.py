@@ -17,6 +17,7 @@ from pyro import distributions as dist
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyromosaic.accepted import Count, Dimensions, Layers, Positive, Rate, Seed, Weight, Width, checked
 from pyromosaic.data import Minibatch, Mosaic, Schema, measured, separate
 from pyromosaic.described import complete
 from pyromosaic.fusion import Fusion, fusion_of, presence
@@ -261,37 +262,36 @@ class DiagVI(Embedded):
     Model: ClassVar[type[DiagVIModel]] = DiagVIModel
     Guide: ClassVar[type[DiagVIGuide]] = DiagVIGuide
 
+    @checked
     def __init__(
         self,
         data: Mosaic | Schema,
         graph: Any = None,
         *,
-        n_latent: int = 12,
-        n_private: int = 8,
-        n_hidden: int = 128,
-        n_encoder_layers: int = 2,
-        dropout: float = 0.1,
+        n_latent: Width = 12,
+        n_private: Dimensions = 8,
+        n_hidden: Width = 128,
+        n_encoder_layers: Layers = 2,
+        dropout: Rate = 0.1,
         encode_covariates: bool = True,
         pairing: bool = False,
         prior: Literal["normal", "mixture"] | nn.Module = "normal",
         fusion: str | Fusion = "mean",
         encoder: Callable[..., nn.Module] | None = None,
         decoder: Callable[..., nn.Module] | None = None,
-        likelihood_weight: float = 1.0,
-        shared_kl: float = 1.0,
+        likelihood_weight: Weight = 1.0,
+        shared_kl: Weight = 1.0,
         kl_per_feature: bool = False,
-        private_kl: float = 2.0,
-        graph_weight: float = 15.0,
-        alignment: float | Penalty = 3.0,
-        anchors: float | Anchors = 2.0,
-        pull: float | Pull | None = None,
-        classifier: float | Classifier = 5.0,
+        private_kl: Weight = 2.0,
+        graph_weight: Weight = 15.0,
+        alignment: Weight | Penalty = 3.0,
+        anchors: Weight | Anchors = 2.0,
+        pull: Weight | Pull | None = None,
+        classifier: Weight | Classifier = 5.0,
         linkage: Literal["cca"] | pd.DataFrame | None = "cca",
         penalties: Sequence[Penalty] = (),
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
-        if n_latent < 1 or n_private < 0:
-            raise ValueError(f"n_latent must be at least 1 and n_private at least 0; found {n_latent} and {n_private}")
         self.pairing = pairing
         with self.construction(data, seed) as schema:
             self.graph = GuidanceGraph.of(graph, schema)
@@ -321,21 +321,11 @@ class DiagVI(Embedded):
                 if likelihood.posterior_predictors
             }
             sizes = {name: Size(name, m, n_latent) for name, m in modalities.items()}
-            if isinstance(prior, str) and prior not in ("normal", "mixture"):
-                raise ValueError(f'the prior is "normal", "mixture" or a module; found {prior!r}')
             if isinstance(prior, str):
                 prior = GaussianMixture() if prior == "mixture" else StandardNormal()
             of_z: nn.Module = complete(prior, n_latent=n_latent, labels=labels)
             if pull is None:
                 pull = 2.0 if isinstance(of_z, GaussianMixture) else 20.0
-            for option, weight in (
-                ("likelihood_weight", likelihood_weight),
-                ("shared_kl", shared_kl),
-                ("private_kl", private_kl),
-                ("graph_weight", graph_weight),
-            ):
-                if weight < 0:
-                    raise ValueError(f"{option} must be at least 0; found {weight}")
             per_feature = {name: m.n_features if kl_per_feature else 1 for name, m in modalities.items()}
             weights = Weights(graph_weight, {name: shared_kl / n for name, n in per_feature.items()})
             plates = {
@@ -398,8 +388,9 @@ class DiagVI(Embedded):
                     "likelihood for counts, e.g. 'nb'"
                 )
 
+    @checked
     def train(
-        self, n_epochs: int = 150, *, batch_size: int = 2048, learning_rate: float = 1e-2, **options: Any
+        self, n_epochs: Count = 150, *, batch_size: Count = 2048, learning_rate: Positive = 1e-2, **options: Any
     ) -> None:
         """Link the cells of different modalities, then fit the parameters.
 
@@ -415,11 +406,13 @@ class DiagVI(Embedded):
         **options
             As in `MosaicModel.train`.
         """
-        mosaic = self._data(None)
+        super().train(n_epochs, batch_size=batch_size, learning_rate=learning_rate, **options)
+
+    def prepare(self, mosaic: Mosaic) -> None:
+        """Find the scores by which cells are linked."""
         if not self.scores and self.linkage is not None:
             scores = linked_scores(self.linkage, mosaic, self.graph, self.model.n_latent)
             self.scores.set(torch.tensor(scores).to(self._device))
-        super().train(n_epochs, batch_size=batch_size, learning_rate=learning_rate, **options)
 
     def finish(self, mosaic: Mosaic) -> None:
         """Fit the sizes of cells given their latent variables; calibrate the classifier."""

@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyromosaic.accepted import Count, checked
 from pyromosaic.data import Minibatch, View
 from pyromosaic.links import GuidanceGraph
 from pyromosaic.measurement import Measurement
@@ -90,8 +91,9 @@ class Embedded(MosaicModel):
         self.schema[modality]
         return frame.loc[[modality]]
 
+    @checked
     def nearest_features(
-        self, modality: str, to: str, features: Sequence[str] | None = None, n_neighbors: int = 5
+        self, modality: str, to: str, features: Sequence[str] | None = None, n_neighbors: Count = 5
     ) -> pd.DataFrame:
         """Features of another modality whose embeddings point in the same direction: candidates for regulatory links.
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from pyromosaic import __version__, described, penalties, priors
+from pyromosaic.accepted import Count, checked
 from pyromosaic.data import ModalitySpec, Mosaic, Schema
 from pyromosaic.likelihoods import Likelihood
 from pyromosaic.models.base import TrainedModel, accepted_options
@@ -36,6 +37,7 @@ PARTS = {
 class Keeping(TrainedModel):
     """Methods that save, load and adapt a model; see `pyromosaic.models.MosaicModel`."""
 
+    @checked
     def save(self, directory: str | Path, overwrite: bool = False) -> None:
         """Save the model: weights as safetensors, everything else as JSON.
 
@@ -193,7 +195,8 @@ class Keeping(TrainedModel):
             return Mosaic.from_anndata(data, match_cells=True, schema=self.schema, new_batches=new_batches)
         return Mosaic.from_mudata(data, schema=self.schema, new_batches=new_batches)
 
-    def adapt(self, data: Any, n_epochs: int = 50, **training: Any) -> Self:
+    @checked
+    def adapt(self, data: Any, n_epochs: Count = 50, **training: Any) -> Self:
         """A copy of the model that knows the batches of new cells too; only what belongs to these is fitted.
 
         All other parameters stay as they are, so nothing that the model says of cells of known batches changes. A model

@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pyromosaic.accepted import Count, Seed, Share, checked
 from pyromosaic.data import Mosaic, measured
 from pyromosaic.links import GuidanceGraph
 from pyromosaic.models.mosaic_model import MosaicModel
@@ -48,7 +49,8 @@ class Linking(MosaicModel):
             )
         return values[:, varies]
 
-    def link_agreement(self, graph: Any, n_neighbors: int = 15) -> float:
+    @checked
+    def link_agreement(self, graph: Any, n_neighbors: Count = 15) -> float:
         """Agreement of linked features between a cell and its nearest cells in the other modality.
 
         With links that the model was not given, it says without pairs or labels which of two models aligns better. You
@@ -76,8 +78,9 @@ class Linking(MosaicModel):
                 r.append(_correlations(values[cells], means))
         return float(np.concatenate(r).mean())
 
+    @checked
     def feature_links(
-        self, first: str, second: str, *, level: float = 0.05, n_shuffles: int = 100, seed: int = 0
+        self, first: str, second: str, *, level: Share = 0.05, n_shuffles: Count = 100, seed: Seed = 0
     ) -> pd.DataFrame:
         """Features of two modalities that respond alike to the shared latent variable: candidates for links.
 

@@ -9,6 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyromosaic.accepted import Count, Seed, Share, checked
 from pyromosaic.data import Mosaic
 from pyromosaic.models.base import TrainedModel
 from pyromosaic.neighbors import nearest, vote
@@ -19,6 +20,7 @@ from pyromosaic.tasks.question import Cells
 class Locating(TrainedModel):
     """Methods about latent variables; see `pyromosaic.models.MosaicModel`."""
 
+    @checked
     def get_latent_representation(
         self,
         cells: Cells = None,
@@ -26,7 +28,7 @@ class Locating(TrainedModel):
         modality: str | None = None,
         sample: bool = False,
         data: Mosaic | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> pd.DataFrame:
         """Latent variable of each cell.
 
@@ -73,8 +75,9 @@ class Locating(TrainedModel):
             raise ValueError(f"none of the given cells has modality {modality!r}")
         return having
 
+    @checked
     def get_global_posterior(
-        self, n_samples: int = 1000, *, quantiles: Sequence[float] = (0.05, 0.95), seed: int = 0
+        self, n_samples: Count = 1000, *, quantiles: Sequence[Share] = (0.05, 0.95), seed: Seed = 0
     ) -> pd.DataFrame:
         """Posterior of global latent variables, which a prior, decoder or likelihood draws once for all cells.
 
@@ -129,7 +132,8 @@ class Locating(TrainedModel):
             tables[name] = pd.DataFrame(columns | {q: x.quantile(q) for q in quantiles})
         return pd.concat(tables, names=["site", "element"])
 
-    def nearest_cells(self, modality: str, to: str, cells: Cells = None, *, n_neighbors: int = 15) -> pd.DataFrame:
+    @checked
+    def nearest_cells(self, modality: str, to: str, cells: Cells = None, *, n_neighbors: Count = 15) -> pd.DataFrame:
         """Nearest cells in another modality, and whether a cell has a counterpart there at all.
 
         Parameters
@@ -164,8 +168,9 @@ class Locating(TrainedModel):
         columns = {"nearest": reference.index.to_numpy()[rows[:, 0]], "distance": relative, "alone": relative > 1}
         return pd.DataFrame(columns, index=query.index)
 
+    @checked
     def transfer_labels(
-        self, key: str, modality: str, to: str, cells: Cells = None, *, n_neighbors: int = 15
+        self, key: str, modality: str, to: str, cells: Cells = None, *, n_neighbors: Count = 15
     ) -> pd.DataFrame:
         """Transfer labels from cells of one modality to cells of another, by a vote of the nearest neighbours.
 

@@ -15,6 +15,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyromosaic.accepted import Dimensions, Layers, Rate, Seed, Share, Weight, Width, checked
 from pyromosaic.data import Minibatch, Mosaic, Schema, measured
 from pyromosaic.described import complete
 from pyromosaic.fusion import Fusion, Posterior, agreement_weights, fusion_of, leave_out, presence
@@ -226,37 +227,36 @@ class MultiVI(MosaicModel):
     Guide: ClassVar[type[MultiVIGuide]] = MultiVIGuide
     presets: ClassVar[Mapping[str, Preset]] = MappingProxyType({"paper": PAPER, "calibrated": CALIBRATED})
 
+    @checked
     def __init__(
         self,
         data: Mosaic | Schema,
         *,
-        n_latent: int | None = 15,
-        n_hidden: int | None = 128,
-        n_encoder_layers: int = 2,
-        n_decoder_layers: int = 1,
-        dropout: float = 0.1,
-        input_dropout: float = 0.5,
+        n_latent: Width | None = 15,
+        n_hidden: Width | None = 128,
+        n_encoder_layers: Layers = 2,
+        n_decoder_layers: Layers = 1,
+        dropout: Rate = 0.1,
+        input_dropout: Rate = 0.5,
         encode_covariates: bool = True,
-        covariate_embedding: int = 0,
+        covariate_embedding: Dimensions = 0,
         library: str | Mapping[str, str] = "observed",
         fusion: str | Fusion = "mean",
-        n_private: int | Mapping[str, int] = 0,
-        private_kl: float = 2.0,
-        jeffreys: float | Jeffreys | None = None,
-        mmd: float | MMD = 50.0,
-        adversary: float | Adversary = 0.0,
-        left_out: float | None = None,
+        n_private: Dimensions | Mapping[str, Dimensions] = 0,
+        private_kl: Weight = 2.0,
+        jeffreys: Weight | Jeffreys | None = None,
+        mmd: Weight | MMD = 50.0,
+        adversary: Weight | Adversary = 0.0,
+        left_out: Share | None = None,
         prior: nn.Module | None = None,
         encoder: Callable[..., nn.Module] | None = None,
         decoder: Callable[..., nn.Module] | None = None,
         penalties: Sequence[Penalty] = (),
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         with self.construction(data, seed) as schema:
             modalities = schema.modalities
             jeffreys, left_out = agreement_weights(schema, jeffreys, left_out)
-            if covariate_embedding < 0:
-                raise ValueError(f"covariate_embedding must be at least 0; found {covariate_embedding}")
             if n_hidden is None:
                 regions = [m.n_features for m in modalities.values() if m.spec.traits.binary]
                 n_hidden = min(128, int(max(regions or [m.n_features for m in modalities.values()]) ** 0.5))
@@ -381,15 +381,14 @@ class MultiVI(MosaicModel):
                     for predictors in (mean, shared, both):
                         site = poutine.trace(likelihood).get_trace(name, predictors, view).nodes[name]
                         totals.append(float(site["fn"].log_prob(view.counts).sum()))
-                    shares[name] = (totals[1] - totals[0]) / (totals[2] - totals[0])
+                    gained = totals[2] - totals[0]
+                    shares[name] = (totals[1] - totals[0]) / gained if gained else float("nan")
         return pd.Series(shares, dtype=float).clip(0, 1)
 
 
 def _private(n_private: int | Mapping[str, int], schema: Schema) -> dict[str, int]:
     """Number of private dimensions of the modalities that have any."""
     by_name = n_private if isinstance(n_private, Mapping) else dict.fromkeys(schema.modalities, n_private)
-    for name, n in by_name.items():
+    for name in by_name:
         schema[name]
-        if n < 0:
-            raise ValueError(f"n_private must be at least 0; found {n} for modality {name!r}")
     return {name: n for name, n in by_name.items() if n}

@@ -9,12 +9,13 @@ import pandas as pd
 import torch
 from pyro import poutine
 
+from pyromosaic.accepted import Count, Level, Positive, Seed, checked
 from pyromosaic.data import Cohorts, Mosaic, Schema, measured, to_predict
 from pyromosaic.measurement import encoded_once
 from pyromosaic.models.mosaic_model import Cells, MosaicModel
 from pyromosaic.tasks import inference_mode
-from pyromosaic.tasks.differential import DELTAS, PORTION, Delta, Mode, check, decide, effect, effect_scale
-from pyromosaic.tasks.question import Question, portions
+from pyromosaic.tasks.differential import DELTAS, PORTION, Delta, Mode, decide, effect, effect_scale
+from pyromosaic.tasks.question import Question, portions, unit_size
 
 Parts = tuple[tuple[str, tuple[int, ...]], ...]  # salient sites, each with the numbers of the groups that have it
 
@@ -71,6 +72,7 @@ class Contrasting(MosaicModel):
             values = values * np.isin(mosaic.groups[index], groups)[:, None]
         return values
 
+    @checked
     def get_latent_representation(
         self,
         cells: Cells = None,
@@ -80,7 +82,7 @@ class Contrasting(MosaicModel):
         modality: str | None = None,
         sample: bool = False,
         data: Mosaic | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> pd.DataFrame:
         """Salient or background variables of each cell.
 
@@ -161,6 +163,7 @@ class Contrasting(MosaicModel):
             found |= {f"{site}_{i}": value for i, value in enumerate(information)}
         return pd.Series(found, name="information")
 
+    @checked
     def get_normalized_expression(
         self,
         modality: str | None = None,
@@ -191,6 +194,7 @@ class Contrasting(MosaicModel):
         mosaic = self._seen(mosaic, mosaic.find(cells), salient)
         return super().get_normalized_expression(modality, cells, data=mosaic, **options)
 
+    @checked
     def salient_effect(
         self,
         cells: Cells = None,
@@ -198,11 +202,11 @@ class Contrasting(MosaicModel):
         modality: str | None = None,
         mode: Mode = "change",
         delta: Delta = "default",
-        fdr: float = 0.05,
-        n_samples: int = 5000,
+        fdr: Level = 0.05,
+        n_samples: Count = 5000,
         features: Sequence[str] | None = None,
         data: Mosaic | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> pd.DataFrame:
         """Which features the salient variables change: the same cells decoded with and without them.
 
@@ -229,9 +233,6 @@ class Contrasting(MosaicModel):
         ValueError
             If none of the given cells is a target cell, or an argument is out of range.
         """
-        check(mode, delta, fdr)
-        if n_samples < 1:
-            raise ValueError(f"n_samples must be at least 1; found {n_samples}")
         mosaic = self._data(data)
         name = next(iter(self.schema.modalities)) if modality is None else modality
         scale, pseudocount = effect_scale(self.schema[name])
@@ -248,17 +249,18 @@ class Contrasting(MosaicModel):
             tables.append(table)
         return pd.concat(tables)
 
+    @checked
     def salient_effect_per_cell(
         self,
         cells: Cells = None,
         *,
         modality: str | None = None,
-        delta: float | Literal["default"] = "default",
-        fdr: float = 0.05,
-        n_samples: int = 50,
+        delta: Positive | Literal["default"] = "default",
+        fdr: Level = 0.05,
+        n_samples: Count = 50,
         features: Sequence[str] | None = None,
         data: Mosaic | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> "CellEffects":
         """Effects of the salient variables in each target cell, with their uncertainty.
 
@@ -278,7 +280,6 @@ class Contrasting(MosaicModel):
         CellEffects
             Tables of cells × features.
         """
-        check("change", delta, fdr)
         mosaic = self._data(data)
         name = next(iter(self.schema.modalities)) if modality is None else modality
         scale, pseudocount = effect_scale(self.schema[name])
@@ -305,8 +306,9 @@ class Contrasting(MosaicModel):
         frames = {k: pd.DataFrame(v, mosaic.obs_names[chosen], columns) for k, v in tables.items()}
         return CellEffects(**frames)
 
+    @checked
     def contrast_scores(
-        self, cells: Cells = None, *, n_samples: int = 10, data: Mosaic | None = None, seed: int = 0
+        self, cells: Cells = None, *, n_samples: Count = 10, data: Mosaic | None = None, seed: Seed = 0
     ) -> pd.DataFrame:
         """Evidence in each cell for salient variables.
 
@@ -366,7 +368,7 @@ class Contrasting(MosaicModel):
         self, modality: str, mosaic: Mosaic, cells: np.ndarray, features: Sequence[str] | None, seed: int
     ) -> list[np.ndarray]:
         """One posterior draw of each cell, decoded with and without its salient variables: the same z in both."""
-        value, size = self._compared(modality), self._unit_size(modality)
+        value, size = self._compared(modality), unit_size(self.schema[modality])
         question = Question(modality, value, cells, features, library=size, n_samples=1, seed=seed)
         values = []
         for taken in (mosaic, self._seen(mosaic, cells, False)):

@@ -21,6 +21,7 @@ from pyro import distributions as dist
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from pyromosaic.accepted import Count, Dimensions, Layers, Rate, Seed, Weight, Whole, Width, checked
 from pyromosaic.attention import AttentionEncoder
 from pyromosaic.data import Minibatch, Mosaic, Schema, separate
 from pyromosaic.described import complete
@@ -241,17 +242,18 @@ class ScModal(Linking):
     Guide: ClassVar[type[ScModalGuide]] = ScModalGuide
     presets: ClassVar[Mapping[str, Preset]] = MappingProxyType({"reference": REFERENCE})
 
+    @checked
     def __init__(
         self,
         data: Mosaic | Schema,
         graph: Any = None,
         *,
-        n_latent: int = 15,
-        n_private: int = 8,
-        private_kl: float = 2.0,
-        n_hidden: int = 128,
-        n_encoder_layers: int = 2,
-        dropout: float = 0.1,
+        n_latent: Width = 15,
+        n_private: Dimensions = 8,
+        private_kl: Weight = 2.0,
+        n_hidden: Width = 128,
+        n_encoder_layers: Layers = 2,
+        dropout: Rate = 0.1,
         encode_covariates: bool = True,
         encoder: Literal["layers", "attention"] | Callable[..., nn.Module] = "layers",
         decoder: Callable[..., nn.Module] | None = None,
@@ -259,33 +261,18 @@ class ScModal(Linking):
         deterministic: bool = False,
         pairs: Literal["chain", "all"] = "chain",
         linkage: Literal["cca", "features"] | pd.DataFrame | None = "cca",
-        refresh_every: int = 0,
-        likelihood_weight: float = 1.0,
-        adversary: float | Discriminator = 1.0,
-        cycle: float = 1.0,
-        anchors: float | Anchors = 2.0,
-        pull: float | Pull = 30.0,
-        geometry: float | Geometry = 1.0,
+        refresh_every: Whole = 0,
+        likelihood_weight: Weight = 1.0,
+        adversary: Weight | Discriminator = 1.0,
+        cycle: Weight = 1.0,
+        anchors: Weight | Anchors = 2.0,
+        pull: Weight | Pull = 30.0,
+        geometry: Weight | Geometry = 1.0,
         penalties: Sequence[Penalty] = (),
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
-        if n_latent < 1 or n_private < 0:
-            raise ValueError(f"n_latent is at least 1 and n_private at least 0; found {n_latent} and {n_private}")
-        if likelihood_weight < 0 or private_kl < 0:
-            raise ValueError(
-                f"weights must be at least 0; found likelihood_weight={likelihood_weight} and private_kl={private_kl}"
-            )
-        if isinstance(geometry, str):
-            raise ValueError(f"geometry={geometry!r} was renamed; use geometry=Geometry(1.0, likeness={geometry!r})")
         if deterministic and n_private:
             raise ValueError(f"a deterministic program has no private variables: set n_private=0; found {n_private}")
-        if refresh_every < 0:
-            raise ValueError(f"refresh_every must be a number of epochs, at least 0; found {refresh_every}")
-        for value, known in ((pairs, PAIRS), (encoder, ENCODERS)):
-            if isinstance(value, str) and value not in known:
-                raise ValueError(f"unknown option {value!r}; accepted: {', '.join(map(repr, known))}")
-        if isinstance(linkage, str) and linkage not in ("cca", "features"):
-            raise ValueError(f'linkage must be "cca", "features", a table of scores, or None; found {linkage!r}')
         with self.construction(data, seed) as schema:
             modalities, width = schema.modalities, n_latent + n_private
             if len(modalities) < 2:
@@ -378,9 +365,13 @@ class ScModal(Linking):
             if n < 2:
                 raise ValueError(f"modality {name!r} has {n} cell{'s' * (n != 1)}; accepted: at least 2 to align")
 
-    def train(self, n_epochs: int = 150, *, callbacks: Iterable[Callback] = (), **options: Any) -> None:
+    @checked
+    def train(self, n_epochs: Count = 150, *, callbacks: Iterable[Callback] = (), **options: Any) -> None:
         """Find the scores by which cells are matched, then fit the parameters; see `MosaicModel.train`."""
-        mosaic = self._data(None)
+        super().train(n_epochs, callbacks=[*callbacks, _Refresh(self)], **options)
+
+    def prepare(self, mosaic: Mosaic) -> None:
+        """Find the scores by which cells are matched."""
         if self.linkage is not None:
             if not self.by_features and not self.scores:
                 scores = linked_scores(self.linkage, mosaic, self.graph, self.n_latent)
@@ -388,7 +379,6 @@ class ScModal(Linking):
             for pair, own in self.matches.items():
                 features = torch.tensor(self.linked_features(mosaic, *pair)) if self.by_features else None
                 own.set(self.scores.values if features is None else features)
-        super().train(n_epochs, callbacks=[*callbacks, _Refresh(self)], **options)
 
 
 class _Refresh(Callback):
@@ -396,7 +386,10 @@ class _Refresh(Callback):
 
     def __init__(self, model: ScModal) -> None:
         self.model = model
-        self.fixed = {pair: scores.values for pair, scores in model.matches.items()}
+
+    def setup(self, trainer: lightning.Trainer, plan: lightning.LightningModule, stage: str) -> None:
+        """Remember what cells are matched by at first."""
+        self.fixed = {pair: scores.values for pair, scores in self.model.matches.items()}
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, plan: lightning.LightningModule) -> None:
         """Set what cells are matched by, if it is time."""

@@ -1,6 +1,7 @@
 """An adversary that predicts from the latent variable which modalities a cell has, or its batch."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 import pyro
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
+from pyromosaic.accepted import Positive, Weight, Width, checked
 from pyromosaic.data import Minibatch, Schema
 from pyromosaic.nn import layers
 from pyromosaic.penalties.penalty import Penalty
@@ -45,20 +47,19 @@ class Adversary(Penalty):
     batches: Tensor
     seen: Tensor
 
+    @checked
     def __init__(
         self,
         schema: Schema | None = None,
-        n_latent: int | None = None,
-        target: str = "pattern",
-        weight: float = 1.0,
+        n_latent: Width | None = None,
+        target: Literal["pattern", "batch"] = "pattern",
+        weight: Weight = 1.0,
         *,
         warms_up: bool = False,
-        n_hidden: int = 32,
-        learning_rate: float = 1e-3,
+        n_hidden: Width = 32,
+        learning_rate: Positive = 1e-3,
     ) -> None:
         super().__init__(weight)
-        if target not in ("pattern", "batch"):
-            raise ValueError(f'target of an adversary must be "pattern" or "batch"; found {target!r}')
         self.target, self.warms_up, self.learning_rate = target, warms_up, learning_rate
         self.complete = schema is not None and n_latent is not None
         if schema is None or n_latent is None:

@@ -10,6 +10,7 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
+from pyromosaic.accepted import Count, Weight, checked
 from pyromosaic.data import Minibatch
 from pyromosaic.penalties.penalty import Penalty
 from pyromosaic.posterior import Posterior
@@ -61,7 +62,8 @@ class Anchors(Penalty):
 
     needed = ("scores",)
 
-    def __init__(self, weight: float = 1.0, scores: Scores | None = None, n_neighbors: int = 5) -> None:
+    @checked
+    def __init__(self, weight: Weight = 1.0, scores: Scores | None = None, n_neighbors: Count = 5) -> None:
         super().__init__(weight)
         self.complete = scores is not None
         self.scores, self.n_neighbors = Scores() if scores is None else scores, n_neighbors
@@ -124,7 +126,8 @@ class Pull(Penalty):
 
     needed = ("scores",)
 
-    def __init__(self, weight: float = 1.0, scores: Scores | None = None) -> None:
+    @checked
+    def __init__(self, weight: Weight = 1.0, scores: Scores | None = None) -> None:
         super().__init__(weight)
         self.complete = scores is not None
         self.scores = Scores() if scores is None else scores

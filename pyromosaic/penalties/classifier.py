@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from pyromosaic.accepted import Weight, Width, checked
 from pyromosaic.data import Minibatch
 from pyromosaic.labels import Labels
 from pyromosaic.penalties.penalty import Penalty
@@ -43,7 +44,8 @@ class Classifier(Penalty):
 
     needed = ("labels", "n_latent")
 
-    def __init__(self, weight: float = 1.0, labels: Labels | None = None, n_latent: int | None = None) -> None:
+    @checked
+    def __init__(self, weight: Weight = 1.0, labels: Labels | None = None, n_latent: Width | None = None) -> None:
         super().__init__(weight)
         self.complete = labels is not None and n_latent is not None
         if labels is None or n_latent is None:

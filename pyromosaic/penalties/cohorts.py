@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from pyromosaic.accepted import Count, Weight, checked
 from pyromosaic.data import Minibatch
 from pyromosaic.penalties.divergence import MMD
 from pyromosaic.penalties.kernels import dependence
@@ -74,7 +75,8 @@ class Dependence(Penalty):
     name = "dependence"
     warms_up = True
 
-    def __init__(self, weight: float = 1.0, n_cells: int = 256) -> None:
+    @checked
+    def __init__(self, weight: Weight = 1.0, n_cells: Count = 256) -> None:
         super().__init__(weight, n_cells)
 
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyromosaic.accepted import Dimensions, Weight, checked
 from pyromosaic.data import Minibatch, ModalitySchema, View
 from pyromosaic.penalties.penalty import Penalty
 from pyromosaic.posterior import Posterior
@@ -34,14 +35,15 @@ class Cycle(Penalty):
 
     name = "cycle"
 
+    @checked
     def __init__(
         self,
-        weight: float,
+        weight: Weight,
         schema: Mapping[str, ModalitySchema],
         encoders: Mapping[str, Any],
         decoders: Mapping[str, Any],
         likelihoods: Mapping[str, Any],
-        n_private: int = 0,
+        n_private: Dimensions = 0,
     ) -> None:
         super().__init__(weight)
         self.schema, self.n_private = schema, n_private

@@ -6,6 +6,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from pyromosaic.accepted import Count, Weight, checked
 from pyromosaic.data import Minibatch
 from pyromosaic.penalties.kernels import discrepancy
 from pyromosaic.penalties.penalty import Penalty
@@ -92,7 +93,8 @@ class MMD(Penalty):
     name = "mmd"
     warms_up = True  # uninformative representations aligned early stay uninformative
 
-    def __init__(self, weight: float = 1.0, n_cells: int = 256) -> None:
+    @checked
+    def __init__(self, weight: Weight = 1.0, n_cells: Count = 256) -> None:
         super().__init__(weight, n_cells)
 
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:

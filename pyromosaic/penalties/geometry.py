@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyromosaic.accepted import Weight, checked
 from pyromosaic.data import Minibatch
 from pyromosaic.penalties.kernels import kernel_alignment, row_cosine
 from pyromosaic.penalties.penalty import Penalty
@@ -45,9 +46,10 @@ class Geometry(Penalty):
 
     name = "geometry"
 
+    @checked
     def __init__(
         self,
-        weight: float = 1.0,
+        weight: Weight = 1.0,
         encoders: Mapping[str, Any] | None = None,
         likeness: str | Callable[[Tensor, Tensor], Tensor] = "alignment",
     ) -> None:

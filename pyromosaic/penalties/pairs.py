@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import softplus
 
+from pyromosaic.accepted import Count, Positive, Weight, Width, checked
 from pyromosaic.data import Minibatch
 from pyromosaic.penalties.penalty import Penalty
 from pyromosaic.posterior import Posterior
@@ -25,7 +26,8 @@ class Pairs(Penalty):
         Whether it is also multiplied by the weight of the divergences, which increases during training.
     """
 
-    def __init__(self, weight: float, penalties: Mapping[tuple[str, str], Penalty], *, warms_up: bool = False) -> None:
+    @checked
+    def __init__(self, weight: Weight, penalties: Mapping[tuple[str, str], Penalty], *, warms_up: bool = False) -> None:
         super().__init__(weight)
         self.pairs, self.penalties, self.warms_up = list(penalties), nn.ModuleList(penalties.values()), warms_up
         self.name = next(iter(penalties.values())).name
@@ -63,14 +65,15 @@ class Discriminator(Penalty):
     name = "adversary"
     needed = ("n_latent",)
 
+    @checked
     def __init__(
         self,
-        weight: float = 1.0,
-        n_latent: int | None = None,
-        n_hidden: int = 512,
-        n_steps: int = 5,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 1e-3,
+        weight: Weight = 1.0,
+        n_latent: Width | None = None,
+        n_hidden: Width = 512,
+        n_steps: Count = 5,
+        learning_rate: Positive = 1e-3,
+        weight_decay: Weight = 1e-3,
     ) -> None:
         super().__init__(weight)
         self.n_steps, self.learning_rate, self.weight_decay = n_steps, learning_rate, weight_decay

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import pyro
 from torch import nn
 
+from pyromosaic.accepted import Count, Weight, checked
 from pyromosaic.data import Minibatch
 from pyromosaic.described import Described
 from pyromosaic.posterior import Posterior
@@ -35,12 +36,9 @@ class Penalty(Described):
     name: str
     warms_up = False  # whether it is multiplied by the weight of the divergences, which increases during training
 
-    def __init__(self, weight: float = 1.0, n_cells: int | None = None) -> None:
+    @checked
+    def __init__(self, weight: Weight = 1.0, n_cells: Count | None = None) -> None:
         super().__init__()
-        if weight < 0:
-            raise ValueError(f"the weight of a penalty must be at least 0; found {weight}")
-        if n_cells is not None and n_cells < 1:
-            raise ValueError(f"n_cells must be at least 1; found {n_cells}")
         self.weight, self.n_cells = weight, n_cells
 
     def attach(self, modalities: Mapping[str, Any]) -> None:

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from itertools import combinations
 from math import inf
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from pyromosaic.accepted import Count, Length, Positive, Weight, checked
 from pyromosaic.data import Minibatch
 from pyromosaic.penalties.penalty import Penalty
 from pyromosaic.posterior import Posterior
@@ -50,22 +51,18 @@ class Sinkhorn(Penalty):
     name = "sinkhorn"
     warms_up = True  # aligned early, representations stay uninformative
 
+    @checked
     def __init__(
         self,
-        weight: float = 1.0,
-        p: int = 2,
-        blur: float | None = None,
-        reach: float | None = None,
+        weight: Weight = 1.0,
+        p: Literal[1, 2] = 2,
+        blur: Positive | None = None,
+        reach: Length | None = None,
         sampled: bool = False,
         reference: str | None = None,
-        n_cells: int = 256,
+        n_cells: Count = 256,
     ) -> None:
         super().__init__(weight, n_cells)
-        if p not in (1, 2):
-            raise ValueError(f"p must be 1 or 2; found {p}")
-        for name, length in (("blur", blur), ("reach", reach)):
-            if length is not None and length <= 0:
-                raise ValueError(f"{name} must be above 0, or None; found {length}")
         self.p, self.blur, self.reach, self.sampled, self.reference = p, blur, reach, sampled, reference
 
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:

@@ -13,13 +13,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from pyromosaic.accepted import Count, Level, Positive, Seed, Weight, checked
 from pyromosaic.data import Modality, ModalitySchema, Mosaic
 from pyromosaic.data.tables import word
 from pyromosaic.data.traits import EffectScale
 
 Scale = EffectScale
 Mode = Literal["change", "vanilla"]
-Delta = float | Literal["default"] | None
+Delta = Positive | Literal["default"] | None
 #: Posterior draws, one for each of some cells (repeated cells get independent draws), given cell numbers, the batch to
 #: decode for (None: the cell's batch) and a seed; shape (cells, features).
 Draw = Callable[[np.ndarray, str | None, int], np.ndarray]
@@ -41,6 +42,7 @@ class Contrast(NamedTuple):
     cells2: np.ndarray
 
 
+@checked
 def compare(
     first: ArrayLike,
     second: ArrayLike,
@@ -48,9 +50,9 @@ def compare(
     features: Sequence[str] | None = None,
     mode: Mode = "change",
     delta: Delta = "default",
-    pseudocount: float = 1e-6,
+    pseudocount: Weight = 1e-6,
     scale: Scale = "log2",
-    fdr: float = 0.05,
+    fdr: Level = 0.05,
 ) -> pd.DataFrame:
     """Compare two groups of cells, feature by feature, by pairs of draws.
 
@@ -102,7 +104,6 @@ def compare(
     CD19             1.0         2.0            True
     CD3D             0.1        -0.0           False
     """
-    check(mode, delta, fdr)
     first, second = np.asarray(first), np.asarray(second)
     if first.ndim != 2 or first.shape != second.shape or first.size == 0:
         raise ValueError(
@@ -115,20 +116,8 @@ def compare(
     return decide(effect(first, second, scale, pseudocount), names, mode, delta, scale, fdr)
 
 
-def check(mode: str, delta: Delta, fdr: float) -> None:
-    """Refuse arguments that `compare` does not accept, before anything is drawn."""
-    if mode not in ("change", "vanilla"):
-        raise ValueError(f"mode must be 'change' or 'vanilla'; found {mode!r}")
-    if not (delta is None or delta == "default" or (isinstance(delta, int | float) and 0 < delta < np.inf)):
-        raise ValueError(f"delta must be a number above 0, 'default', or None to estimate it; found {delta!r}")
-    if not 0 < fdr < 1:
-        raise ValueError(f"fdr must be between 0 and 1; found {fdr}")
-
-
 def effect(first: np.ndarray, second: np.ndarray, scale: Scale, pseudocount: float) -> np.ndarray:
     """Fold change or difference in each pair, as `compare` defines it."""
-    if scale not in DELTAS:
-        raise ValueError(f"scale must be 'log2' or 'difference'; found {scale!r}")
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         raise ValueError("draws to compare must be finite numbers; found one that is not")
     if scale == "difference":
@@ -318,6 +307,7 @@ def contrasts(
     return chosen
 
 
+@checked
 def compare_groups(
     contrast: Contrast,
     draw1: Draw,
@@ -327,10 +317,10 @@ def compare_groups(
     *,
     mode: Mode = "change",
     delta: Delta = "default",
-    fdr: float = 0.05,
+    fdr: Level = 0.05,
     batch_correction: bool = False,
-    n_samples: int = 5000,
-    seed: int = 0,
+    n_samples: Count = 5000,
+    seed: Seed = 0,
 ) -> pd.DataFrame:
     """Compare two groups of cells in one modality, by pairs of cells drawn with replacement.
 
@@ -379,9 +369,6 @@ def compare_groups(
     >>> table["comparison"].iloc[0], len(table)
     ('type0 vs rest', 50)
     """
-    check(mode, delta, fdr)
-    if n_samples < 1:
-        raise ValueError(f"n_samples must be at least 1; found {n_samples}")
     schema = modality.schema
     batches: tuple[str | None, ...] = (None,)
     if batch_correction:

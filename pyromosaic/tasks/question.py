@@ -8,7 +8,8 @@ import pandas as pd
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pyromosaic.data import Minibatch, ModalitySchema, Mosaic, to_predict
+from pyromosaic.accepted import Count, Positive, Seed, checked
+from pyromosaic.data import Minibatch, ModalitySchema, Mosaic, Schema, Traits, to_predict
 from pyromosaic.data.tables import find
 
 #: Cells by names, numbers or a mask; None for all.
@@ -36,13 +37,22 @@ def columns_of(name: str, schema: ModalitySchema, features: Sequence[str] | None
 
 
 def check_size(name: str, schema: ModalitySchema, library: float | None) -> None:
-    """Refuse a library size that is not a number of counts, or that would have no effect."""
-    if library is None:
-        return
-    if isinstance(library, str | bool) or not np.all(np.isfinite(library)) or not np.all(np.asarray(library) > 0):
-        raise ValueError(f"library must be a number of counts above 0, or None; found {library!r}")
-    if not schema.spec.traits.sized:
+    """Refuse a library size that would have no effect."""
+    if library is not None and not schema.spec.traits.sized:
         raise ValueError(f"library has no effect on modality {name!r}, whose likelihood has no sizes; leave it out")
+
+
+def unit_size(schema: ModalitySchema) -> float:
+    """Size at which expected measurements are the denoised values: 1 for proportions of RNA, else the median."""
+    return 1.0 if schema.spec.traits.shares else schema.library
+
+
+def first_of(schema: Schema, what: str, fits: Callable[[Traits], bool]) -> str:
+    """The first modality whose likelihood describes such measurements."""
+    for name, modality in schema.modalities.items():
+        if fits(modality.spec.traits):
+            return name
+    raise ValueError(f"the model has no modality for this question: none has a likelihood {what}")
 
 
 def portions(index: np.ndarray, size: int = 1024) -> Iterator[np.ndarray]:
@@ -56,6 +66,7 @@ def portions(index: np.ndarray, size: int = 1024) -> Iterator[np.ndarray]:
     return (index[start : start + size] for start in range(0, len(index), size))
 
 
+@checked
 @dataclass(frozen=True)
 class Question:
     """A quantity of a modality, the cells to predict it in, and the conditions.
@@ -90,7 +101,7 @@ class Question:
     >>> Question("rna", n_samples=0)
     Traceback (most recent call last):
         ...
-    ValueError: n_samples must be at least 1; found 0
+    ValueError: n_samples must be a whole number from 1 to 1e9 or None; found 0
     """
 
     modality: str
@@ -99,19 +110,17 @@ class Question:
     features: Sequence[str] | None = None
     encode: Sequence[str] | None = None
     batch: object = None
-    library: float | None = None
-    n_samples: int | None = None
+    library: Positive | None = None
+    n_samples: Count | None = None
     weights: bool = False
     data: Mosaic | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.encode, str):
             object.__setattr__(self, "encode", (self.encode,))
         if self.encode is not None and len(self.encode) == 0:
             raise ValueError("there is no modality to infer from; pass at least one, or None for all of a cell's")
-        if self.n_samples is not None and self.n_samples < 1:
-            raise ValueError(f"n_samples must be at least 1; found {self.n_samples}")
 
     def check(self, mosaic: Mosaic, index: np.ndarray) -> None:
         """Refuse the modalities to infer from if a cell has none of them."""

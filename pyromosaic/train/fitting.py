@@ -8,8 +8,9 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as lightning
 import numpy as np
@@ -20,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from pyromosaic.accepted import Count, check_arguments, checked
 from pyromosaic.data import Minibatch
 from pyromosaic.train.checkpoints import Files, Keeper, check_state, newest
 from pyromosaic.train.plan import Optimisation, Plan
@@ -37,8 +39,6 @@ class ReturnToBest(EarlyStopping):
     """
 
     def __init__(self, patience: int, monitor: str = "elbo") -> None:
-        if monitor not in ("elbo", "reconstruction"):
-            raise ValueError(f'monitor must be "elbo" or "reconstruction"; found {monitor!r}')
         mode = "max" if monitor == "elbo" else "min"
         super().__init__(f"validation_{monitor}", patience=patience, mode=mode, check_on_train_epoch_end=True)
         self.best: dict[str, Tensor] = {}
@@ -64,6 +64,49 @@ class ReturnToBest(EarlyStopping):
         self.best = state_dict["best"]
 
 
+#: What Lightning's trainer takes and `fit` sets by another argument, or by itself.
+_SET_HERE = {
+    "max_epochs": "n_epochs",
+    "gradient_clip_val": "gradient_clip",
+    "enable_progress_bar": "progress_bar",
+    "enable_checkpointing": "checkpoint_dir",
+    "num_sanity_val_steps": None,
+    "enable_model_summary": None,
+}
+
+
+def check_trainer(options: Mapping[str, Any]) -> None:
+    """Refuse options of a training run that neither `fit` nor `lightning.pytorch.Trainer` takes.
+
+    Raises
+    ------
+    TypeError
+        With the name of an option that there is not.
+    ValueError
+        If an option is set by another one, or the precision is not that of the likelihoods.
+
+    Examples
+    --------
+    >>> check_trainer({"max_epochs": 3})
+    Traceback (most recent call last):
+        ...
+    ValueError: max_epochs is set by n_epochs here; leave it out
+    """
+    own, lightnings = signature(fit).parameters, signature(lightning.Trainer.__init__).parameters
+    for name in options:
+        if name in _SET_HERE:
+            by = _SET_HERE[name]
+            raise ValueError(f"{name} is set {f'by {by} here' if by else 'by training itself'}; leave it out")
+        if name not in own and name not in lightnings:
+            raise TypeError(f"train takes no option {name!r}, nor does lightning.pytorch.Trainer")
+    if options.get("precision") not in (None, 32, "32", "32-true"):
+        raise ValueError(
+            f"precision must be '32-true' or None, because the terms of counts need single precision at least and "
+            f"data and programs have no other; found {options['precision']!r}"
+        )
+    check_arguments(fit, options)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep Lightning's remarks on hardware and products out of the user's output; its warnings are shown."""
@@ -76,16 +119,17 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
+@checked
 def fit(
     model: nn.Module,
     guide: nn.Module,
     train: DataLoader[Minibatch],
     validation: DataLoader[Minibatch] | None,
-    n_epochs: int,
+    n_epochs: Count,
     optimisation: Optimisation,
     *,
-    early_stopping: int | None = None,
-    monitor: str = "elbo",
+    early_stopping: Count | None = None,
+    monitor: Literal["elbo", "reconstruction"] = "elbo",
     checkpoint_dir: str | os.PathLike[str] | None = None,
     resume_from: str | os.PathLike[str] | None = None,
     progress_bar: bool = True,
@@ -156,6 +200,7 @@ def fit(
     >>> len(history), "train_elbo" in history
     (2, True)
     """
+    check_trainer(trainer)
     if early_stopping is not None and validation is None:
         raise ValueError(
             "early stopping needs validation cells: set validation to a share above 0, or set early_stopping=None"
@@ -165,9 +210,7 @@ def fit(
     if stopping is not None:
         callbacks.append(stopping)
     order = getattr(getattr(train, "sampler", None), "generator", None)
-    plan = Plan(
-        model, guide, optimisation, int(n_epochs), rows, order if isinstance(order, np.random.Generator) else None
-    )
+    plan = Plan(model, guide, optimisation, n_epochs, rows, order if isinstance(order, np.random.Generator) else None)
     taken = None
     if resume_from is not None:
         size = sum(value.nbytes for value in plan.state_dict().values())
@@ -199,7 +242,7 @@ def fit(
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*number of training batches.*")
         runner = lightning.Trainer(
-            max_epochs=int(n_epochs),
+            max_epochs=n_epochs,
             gradient_clip_val=optimisation.gradient_clip or None,
             callbacks=callbacks,
             logger=logger,
@@ -221,6 +264,8 @@ def fit(
             if taken is not None and not plan.begun and isinstance(error, _OF_FOREIGN_STATE):
                 raise ValueError(f"{taken[0]} does not fit this run: {_line(error)}") from error
             raise
+    if not plan.rows:
+        raise ValueError("training ended before its first epoch; check max_steps, max_time and your callbacks")
     if stopping is not None:
         plan.load_state_dict(stopping.best)
     return pd.DataFrame(plan.rows).set_index("epoch")

@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as lightning
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyromosaic import __version__
+from pyromosaic.accepted import Positive, Weight, Whole, checked
 from pyromosaic.data import Minibatch
 from pyromosaic.program import unannounced
 from pyromosaic.train.elbo import MosaicELBO
@@ -20,9 +21,10 @@ class NonFiniteLossError(RuntimeError):
     """The loss became infinite or not a number; the parameters are restored from the start of the epoch."""
 
 
-Schedule = str | Callable[[torch.optim.Optimizer], Any]
+Schedule = Literal["cosine", "constant"] | Callable[[torch.optim.Optimizer], Any]
 
 
+@checked
 @dataclass(frozen=True)
 class Optimisation:
     """How parameters are fitted.
@@ -41,15 +43,11 @@ class Optimisation:
         Largest norm of the gradient; 0 for no limit.
     """
 
-    learning_rate: float = 3e-3
-    weight_decay: float = 1e-3
-    kl_warmup_epochs: int = 50
+    learning_rate: Positive = 3e-3
+    weight_decay: Weight = 1e-3
+    kl_warmup_epochs: Whole = 50
     schedule: Schedule = "cosine"
-    gradient_clip: float = 10.0
-
-    def __post_init__(self) -> None:
-        if isinstance(self.schedule, str) and self.schedule not in ("cosine", "constant"):
-            raise ValueError(f'schedule must be "cosine", "constant" or a function; found {self.schedule!r}')
+    gradient_clip: Weight = 10.0
 
 
 class Plan(lightning.LightningModule):
