@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import mutually_broadcastable_shapes
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from scipy import integrate, stats
+from scipy.special import expit, logsumexp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyromosaic.distributions import (
     AccessibilityBernoulli,
     Log1pNormal,
+    MarginalNegativeBinomialMixture,
     NegativeBinomial,
     NegativeBinomialMixture,
     Normal,
@@ -27,7 +29,23 @@ from pyromosaic.distributions import (
     count_terms,
 )
 
-COUNTS = [NegativeBinomial, ZeroInflatedNegativeBinomial, NegativeBinomialMixture, AccessibilityBernoulli]
+T = torch.Tensor
+
+
+class Marginal(MarginalNegativeBinomialMixture):
+    """With so many nodes that the quadrature is exact to rounding, in its derivatives too."""
+
+    def __init__(self, loc: T, scale: T, ratio: T, theta: T, mixture_logits: T, validate_args: bool | None = None):
+        super().__init__(loc, scale, ratio, theta, mixture_logits, n_nodes=17, validate_args=validate_args)
+
+
+COUNTS = [
+    NegativeBinomial,
+    ZeroInflatedNegativeBinomial,
+    NegativeBinomialMixture,
+    Marginal,
+    AccessibilityBernoulli,
+]
 CONTINUOUS = [Log1pNormal, ZeroInflatedLogNormal, ZeroInflatedGamma]
 ZERO_INFLATED = [ZeroInflatedLogNormal, ZeroInflatedGamma]
 LOGITS = {"gate_logits", "mixture_logits", "logits", "region_logits", "cell_logits", "loc"}
@@ -53,6 +71,8 @@ def parameters(cls, *shapes, dtype=torch.float32, seed=0):
     for name, shape in zip(names, shapes, strict=False):
         normal = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
         values[name] = normal if name in LOGITS else normal.exp() * (3 if name.startswith("mu") else 1)
+        if cls is Marginal and name == "scale":
+            values[name] = 0.8 * normal.sigmoid()
     return values
 
 
@@ -134,7 +154,7 @@ GRIDS = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("cls", COUNTS)
+@pytest.mark.parametrize("cls", GRIDS)
 def test_log_prob_and_gradients_over_extreme_values(cls, dtype):
     grid = torch.tensor(list(product(*GRIDS[cls])), dtype=dtype)
     value, *args = grid.unbind(1)
@@ -273,6 +293,12 @@ def dense_log_prob(cls, value, mu=None, theta=None, gate_logits=None, **others):
         background = torch.sigmoid(others["mixture_logits"])
         components = nb(others["mu_background"]).exp(), nb(others["mu_foreground"]).exp()
         return torch.log(background * components[0] + (1 - background) * components[1])
+    if cls is Marginal:  # a sum over levels, close together
+        nodes = torch.linspace(-8, 8, 401, dtype=torch.float64).reshape(-1, 1, 1)
+        level = torch.exp(others["loc"] + others["scale"] * nodes)
+        background = torch.sigmoid(others["mixture_logits"])
+        mixed = background * nb(level).exp() + (1 - background) * nb(others["ratio"] * level).exp()
+        return torch.log((mixed * torch.exp(-(nodes**2) / 2) * 0.04 / np.sqrt(2 * np.pi)).sum(0))
     is_open = torch.stack(torch.broadcast_tensors(*others.values())).sigmoid().prod(0)
     return torch.where(value > 0, is_open, 1 - is_open).log()
 
@@ -289,7 +315,8 @@ def test_sparse_equals_strided_equals_dense_formula(cls, shapes, dtype):
     assert sparse.layout == torch.strided and sparse.dtype == dtype
     exact = require_grad({name: p.detach().double() for name, p in values.items()})
     dense = dense_log_prob(cls, value.double(), **exact)
-    torch.testing.assert_close(sparse.double(), dense, rtol=1e-6, atol=0)
+    atol = 5e-7 if cls is Marginal and dtype == torch.float32 else 0.0  # it sums terms of either sign
+    torch.testing.assert_close(sparse.double(), dense, rtol=1e-6, atol=atol)
     rtol = 1e-5 if dtype == torch.float32 else 1e-6  # sums of many terms of either sign
     for ours, same, expected in zip(
         gradients(sparse, values), gradients(strided, values), gradients(dense, exact), strict=True
@@ -387,6 +414,64 @@ def test_mixture_sums_to_one(mu_background, mu_foreground, theta, mixture_logits
     assert float(mixture.mixing_probability) == pytest.approx(1 / (1 + np.exp(-mixture_logits)))
 
 
+@given(st.floats(-3, 3), st.floats(0, 0.4), st.floats(0.01, 10), st.floats(0.5, 50), logit)
+@properties
+def test_marginal_mixture_sums_to_one(loc, scale, ratio, theta, mixture_logits):
+    args = double(loc, scale, ratio, theta, mixture_logits)
+    check_moments(MarginalNegativeBinomialMixture(*args, n_nodes=15))
+    x = torch.arange(8000.0)
+    assert float(MarginalNegativeBinomialMixture(*args).log_prob(x).exp().sum()) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(("scale", "error"), [(0.3, 2e-4), (0.8, 1e-3), (1.5, 3e-3)])
+def test_marginal_mixture_is_the_integral_over_the_background(scale, error):
+    """Few counts against mpmath, many against a sum over a fine grid of levels, unlikely counts among them."""
+    loc, ratio, logits = 3.0, 8.0, 0.5
+    counts = torch.tensor([0, 1, 7, 20, 60, 300, 900, 5000, 50_000.0]).double()
+    grid = np.linspace(loc - 25, loc + 25, 100_001)
+    prior = stats.norm(loc, scale).logpdf(grid) + np.log(grid[1] - grid[0])
+    for theta in (0.5, 9.0, 300.0):
+        by_mean = [stats.nbinom(theta, theta / (theta + r * np.exp(grid))) for r in (1, ratio)]
+        weights = np.log([expit(logits), expit(-logits)])
+        expected = [logsumexp([w + d.logpmf(x) + prior for w, d in zip(weights, by_mean, strict=True)]) for x in counts]
+        args = double(loc, scale, ratio, theta, logits)
+        for n_nodes, tolerance in ((5, error), (31, 2e-6)):
+            found = MarginalNegativeBinomialMixture(*args, n_nodes=n_nodes).log_prob(counts)
+            np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+        single = MarginalNegativeBinomialMixture(*(arg.float() for arg in args)).log_prob(counts.float())
+        np.testing.assert_allclose(single, expected, rtol=1e-5, atol=error)
+
+    def mass(b, x):
+        args = (mpmath.exp(b), ratio * mpmath.exp(b), 9.0, logits)
+        return mpmath.exp(mp_log_prob(NegativeBinomialMixture, x, *args)) * mpmath.npdf(b, loc, scale)
+
+    for x in (0, 60):
+        exact = mpmath.log(mpmath.quad(lambda b, x=x: mass(b, x), np.linspace(loc - 8 * scale, loc + 8 * scale, 5)))
+        found = MarginalNegativeBinomialMixture(*double(loc, scale, ratio, 9.0, logits), n_nodes=31)
+        assert float(found.log_prob(torch.tensor(x).double())) == pytest.approx(float(exact), abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_marginal_mixture_stays_finite_at_extreme_values(dtype):
+    grid = [[0, 1, 100, 1_000_000], [-18, 0, 7], [1e-4, 0.4, 3], [1e-3, 1, 30], [1e-4, 3, 1e6], [-60, 0, 60]]
+    value, *args = torch.tensor(list(product(*grid)), dtype=dtype).unbind(1)
+    args = [arg.clone().requires_grad_() for arg in args]
+    log_prob = MarginalNegativeBinomialMixture(*args).log_prob(value)
+    assert log_prob.isfinite().all() and (log_prob < 0.01).all()
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(log_prob.sum(), args))
+
+
+def test_without_spread_of_the_background_it_is_the_mixture():
+    values = parameters(NegativeBinomialMixture, (4, 5), dtype=torch.float64)
+    level, ratio = values["mu_background"], values["mu_foreground"] / values["mu_background"]
+    shape = {"theta": values["theta"], "mixture_logits": values["mixture_logits"]}
+    marginal = MarginalNegativeBinomialMixture(level.log(), torch.zeros(()).double(), ratio, **shape)
+    plain, value = NegativeBinomialMixture(**values), counts_like((4, 5))
+    torch.testing.assert_close(marginal.log_prob(value), plain.log_prob(value))
+    torch.testing.assert_close(marginal.mean, plain.mean)
+    torch.testing.assert_close(marginal.variance, plain.variance)
+
+
 @given(logit, logit, logit)
 @properties
 def test_accessibility_sums_to_one(logits, region_logits, cell_logits):
@@ -462,6 +547,7 @@ SAMPLED = [
     NegativeBinomial(torch.tensor(0.05), torch.tensor(20.0)),
     ZeroInflatedNegativeBinomial(torch.tensor(6.0), torch.tensor(2.0), torch.tensor(-0.5)),
     NegativeBinomialMixture(torch.tensor(1.0), torch.tensor(15.0), torch.tensor(4.0), torch.tensor(0.8)),
+    MarginalNegativeBinomialMixture(*map(torch.tensor, (0.2, 0.4, 8.0, 4.0, 0.8))),
     AccessibilityBernoulli(torch.tensor(1.0), torch.tensor(2.0), torch.tensor(0.3)),
     Log1pNormal(torch.tensor(0.3), torch.tensor(0.4)),
     ZeroInflatedLogNormal(torch.tensor(0.3), torch.tensor(0.4), torch.tensor(-1.0)),
@@ -643,6 +729,11 @@ INVALID = [
     (NegativeBinomialMixture, "mu_foreground", -1.0),
     (NegativeBinomialMixture, "theta", 0.0),
     (NegativeBinomialMixture, "mixture_logits", torch.nan),
+    (MarginalNegativeBinomialMixture, "loc", torch.nan),
+    (MarginalNegativeBinomialMixture, "scale", -1.0),
+    (MarginalNegativeBinomialMixture, "ratio", 0.0),
+    (MarginalNegativeBinomialMixture, "theta", 0.0),
+    (MarginalNegativeBinomialMixture, "mixture_logits", torch.nan),
     (AccessibilityBernoulli, "logits", torch.nan),
     (AccessibilityBernoulli, "region_logits", torch.nan),
     (AccessibilityBernoulli, "cell_logits", torch.nan),

@@ -3,6 +3,7 @@
 from pyro.distributions import Normal
 
 from pyromosaic.distributions.accessibility import AccessibilityBernoulli
+from pyromosaic.distributions.background import MarginalNegativeBinomialMixture
 from pyromosaic.distributions.continuous import Log1pNormal, ZeroInflatedGamma, ZeroInflatedLogNormal
 from pyromosaic.distributions.counts import (
     NegativeBinomial,
@@ -14,6 +15,7 @@ from pyromosaic.distributions.multinomial import Multinomial
 __all__ = [
     "AccessibilityBernoulli",
     "Log1pNormal",
+    "MarginalNegativeBinomialMixture",
     "Multinomial",
     "NegativeBinomial",
     "NegativeBinomialMixture",

@@ -37,11 +37,18 @@ def _log_zero(mu: Tensor, theta: Tensor) -> Tensor:
 
 
 def _log_count(count: Tensor, means: list[Tensor], theta: Tensor, at: "_Entries | _Everywhere") -> tuple[Tensor, ...]:
-    """Negative binomial log-probability of counts for each mean."""
+    """Negative binomial log-probability of counts under each mean."""
+    return _log_count_at(count, [at(mu) for mu in means], theta, at)
+
+
+def _log_count_at(
+    count: Tensor, means: list[Tensor], theta: Tensor, at: "_Entries | _Everywhere"
+) -> tuple[Tensor, ...]:
+    """The same under means that are given at the entries."""
     table = position = None
     if theta.numel() < count.numel():  # each parameter value is used by many entries
         table, position = _table(theta.detach()).to(count.dtype), at.position(theta)
-    log_probs: tuple[Tensor, ...] = _apply(_LogCount.apply, count, at(theta), table, position, *map(at, means))
+    log_probs: tuple[Tensor, ...] = _apply(_LogCount.apply, count, at(theta), table, position, *means)
     return log_probs
 
 

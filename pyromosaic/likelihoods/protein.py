@@ -7,9 +7,7 @@ from pyro import distributions as dist
 from torch import Tensor, nn
 
 from pyromosaic.data import TRAITS, ModalitySchema, View
-from pyromosaic.distributions import (
-    NegativeBinomialMixture,
-)
+from pyromosaic.distributions import MarginalNegativeBinomialMixture, NegativeBinomialMixture
 from pyromosaic.likelihoods.likelihood import CountLikelihood, Predictors, logit
 from pyromosaic.program import weighted
 
@@ -17,24 +15,37 @@ from pyromosaic.program import weighted
 class NBMixture(CountLikelihood):
     """Antibody counts: background or foreground (totalVI; MultiVI, Methods).
 
-    A log background level is drawn for every cell and protein, ``b ~ Normal(m, s)``, with m and s learnt per protein
-    and batch. With probability ``sigmoid(mixing)`` the count is background, ``NB(l * exp(b), theta)``. Otherwise it is
-    foreground, ``NB(l * exp(b) * (1 + exp(foreground)), theta)``. l is the cell's antibody count divided by that of the
-    median cell. The posterior of b given the latent variable is normal and comes from a decoder of the guide.
+    Every cell and protein has a log background level, ``b ~ Normal(m, s)``, with m and s learnt per protein and batch.
+    With probability ``sigmoid(mixing)`` the count is background, ``NB(l * exp(b), theta)``. Otherwise it is foreground,
+    ``NB(l * exp(b) * (1 + exp(foreground)), theta)``. l is the cell's antibody count divided by that of the median
+    cell.
+
+    By default b is summed out by adaptive Gauss-Hermite quadrature. With ``ModalitySpec(background="latent")`` it is a
+    latent variable, whose posterior given the cell's latent variable is normal and comes from a decoder of the guide.
+    That posterior does not see the counts. Therefore the latent variable of the cell has to account for the background
+    of each protein, and its posterior is too narrow.
 
     Parameters
     ----------
     schema
         The modality.
+
+    Attributes
+    ----------
+    n_nodes
+        Number of nodes of the quadrature; see `pyromosaic.distributions.MarginalNegativeBinomialMixture`.
     """
 
     family = "nb_mixture"
     traits = TRAITS["nb_mixture"]
     predictors = ("foreground", "mixing")
-    posterior_predictors = ("loc", "log_scale")
+    n_nodes = 5
 
     def __init__(self, schema: ModalitySchema) -> None:
         super().__init__(schema)
+        self.latent = schema.spec.background == "latent"
+        if self.latent:
+            self.posterior_predictors = ("loc", "log_scale")
         n_batches = len(next(iter(schema.categories.values()))) if schema.spec.batch_key else 1
         self.background_loc = nn.Parameter(torch.zeros(n_batches, schema.n_features))
         self.background_log_scale = nn.Parameter(torch.zeros(n_batches, schema.n_features))
@@ -75,8 +86,16 @@ class NBMixture(CountLikelihood):
         batch = view.one_hot()
         return batch @ self.background_loc, (batch @ self.background_log_scale).exp()
 
+    def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
+        """Mixture of every cell and protein, with the background summed out."""
+        loc, scale = self.background(view)
+        loc, ratio = loc + self.cell_factor(view).log(), 1 + predictors["foreground"].exp()
+        return MarginalNegativeBinomialMixture(loc, scale, ratio, self.theta(view), predictors["mixing"], self.n_nodes)
+
     def forward(self, name: str, predictors: Predictors, view: View, kl_weight: float = 1.0) -> None:
-        """Draw the background level, then the count."""
+        """Draw the background level if it is latent, then the count."""
+        if not self.latent:
+            return super().forward(name, predictors, view, kl_weight)
         with weighted(kl_weight):
             background = pyro.sample(f"{name}_background", dist.Normal(*self.background(view)))
         mu_background = self.cell_factor(view) * background.exp()
@@ -87,7 +106,7 @@ class NBMixture(CountLikelihood):
         pyro.sample(name, mixture, obs=view.counts)
 
     def posterior(self, name: str, predictors: Predictors, kl_weight: float = 1.0) -> None:
-        """Posterior of the log background given the latent variable; part of the guide."""
+        """Posterior of a latent log background given the cell's latent variable; part of the guide."""
         with weighted(kl_weight):
             scale = predictors["log_scale"].clamp(-10.0, 3.0).exp()
             pyro.sample(f"{name}_background", dist.Normal(predictors["loc"], scale))

@@ -81,7 +81,7 @@ class MultiVIModel(Program):
         """``z ~ Normal(0, I)``, then ``x_m ~ likelihood_m(decoder_m(z, batch))`` for each modality m (Methods).
 
         Sites: ``z``, and one named after each modality; also ``z_<modality>`` if it has private dimensions,
-        ``<modality>_library`` if its size is latent, ``<modality>_background`` if its likelihood is an NB mixture.
+        ``<modality>_library`` if its size is latent, ``<modality>_background`` if that of antibodies is latent.
         """
         with cells(minibatch, kl_weight):
             z = pyro.sample("z", self.prior(minibatch))

@@ -23,7 +23,7 @@ from pyromosaic.train import MosaicELBO
     [
         (["rna"], {"z": (60, 1, 4), "rna": (60, 30)}),
         (["atac"], {"z": (60, 1, 4), "atac": (60, 50)}),
-        (["rna", "adt"], {"z": (60, 1, 4), "rna": (60, 30), "adt_background": (60, 8), "adt": (60, 8)}),
+        (["rna", "adt"], {"z": (60, 1, 4), "rna": (60, 30), "adt": (60, 8)}),
     ],
 )
 def test_fewer_modalities_are_the_same_program(data, modalities, sites):
@@ -220,3 +220,27 @@ def test_cell_factors_of_rna_are_inferred_or_observed(data, mosaic, tmp_path):
     pd.testing.assert_frame_equal(loaded.get_cell_factors(), factors)
     with pytest.raises(ValueError, match='"observed" or "latent"; found \'network\''):
         small(mosaic, library="network")
+
+
+def test_the_background_of_antibodies_may_be_latent(data, tmp_path):
+    cells = data["rna"].obs_names.intersection(data["adt"].obs_names)[:60]
+    parts = {name: data[name][cells].copy() for name in ("rna", "adt")}
+    latent = ModalitySpec("nb_mixture", batch_key="batch", background="latent")
+    mosaic = Mosaic.from_anndata(parts, {"rna": ModalitySpec("nb"), "adt": latent}, match_cells=True)
+    model = small(mosaic)
+    site = poutine.trace(model.model).get_trace(measured(mosaic, np.arange(60))).nodes["adt_background"]
+    assert site["fn"].batch_shape == (60, 8) and not site["is_observed"]
+    assert any("decoder" in name for name, _ in model.guide.named_parameters())
+    model.train(1, **QUIET)
+    assert "train_adt_background" in model.history
+    model.save(tmp_path)
+    again = MultiVI.load(tmp_path, mosaic)
+    assert again.schema["adt"].spec.background == "latent"
+    expected, found = (m.get_imputed_values("adt", n_samples=2).mean for m in (model, again))
+    pd.testing.assert_frame_equal(expected, found)
+    assert not any(
+        "decoder" in name for name, _ in small(Mosaic.from_anndata(parts, match_cells=True)).guide.named_parameters()
+    )
+    for likelihood, background in (("nb", "latent"), ("nb_mixture", "summed")):
+        with pytest.raises(ValueError, match=f"background.*{background}|{background}.*background"):
+            ModalitySpec(likelihood, background=background)
