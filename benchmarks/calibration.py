@@ -1,7 +1,7 @@
 """Calibration of every model on a small simulated mosaic, and of imputed counts on the packaged PBMC mosaic.
 
 Each model is trained with its defaults. Then cells are drawn from the trained model, and their true latent variables
-are ranked among draws of the guide: as it was trained, and after it was fitted to data drawn from the model.
+are ranked among draws from the guide, both as trained and after fitting it to data drawn from the model.
 
     python benchmarks/calibration.py
     python benchmarks/calibration.py --held-out
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--effects", action="store_true", help="coverage of differential effects instead")
     parser.add_argument("--means", action="store_true", help="coverage of expected measurements instead")
     parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=600, help="steps by which guides are fitted")
+    parser.add_argument("--steps", type=int, default=600, help="steps of fitting the guide")
     parser.add_argument("--samples", type=int, default=49, help="number of posterior draws")
     parser.add_argument("--csv", type=Path, help="write the table here as well")
     given = parser.parse_args()

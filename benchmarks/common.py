@@ -1,4 +1,4 @@
-"""The common form of the benchmarks: arguments, one process a run, a table, and the same as JSON."""
+"""Shared parts of the benchmarks: arguments, one process per run, a table, and the same figures as JSON."""
 
 import argparse
 import json
@@ -30,19 +30,19 @@ def model_options(text: str) -> dict[str, Any]:
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """Parser with the options that every benchmark takes."""
+    """Parser with the options of every benchmark."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", type=Path, help="an .h5mu file; the packaged PBMC mosaic if left out")
+    parser.add_argument("--data", type=Path, help="an .h5mu file; by default the packaged PBMC mosaic")
     parser.add_argument("--links", type=Path, help="table of linked features (.csv), for models that use one")
     parser.add_argument("--seeds", type=int, default=3, help="number of runs of each system")
-    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=False, help="run scvi-tools beside")
+    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=False, help="also run scvi-tools")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     return parser
 
 
 @dataclass
 class Cost:
-    """What training cost: wall seconds, and the process's largest resident memory (MB) by its end."""
+    """Cost of training: wall seconds, and the largest resident memory (MB) of the process until its end."""
 
     seconds: float = float("nan")
     peak_mb: float = float("nan")
@@ -50,7 +50,7 @@ class Cost:
 
 @contextmanager
 def measured_cost() -> Any:
-    """Measure wall time and peak memory of what is done inside."""
+    """Measure wall time and peak memory of the block."""
     cost = Cost()
     start = time.perf_counter()
     yield cost
@@ -60,20 +60,20 @@ def measured_cost() -> Any:
 
 def quiet() -> None:
     """Keep warnings and Lightning's messages out of the tables."""
-    import lightning.pytorch  # noqa: F401  it sets the level of its own messages
+    import lightning.pytorch  # noqa: F401  importing it sets its log level
 
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
 def isolated(function: Callable[..., Figures], *args: Any) -> Figures:
-    """Run in a fresh process, so that peak memory is the run's own."""
+    """Run in a fresh process, so that peak memory is that of the run."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, args)
 
 
 def report(title: str, runs: Mapping[str, list[Figures]], settings: Mapping[str, Any], path: Path | None) -> None:
-    """Print mean ± standard deviation over seeds of every figure of every system, and write all of it as JSON."""
+    """Print mean ± standard deviation over seeds of every figure of every system, and write all runs as JSON."""
     table = Table("figure", *runs, title=title)
     systems = list(runs)
     if len(systems) == 2:

@@ -1,7 +1,7 @@
-"""ContrastiveVI on treated against control cells, beside scvi-tools' ContrastiveVI on the same data.
+"""ContrastiveVI on treated and control cells, compared with scvi-tools' ContrastiveVI on the same data.
 
 Without ``--data`` on planted data: types that both cohorts share, and a perturbation with two response groups in target
-cells only. Beside both stand a model that knows of no cohorts (MultiVI on the same modality) and contrastive PCA.
+cells only. Also compared are a model without cohorts (MultiVI on the same modality) and contrastive PCA.
 
     python benchmarks/contrastive.py --seeds 5 --peer
     python benchmarks/contrastive.py --data pbmc_stim_adt.h5ad --likelihood nb --condition-key condition
@@ -62,7 +62,7 @@ def quality(adata: Any, options: Namespace, z: np.ndarray | None, s: np.ndarray 
     condition = adata.obs[options.condition_key].astype(str).to_numpy()
     target = condition != options.background
     shares = pd.Series(condition).value_counts(normalize=True)
-    figures = {"largest possible condition enrichment": 1 / float((shares**2).sum())}
+    figures = {"maximum condition enrichment": 1 / float((shares**2).sum())}
     for name, values in (("z", z), ("s", s)):
         if values is None:
             continue
@@ -107,13 +107,13 @@ def predicted_markers(adata: Any, options: Namespace, values: np.ndarray, target
 
 
 def marker_ranks(ranking: pd.Index, options: Namespace) -> Figures:
-    """How high known markers of the response stand in a list of features."""
+    """Ranks of known markers of the response in a list of features."""
     ranks = [ranking.get_loc(m) + 1 for m in options.markers if m in ranking]
     return {"median rank of markers by salient effect": float(np.median(ranks))} if ranks else {}
 
 
 def ours(options: Namespace, seed: int, arguments: dict[str, Any]) -> Figures:
-    """Train and judge this package's ContrastiveVI."""
+    """Train and evaluate this package's ContrastiveVI."""
     quiet()
     from pyromosaic import ContrastiveVI, Mosaic
 
@@ -137,11 +137,11 @@ def ours(options: Namespace, seed: int, arguments: dict[str, Any]) -> Figures:
     if options.markers:
         figures |= marker_ranks(model.salient_effect().index, options)
     seconds = cost.seconds / len(model.history)
-    return {**figures, "seconds per epoch": seconds, "seconds in all": cost.seconds, "peak memory, MB": cost.peak_mb}
+    return {**figures, "seconds per epoch": seconds, "seconds in total": cost.seconds, "peak memory, MB": cost.peak_mb}
 
 
 def peer(options: Namespace, seed: int) -> Figures:
-    """Train and judge scvi-tools' ContrastiveVI."""
+    """Train and evaluate scvi-tools' ContrastiveVI."""
     quiet()
     import peers
 
@@ -157,13 +157,13 @@ def peer(options: Namespace, seed: int) -> Figures:
     return {
         **figures,
         "seconds per epoch": seconds,
-        "seconds in all": result.seconds,
+        "seconds in total": result.seconds,
         "peak memory, MB": result.peak_memory_mb,
     }
 
 
 def without_cohorts(options: Namespace, seed: int) -> Figures:
-    """A model that knows of no cohorts: MultiVI on this modality alone."""
+    """A model without cohorts: MultiVI on this modality alone."""
     quiet()
     from pyromosaic import Mosaic, MultiVI
 
@@ -176,11 +176,11 @@ def without_cohorts(options: Namespace, seed: int) -> Figures:
     with measured_cost() as cost:
         model.train(options.epochs, seed=seed, progress_bar=False)
     figures = quality(adata, options, model.get_latent_representation().to_numpy(), None)
-    return {**figures, "seconds per epoch": cost.seconds / options.epochs, "seconds in all": cost.seconds}
+    return {**figures, "seconds per epoch": cost.seconds / options.epochs, "seconds in total": cost.seconds}
 
 
 def contrastive_pca(options: Namespace, seed: int) -> Figures:
-    """Contrastive PCA: leading eigenvectors of the targets' covariance less the background's."""
+    """Contrastive PCA: leading eigenvectors of the targets' covariance minus the background's."""
     adata = load(options, seed)
     x = normalized(adata)
     x = (x - x.mean(0)) / (x.std(0) + 1e-9)
@@ -188,7 +188,7 @@ def contrastive_pca(options: Namespace, seed: int) -> Figures:
     with measured_cost() as cost:
         difference = np.cov(x[target].T) - options.cpca_alpha * np.cov(x[~target].T)
         s = x @ np.linalg.eigh(difference)[1][:, ::-1][:, :10]
-    return {**quality(adata, options, None, s), "seconds in all": cost.seconds}
+    return {**quality(adata, options, None, s), "seconds in total": cost.seconds}
 
 
 def main() -> None:
@@ -209,14 +209,14 @@ def main() -> None:
     parser.add_argument("--markers", type=lambda words: words.split(","), default=[], help="known response features")
     parser.add_argument("--cpca-alpha", type=float, default=1.0, help="weight of the background in contrastive PCA")
     parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--model", type=model_options, default={}, help="further arguments of ours, as JSON")
+    parser.add_argument("--model", type=model_options, default={}, help="further arguments of our model, as JSON")
     parser.add_argument("--train", type=json.loads, default={}, help="arguments of our training, as JSON")
     parser.add_argument("--peer-epochs", type=int, default=60)
     parser.add_argument(
         "--systems", type=lambda words: words.split(","), default=list(SYSTEMS), help="variants of ours"
     )
     parser.add_argument(
-        "--others", action=argparse.BooleanOptionalAction, default=True, help="run MultiVI and contrastive PCA beside"
+        "--others", action=argparse.BooleanOptionalAction, default=True, help="also run MultiVI and contrastive PCA"
     )
     parser.add_argument("--first-seed", type=int, default=0)
     options = parser.parse_args()

@@ -1,8 +1,8 @@
-"""DiagVI on modalities whose pairing is hidden, beside scvi-tools' DIAGVI on the same data and links.
+"""DiagVI on modalities whose pairing is hidden, compared with scvi-tools' DIAGVI on the same data and links.
 
-Every measurement is a cell of its own, in random order, without its labels; which of them are the same cell, and their
-labels, judge the result alone. Beside the model stand the scores of the linkage from which it starts, and with
-``--control`` the same with every feature's values shuffled over cells, which must come out at chance.
+Every measurement is a separate cell, in random order and without its labels; pairing and labels are used only for
+evaluation. For comparison there are the scores of the linkage from which the model starts and, with ``--control``, the
+same data with every feature shuffled over cells, where results must be at chance.
 
     python benchmarks/diagvi_unpaired.py --peer
     python benchmarks/diagvi_unpaired.py --data snare_cortex.h5mu --min-share 0.005 --label-key cell_class --drop Mis
@@ -58,7 +58,7 @@ def load(options: Namespace, seed: int) -> tuple[dict[str, Any], dict[str, pd.Se
 
 
 def as_mosaic(options: Namespace, adatas: dict[str, Any]) -> Any:
-    """The modalities with their likelihoods; a gene's activity is a count."""
+    """The modalities with their likelihoods; gene activities are counts."""
     from pyromosaic import Mosaic
 
     kinds = dict.fromkeys(adatas, "nb") if options.activity else None
@@ -66,7 +66,7 @@ def as_mosaic(options: Namespace, adatas: dict[str, Any]) -> Any:
 
 
 def quality(latent: dict[str, pd.DataFrame], labels: dict[str, pd.Series], prefix: str = "") -> Figures:
-    """Alignment of the two modalities; latents are indexed by the cells' true names."""
+    """Alignment of the two modalities; latents are indexed by the true names of the cells."""
     from pyromosaic import metrics
 
     first, second = latent
@@ -83,7 +83,7 @@ def quality(latent: dict[str, pd.DataFrame], labels: dict[str, pd.Series], prefi
 
 
 def ours(options: Namespace, seed: int) -> Figures:
-    """Train and judge this package's DiagVI."""
+    """Train and evaluate this package's DiagVI."""
     quiet()
     import torch
 
@@ -115,7 +115,7 @@ def ours(options: Namespace, seed: int) -> Figures:
 
 
 def peer(options: Namespace, seed: int) -> Figures:
-    """Train and judge scvi-tools' DIAGVI."""
+    """Train and evaluate scvi-tools' DIAGVI."""
     quiet()
     import peers
     import torch
@@ -132,7 +132,7 @@ def _cost(seconds: float, epochs: int, peak_mb: float) -> Figures:
     return {
         "epochs": epochs,
         "seconds per epoch": seconds / epochs,
-        "seconds in all": seconds,
+        "seconds in total": seconds,
         "peak memory, MB": peak_mb,
     }
 
@@ -142,17 +142,17 @@ def main() -> None:
     parser = arguments(__doc__.split("\n")[0])
     parser.add_argument("--batch-key", default="batch")
     parser.add_argument("--label-key", default="celltype")
-    parser.add_argument("--drop", nargs="*", default=[], help="labels whose cells are left out")
+    parser.add_argument("--drop", nargs="*", default=[], help="labels of cells to leave out")
     parser.add_argument(
-        "--min-share", type=float, default=0.0, help="use regions seen in more than this share of cells"
+        "--min-share", type=float, default=0.0, help="use regions open in more than this share of cells"
     )
-    parser.add_argument("--activity", action="store_true", help="sum the regions at each gene: links by gene name")
+    parser.add_argument("--activity", action="store_true", help="sum the regions of each gene, and link genes by name")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--peer-epochs", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--reference", action="store_true", help="the reference's loss and weights instead of ours")
+    parser.add_argument("--reference", action="store_true", help="use the loss and weights of the reference")
     parser.add_argument("--no-linkage", action="store_true", help="without anchors and pull from the linkage")
-    parser.add_argument("--control", action="store_true", help="shuffle every feature over cells: chance level")
+    parser.add_argument("--control", action="store_true", help="shuffle every feature over cells, as a chance level")
     options = parser.parse_args()
     runs: dict[str, list[Figures]] = {"pyromosaic": []}
     if options.peer:

@@ -1,9 +1,9 @@
-"""Linkage of two modalities whose pairing is hidden: ways of matching, beside upper bounds and chance.
+"""Linkage of two modalities whose pairing is hidden: ways of matching, with upper bounds and chance levels.
 
-Every cell with both modalities counts as two; FOSCTTM is over these copies, label transfer over all cells. What knows
-more than a linkage may is named so: ``labels (supervised)``, ``pairs (oracle)``. ``shuffled features`` is chance.
-``transport`` has all links, ``40 links`` to ``no links`` fewer of them; ``variational`` is linear, ``deep`` is not.
-``--simulate`` measures time and memory on large sparse data instead.
+Every cell with both modalities counts as two; FOSCTTM is over these copies, label transfer over all cells. Systems with
+more information than a linkage may have are marked: ``labels (supervised)``, ``pairs (oracle)``. ``shuffled features``
+is the chance level. ``transport`` has all links, ``40 links`` to ``no links`` have fewer; ``variational`` is linear,
+``deep`` is not. ``--simulate`` measures time and memory on large sparse data instead.
 
     python benchmarks/linkage.py
     python benchmarks/linkage.py --data snare_cortex.h5mu --second atac --min-share 0.005 --label-key cell_class \
@@ -44,7 +44,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 
 
 def load(options: Namespace) -> tuple[Any, pd.DataFrame]:
-    """The two modalities without the cells that have no label, and the table of links."""
+    """The two modalities without unlabelled cells, and the table of links."""
     import mudata
 
     from pyromosaic import pbmc_mosaic, protein_gene_links
@@ -119,14 +119,14 @@ def run(options: Namespace, system: str, seed: int) -> Figures:
     if system in ("transport", "variational"):
         part = method(mosaic, modalities, known.take(~hidden), seed=seed)
         found = part.feature_links()
-        partners = found[found["correlation"] > 0].groupby(options.first).head(5)  # the strongest come first
+        partners = found[found["correlation"] > 0].groupby(options.first).head(5)  # sorted, strongest first
         precision, recall = linkage.link_recovery(partners, known.take(hidden))
         figures |= {"hidden links: precision of 5 best partners": precision, "  recall": recall}
     return figures
 
 
 def large(n_cells: int, n_genes: int) -> Figures:
-    """Time and memory on sparse counts of 7 % density with as many cells of 200 proteins."""
+    """Time and memory on sparse counts of 7 % density, and 200 proteins in as many cells."""
     quiet()
     import anndata
 
@@ -171,12 +171,12 @@ def main() -> None:
     parser.add_argument("--first", default="rna", help="first modality")
     parser.add_argument("--second", default="adt", help="second modality")
     parser.add_argument(
-        "--min-share", type=float, default=0.0, help="use features of the second seen in more than this share of cells"
+        "--min-share", type=float, default=0.0, help="use features of the second found in more than this share of cells"
     )
-    parser.add_argument("--activity", action="store_true", help="sum the regions at each gene: links by gene name")
+    parser.add_argument("--activity", action="store_true", help="sum the regions of each gene, and link genes by name")
     parser.add_argument("--batch-key", default="batch")
     parser.add_argument("--label-key", default="celltype")
-    parser.add_argument("--leave-out", help="label of cells that are left out")
+    parser.add_argument("--leave-out", help="label of cells to leave out")
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS), help="what to run")
     parser.add_argument("--simulate", type=int, nargs=2, metavar=("CELLS", "GENES"), help="measure on simulated data")
     options = parser.parse_args()

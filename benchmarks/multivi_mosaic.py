@@ -1,8 +1,8 @@
-"""MultiVI on a mosaic with hidden truth, beside scvi-tools' MULTIVI on the same data and split.
+"""MultiVI on a mosaic with hidden truth, compared with scvi-tools' MULTIVI on the same data and split.
 
-``--hide N``: of the cells with all modalities, N lose one modality and N others another; what is imputed for them is
-compared with what was hidden. ``--unpair SHARE``: that share of the cells is replaced by copies with one modality each
-(the experiment of the MultiVI paper); the other copy holds the truth.
+``--hide N``: of the cells with all modalities, N lose one modality and N others another; imputed values are compared
+with the hidden ones. ``--unpair SHARE``: this share of the cells is replaced by copies with one modality each (the
+experiment of the MultiVI paper); the other copy holds the truth.
 
     python benchmarks/multivi_mosaic.py --hide 200 --peer
     python benchmarks/multivi_mosaic.py --data snare_cortex.h5mu --unpair 0.75 --min-share 0.005 --label-key cell_class
@@ -17,7 +17,7 @@ from common import Figures, arguments, isolated, measured_cost, model_options, q
 
 
 def open_regions(mdata: Any, min_share: float) -> Any:
-    """The same data with only the regions that are open in more than a share of the cells."""
+    """The same data with only the regions that are open in more than this share of the cells."""
     import mudata
 
     if not min_share:
@@ -28,7 +28,7 @@ def open_regions(mdata: Any, min_share: float) -> Any:
 
 
 def gene_activity(adata: Any) -> Any:
-    """Chromatin by gene: fragments of the regions that lie at each, of all regions."""
+    """Chromatin by gene: the fragments of all regions of a gene."""
     import anndata
     from scipy import sparse
 
@@ -37,7 +37,7 @@ def gene_activity(adata: Any) -> Any:
 
 
 def load(options: Namespace, seed: int) -> tuple[Any, dict[str, Any]]:
-    """The mosaic, and per modality the hidden measurements with the names of the cells they belong to."""
+    """The mosaic, and for each modality the hidden measurements, named by their cells."""
     import mudata
 
     from pyromosaic import hide, pbmc_mosaic, unpair
@@ -60,7 +60,7 @@ def load(options: Namespace, seed: int) -> tuple[Any, dict[str, Any]]:
 
 
 def quality(mosaic: Any, truth: dict[str, Any], options: Namespace, latent: pd.DataFrame, imputed: Any) -> Figures:
-    """Every metric of one trained system; `imputed(name, cells)` gives its expectation, cells × features."""
+    """All metrics of one trained system; `imputed(name, cells)` returns its expectation, cells × features."""
     from pyromosaic import metrics
 
     names = list(mosaic.mod)
@@ -70,7 +70,7 @@ def quality(mosaic: Any, truth: dict[str, Any], options: Namespace, latent: pd.D
     labels = labels[~labels.index.duplicated()].reindex(latent.index)
     figures = {
         "modality enrichment (1 = mixed)": metrics.modality_enrichment(latent, pattern),
-        "  largest possible": 1 / float((pattern.value_counts(normalize=True) ** 2).sum()),
+        "  maximum": 1 / float((pattern.value_counts(normalize=True) ** 2).sum()),
         "label purity": metrics.label_purity(latent, labels),
     }
     for a, b in [(a, b) for a in names for b in names if a != b]:
@@ -109,7 +109,7 @@ def quality(mosaic: Any, truth: dict[str, Any], options: Namespace, latent: pd.D
 
 
 def ours(options: Namespace, seed: int) -> Figures:
-    """Train and judge this package's MultiVI."""
+    """Train and evaluate this package's MultiVI."""
     quiet()
     from pyromosaic import Mosaic, MultiVI
 
@@ -134,7 +134,7 @@ def ours(options: Namespace, seed: int) -> Figures:
 
 
 def peer(options: Namespace, seed: int) -> Figures:
-    """Train and judge scvi-tools' MULTIVI."""
+    """Train and evaluate scvi-tools' MULTIVI."""
     quiet()
     import peers
 
@@ -152,7 +152,7 @@ def _cost(seconds: float, epochs: int, peak_mb: float) -> Figures:
     return {
         "epochs": epochs,
         "seconds per epoch": seconds / epochs,
-        "seconds in all": seconds,
+        "seconds in total": seconds,
         "peak memory, MB": peak_mb,
     }
 
@@ -160,10 +160,10 @@ def _cost(seconds: float, epochs: int, peak_mb: float) -> Figures:
 def main() -> None:
     """Run the benchmark."""
     parser = arguments(__doc__.split("\n")[0])
-    parser.add_argument("--hide", type=int, default=200, help="cells that lose each modality")
+    parser.add_argument("--hide", type=int, default=200, help="number of cells from which to hide each modality")
     parser.add_argument("--unpair", type=float, help="share of cells to unpair instead of hiding")
     parser.add_argument(
-        "--min-share", type=float, default=0.0, help="use regions seen in more than this share of cells"
+        "--min-share", type=float, default=0.0, help="use regions open in more than this share of cells"
     )
     parser.add_argument("--batch-key", default="batch")
     parser.add_argument("--label-key", default="celltype")

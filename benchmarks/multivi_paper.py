@@ -1,11 +1,11 @@
-"""The experiments of the MultiVI paper (Ashuach et al., Nature Methods 2023), on any data with cells that have it all.
+"""Experiments of the MultiVI paper (Ashuach et al., Nature Methods 2023), on any data with fully measured cells.
 
-Cells without all modalities are left out. One experiment a call:
+Cells without all modalities are left out. Each call runs one experiment:
 
-``unpairing``    from 1 to 99 % of the cells become copies with one modality each (Fig. 2)
+``unpairing``    from 1 to 99 % of the cells are split into copies with one modality each (Fig. 2)
 ``factors``      inferred cell factors against observed depth, all cells paired (Supplementary Fig. 1)
 ``uncertainty``  imputation at 75 % unpaired, and its error against its uncertainty (Fig. 4)
-``heldout``      one modality of one cell type is taken away altogether; its differences are inferred (Fig. 5)
+``heldout``      one modality of one cell type is removed completely; its differences are inferred (Fig. 5)
 ``robustness``   fusions and penalties (Supplementary Fig. 3)
 ``markers``      differential expression of types with known marker genes, and of shuffled types
 ``trimodal``     RNA, chromatin and antibodies in all seven patterns, simulated with known truth
@@ -44,7 +44,7 @@ LINES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 4)))
 
 
 def complete(options: Namespace) -> Any:
-    """The cells that have all modalities."""
+    """The cells with all modalities."""
     import mudata
 
     from pyromosaic import pbmc_mosaic
@@ -56,7 +56,7 @@ def complete(options: Namespace) -> Any:
 
 
 def hidden(whole: Any, mosaic: Any, name: str) -> Any:
-    """What the copies without a modality would have been measured to have; their names are those of the copies."""
+    """Measurements of the modality that each copy lacks, named by the copies."""
     copies = [c for c in mosaic.obs_names if c not in mosaic[name].obs_names]
     truth = whole[name][[c.rsplit(":", 1)[0] for c in copies]].copy()
     truth.obs_names = copies
@@ -74,14 +74,14 @@ def train(mosaic: Any, options: Namespace, seed: int, **choices: Any) -> Any:
 
 
 def scaled(adata: Any, name: str, size: float) -> Any:
-    """Measurements at one size a cell, or for chromatin whether a region is open."""
+    """Measurements at the same size in every cell, or for chromatin whether a region is open."""
     from pyromosaic import metrics
 
     return (adata.X > 0).astype(float) if name == "atac" else metrics.scale_by_library(adata.X, size)
 
 
 def at_one_size(model: Any, name: str) -> float | None:
-    """The size of cell at which to impute: the median cell's; for chromatin each cell's own."""
+    """Size of cell at which to impute: the median size; for chromatin, the size of each cell."""
     return None if name == "atac" else model.schema[name].library
 
 
@@ -89,7 +89,7 @@ def at_one_size(model: Any, name: str) -> float | None:
 
 
 def unpairing(options: Namespace, seed: int, rate: float, system: str) -> Figures:
-    """Mixing, and distance of the copies, when a share of the cells is unpaired."""
+    """Mixing, and distance of the copies, if a share of the cells is unpaired."""
     quiet()
     from pyromosaic import metrics, unpair
 
@@ -112,12 +112,12 @@ def unpairing(options: Namespace, seed: int, rate: float, system: str) -> Figure
     figures = {
         "cells": float(len(latent)),
         "modality enrichment (1 = mixed)": metrics.modality_enrichment(latent, pattern),
-        "  largest possible": 1 / float((pattern.value_counts(normalize=True) ** 2).sum()),
+        "  maximum": 1 / float((pattern.value_counts(normalize=True) ** 2).sum()),
         "rank distance of copies": metrics.neighbor_rank_distance(first, second, others=whole),
         "label purity": metrics.label_purity(latent, labels),
     }
     for a, b in [(a, b) for a in names for b in names if a != b]:
-        # From all cells that have the one, paired ones too, to those that have the other only.
+        # From all cells with the one modality, including paired cells, to those with only the other.
         figures[f"transfer {a} -> {b} only"] = metrics.label_transfer_accuracy(
             latent[has[a]], labels[has[a]], latent[pattern == b], labels[pattern == b], n_neighbors=15
         )
@@ -144,7 +144,7 @@ def factors(options: Namespace, seed: int) -> Figures:
 
 
 def uncertainty(options: Namespace, seed: int) -> dict[str, Figures]:
-    """How good imputed values are, and a curve or two a modality: squared error over its mean, by uncertainty."""
+    """Quality of imputed values, and one or two curves per modality: squared error over its mean, by uncertainty."""
     quiet()
     from pyromosaic import metrics, unpair
 
@@ -160,7 +160,7 @@ def uncertainty(options: Namespace, seed: int) -> dict[str, Figures]:
         values = scaled(truth, name, size)
         smooth = metrics.smooth_by_neighbors(whole[name].X, "lsi" if name == "atac" else "pca")
         smooth = smooth[whole[name].obs_names.get_indexer(truth.obs_names.str.rsplit(":", n=1).str[0])]
-        # What knowing nothing of a cell but that it is one of these data gives.
+        # Baseline without any information about the cell.
         profile = np.asarray(scaled(mosaic[name], name, size).mean(axis=0)).reshape(1, -1)
         profile = np.broadcast_to(profile, mean.shape)
         if name == "atac":
@@ -183,14 +183,14 @@ def uncertainty(options: Namespace, seed: int) -> dict[str, Figures]:
 
 
 def within_features(error: np.ndarray, sd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Errors over the feature's root mean square, and each cell's rank of uncertainty among those of its feature."""
+    """Errors over the feature's root mean square, and each cell's rank of uncertainty within the feature."""
     scale = np.sqrt((error**2).mean(axis=0))
     ranks = sd.argsort(axis=0).argsort(axis=0) / len(sd)
     return (error / np.where(scale > 0, scale, 1.0)), ranks
 
 
 def heldout(options: Namespace, seed: int, name: str, label: str | None) -> dict[str, Figures]:
-    """Differences of one cell type from the rest in a modality that was taken from it (None: from no type)."""
+    """Differences of one cell type from the rest in a modality that was removed from it (None: from no type)."""
     quiet()
     import mudata
 
@@ -204,7 +204,7 @@ def heldout(options: Namespace, seed: int, name: str, label: str | None) -> dict
     model = train(mosaic, options, seed)
     types = pd.concat(kind.values())
     types = types[~types.index.duplicated()].reindex(mosaic.obs_names)
-    # Where nothing was taken away, the cells that have the modality are compared.
+    # If nothing was removed, the cells that have the modality are compared.
     cells = mosaic.obs_names if label is not None else mosaic[name].obs_names
     results = {}
     for tested in options.types if label is None else [label]:
@@ -227,16 +227,16 @@ def heldout(options: Namespace, seed: int, name: str, label: str | None) -> dict
             "markers": float(up.sum()),
             "Pearson, markers": float(np.corrcoef(effect[up], truth["effect"][up])[0, 1]) if up.sum() > 4 else np.nan,
             "called": float(calls["is_significant"].sum()),
-            "  of these by the observed data": float(confirmed),
-            "  share of all so called": float(truth["called"].mean()),
-            "  same direction, of those in both": float((sign == np.sign(truth["effect"]))[both].mean()),
+            "  of these, called in the observed data": float(confirmed),
+            "  share of all features called there": float(truth["called"].mean()),
+            "  same direction, if called in both": float((sign == np.sign(truth["effect"]))[both].mean()),
         }
         results[tested] = {k: v for k, v in figures.items() if not np.isnan(v)}
     return results
 
 
 def observed_difference(adata: Any, options: Namespace, name: str, label: str, model: Any) -> pd.DataFrame:
-    """Effect of a cell type against the rest in all that was measured, and what a rank-sum test calls at 5 % FDR."""
+    """Effect of a cell type against the rest in all measurements, and the calls of a rank-sum test at 5 % FDR."""
     from scipy.stats import false_discovery_control, mannwhitneyu
 
     from pyromosaic import metrics
@@ -255,15 +255,15 @@ def observed_difference(adata: Any, options: Namespace, name: str, label: str, m
 
 
 def difference(first: np.ndarray, second: np.ndarray, name: str) -> np.ndarray:
-    """Of two mean profiles at the median cell's size: log2 fold change, or difference of shares that are open."""
+    """Difference of two mean profiles at the median size: log2 fold change, or difference of shares that are open."""
     if name == "atac":
         return first - second
-    pseudocount = 0.01 if name == "rna" else 1.0  # those of `model.differential`
+    pseudocount = 0.01 if name == "rna" else 1.0  # as in `model.differential`
     return np.log2((first + pseudocount) / (second + pseudocount))
 
 
 def robustness(options: Namespace, seed: int, choices: Mapping[str, Any]) -> Figures:
-    """All measures of `multivi_mosaic.py` of one fusion or penalty."""
+    """All metrics of `multivi_mosaic.py` for one fusion or penalty."""
     quiet()
     from pyromosaic import unpair
 
@@ -284,7 +284,7 @@ def robustness(options: Namespace, seed: int, choices: Mapping[str, Any]) -> Fig
 
 
 def markers(options: Namespace, seed: int) -> dict[str, Figures]:
-    """Where the known markers of a type stand among the features that it has more of, and what chance calls."""
+    """Ranks of the known markers of a type among the features that are higher in it, and calls by chance."""
     quiet()
     from pyromosaic import unpair
 
@@ -312,7 +312,7 @@ def markers(options: Namespace, seed: int) -> dict[str, Figures]:
 
 
 def trimodal(options: Namespace, seed: int) -> Figures:
-    """Mixing of seven patterns of three modalities, and imputed against expected measurements, simulated cells."""
+    """Mixing of seven patterns of three modalities, and imputed against expected measurements in simulated cells."""
     quiet()
     from pyromosaic import metrics, simulate
 
@@ -322,7 +322,7 @@ def trimodal(options: Namespace, seed: int) -> Figures:
     labels = pd.Series(truth.type.astype(str), mdata.obs_names)[latent.index]
     figures = {
         "modality enrichment (1 = mixed)": metrics.modality_enrichment(latent, patterns),
-        "  largest possible": 1 / float((patterns.value_counts(normalize=True) ** 2).sum()),
+        "  maximum": 1 / float((patterns.value_counts(normalize=True) ** 2).sum()),
         "label purity": metrics.label_purity(latent, labels),
     }
     for a, b in [(a, b) for a in mdata.mod for b in mdata.mod if a != b]:
@@ -344,12 +344,12 @@ def trimodal(options: Namespace, seed: int) -> Figures:
 
 
 def over_seeds(options: Namespace, experiment: Callable[..., Any], *args: Any) -> list[Any]:
-    """Each seed in a process of its own."""
+    """Run each seed in a separate process."""
     return [isolated(experiment, options, seed, *args) for seed in range(options.seeds)]
 
 
 def run_unpairing(options: Namespace) -> None:
-    """A table a system, a column a rate."""
+    """One table per system, with one column per rate."""
     systems = ["pyromosaic"] + ["scvi-tools"] * options.peer
     results: dict[str, Runs] = {}
     for system in systems:
@@ -365,7 +365,7 @@ def run_factors(options: Namespace) -> None:
 
 
 def run_uncertainty(options: Namespace) -> None:
-    """A table of the quality of imputation, and one of the curves, which are drawn."""
+    """One table of the quality of imputation, and one of the curves, which are drawn."""
     results = over_seeds(options, uncertainty)
     show(options, f"imputation, {options.unpair:.0%} unpaired", {"pyromosaic": [r.pop("figures") for r in results]})
     curves = {name: [r[name] for r in results] for name in results[0]}
@@ -375,7 +375,7 @@ def run_uncertainty(options: Namespace) -> None:
 
 
 def run_heldout(options: Namespace) -> None:
-    """Two tables a modality, with and without the type's measurements; a column a type."""
+    """Two tables per modality, with and without the type's measurements; one column per type."""
     whole = complete(options)
     counts = whole[next(iter(whole.mod))].obs[options.label_key].astype(str).value_counts()
     options.types = options.types or sorted(counts.index[counts >= options.min_cells])
@@ -398,7 +398,7 @@ def run_trimodal(options: Namespace) -> None:
 
 
 def run_markers(options: Namespace) -> None:
-    """A table a type."""
+    """One table per type."""
     seeds = over_seeds(options, markers)
     for tested in options.markers:
         show(options, f"markers of {tested}", {"pyromosaic": [r[tested] for r in seeds]})
@@ -422,7 +422,7 @@ EXPERIMENTS = {
 
 
 def show(options: Namespace, title: str, runs: Runs) -> None:
-    """Print a table; the JSON of each has its title in the file's name."""
+    """Print a table; the file name of its JSON contains its title."""
     path: Path | None = options.json
     if path is not None:
         path = path.with_stem(f"{path.stem}_{title.replace(', ', '_').replace(' ', '_').replace('%', '')}")
@@ -459,7 +459,7 @@ def draw_unpairing(options: Namespace, results: Mapping[str, Runs]) -> None:
         ax.set(xlabel="cells unpaired (%)", ylabel=title, xlim=(-3, 103))
         ax.spines[["top", "right"]].set_visible(False)
     runs = results["pyromosaic"]
-    most = [np.mean([run["  largest possible"] for run in seeds]) for seeds in runs.values()]
+    most = [np.mean([run["  maximum"] for run in seeds]) for seeds in runs.values()]
     axes[0].plot(rates, most, ":", color="0.4", label="not mixed at all")
     axes[0].axhline(1, linestyle="--", color="0.4", label="mixed")
     axes[1].axhline(2 / 3, linestyle=":", color="0.4", label="random pairs")
@@ -500,34 +500,34 @@ def main() -> None:
     parser = arguments(__doc__.split("\n")[0])
     parser.add_argument("experiment", choices=list(EXPERIMENTS))
     parser.add_argument(
-        "--rates", type=float, nargs="+", default=[0.01, 0.25, 0.5, 0.75, 0.9, 0.99], help="unpairing: shares of cells"
+        "--rates", type=float, nargs="+", default=[0.01, 0.25, 0.5, 0.75, 0.9, 0.99], help="unpairing: shares to unpair"
     )
     parser.add_argument("--unpair", type=float, default=0.75, help="the other experiments: share of cells unpaired")
-    parser.add_argument("--types", nargs="+", help="heldout: cell types; all that are frequent enough if left out")
+    parser.add_argument("--types", nargs="+", help="heldout: cell types; by default all that are frequent enough")
     parser.add_argument(
         "--markers",
         type=type_and_markers,
         nargs="+",
         default=[],
         metavar="TYPE=GENE,GENE",
-        help="what is known",
+        help="known marker genes",
     )
     parser.add_argument("--cells", type=int, default=2800, help="trimodal: simulated cells")
-    parser.add_argument("--min-cells", type=int, default=40, help="heldout: fewest cells of a type")
+    parser.add_argument("--min-cells", type=int, default=40, help="heldout: minimum number of cells of a type")
     parser.add_argument(
-        "--min-share", type=float, default=0.0, help="use regions seen in more than this share of cells"
+        "--min-share", type=float, default=0.0, help="use regions open in more than this share of cells"
     )
     parser.add_argument("--options", default="{}", help="other options of the model, as JSON")
     parser.add_argument("--batch-key", default="batch")
     parser.add_argument("--label-key", default="celltype")
     parser.add_argument("--epochs", type=int, default=150)
     parser.add_argument("--peer-epochs", type=int, default=500)
-    parser.add_argument("--figure", type=Path, help="unpairing and uncertainty: draw it here")
+    parser.add_argument("--figure", type=Path, help="unpairing and uncertainty: write the figure here")
     options = parser.parse_args()
     if options.peer and options.experiment != "unpairing":
-        parser.error("--peer goes with unpairing only")
+        parser.error("--peer is for unpairing only")
     if options.figure and options.experiment not in ("unpairing", "uncertainty"):
-        parser.error("--figure goes with unpairing and uncertainty only")
+        parser.error("--figure is for unpairing and uncertainty only")
     options.markers = dict(options.markers)
     quiet()
     EXPERIMENTS[options.experiment](options)

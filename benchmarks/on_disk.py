@@ -1,4 +1,4 @@
-"""An epoch of DiagVI on data that stay on disk: two modalities of as many cells as asked for, in different cells.
+"""An epoch of DiagVI on data that stay on disk: two modalities in different cells, with a given number of cells each.
 
 python benchmarks/on_disk.py --cells 1000000 --folder million
 """
@@ -13,7 +13,7 @@ BLOCK = 20_000  # cells written at once
 
 
 def write(path: Path, prefix: str, n_cells: int, profiles: np.ndarray, seed: int) -> None:
-    """Counts of cells of one type each, written block by block as CSR."""
+    """Counts of cells, each of one type, written block by block as CSR."""
     import anndata
     import h5py
     import pandas as pd
@@ -27,7 +27,7 @@ def write(path: Path, prefix: str, n_cells: int, profiles: np.ndarray, seed: int
         size = min(BLOCK, n_cells - start)
         mean = profiles[rng.integers(len(profiles), size=size)] * rng.gamma(4, 0.25, (size, 1))
         drawn = rng.poisson(mean).astype(np.float32)
-        drawn[:, 0] = np.maximum(drawn[:, 0], 1)  # no cell is empty
+        drawn[:, 0] = np.maximum(drawn[:, 0], 1)  # so that no cell is empty
         counts = sparse.csr_matrix(drawn)
         if start == 0:
             anndata.AnnData(counts, names("_cell", size), names("", profiles.shape[1])).write_h5ad(path)
@@ -70,13 +70,13 @@ def main() -> None:
     parser.add_argument("--genes", type=int, default=500)
     parser.add_argument("--proteins", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=1024)
-    parser.add_argument("--linkage", action="store_true", help="canonical correlation before training too")
-    parser.add_argument("--folder", type=Path, required=True, help="where the files are written")
+    parser.add_argument("--linkage", action="store_true", help="include canonical correlation before training")
+    parser.add_argument("--folder", type=Path, required=True, help="folder for the files")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    signal = rng.normal(size=(10, max(options.genes, options.proteins)))  # of ten types, the same in linked features
+    signal = rng.normal(size=(10, max(options.genes, options.proteins)))  # ten types, equal in linked features
     for seed, (name, width, depth) in enumerate((("rna", options.genes, 0.15), ("adt", options.proteins, 1.0))):
         profiles = depth * np.exp(signal[:, :width] + rng.normal(size=width))
         write(options.folder / f"{name}.h5ad", name, options.cells, profiles, seed)

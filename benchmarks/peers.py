@@ -1,7 +1,7 @@
-"""Peer systems of the benchmarks, run on the same data, splits and metrics.
+"""Other systems in the benchmarks, run on the same data, splits and metrics.
 
-Every runner takes the data as a user has them, trains the peer with its own defaults and returns a :class:`PeerResult`.
-The peers are not dependencies: scvi-tools (1.5 or later) is imported where it is called.
+Every function takes the data as a user has them, trains the system with its defaults and returns a :class:`PeerResult`.
+The systems are not dependencies: scvi-tools (1.5 or later) is imported on call.
 """
 
 import contextlib
@@ -24,34 +24,33 @@ import torch
 
 @dataclass(frozen=True)
 class PeerResult:
-    """What a trained peer says about the cells, and what training it cost.
+    """Results of a trained system, and the cost of training.
 
     Attributes
     ----------
     latent
         Posterior means of the (joint) latent, cells x dimensions, in the order of the data's ``obs_names``.
     latents
-        Posterior means from each modality's own encoder, all cells; the rows of cells without it are NaN.
+        Posterior means from the encoder of each modality, all cells; rows of cells without it are NaN.
     imputed
         Decoded features of each modality, all cells x features, see the runners.
     seconds
-        Wall time of training, validation after every epoch included; without set-up and decoding.
+        Wall time of training, including validation after every epoch; without set-up and decoding.
     epochs
-        Epochs trained.
+        Number of epochs trained.
     seconds_per_epoch
         ``seconds / epochs``.
     peak_memory_mb
-        Largest resident memory of the process (MiB on Linux) by the end of training, before anything is decoded.
-        It never falls within a process: one run a process makes it comparable.
+        Largest resident memory of the process (MiB on Linux) until the end of training, before anything is decoded. It
+        never decreases within a process. Therefore run one system per process to compare.
     history
-        Losses, one row an epoch.
+        Losses, one row per epoch.
     heldout_reconstruction
-        Reconstruction loss of the validation cells after the last epoch, so of the returned model: negative log
-        likelihood per cell, summed over the features of what was measured. None without validation, which takes
-        ``train_size=1.0, check_val_every_n_epoch=None``.
-        The best epoch is ``history["reconstruction_loss_validation"].min()``.
+        Reconstruction loss of the validation cells after the last epoch, i.e. of the returned model: negative log
+        likelihood per cell, summed over the measured features. None without validation, which takes ``train_size=1.0,
+        check_val_every_n_epoch=None``. The best epoch is ``history["reconstruction_loss_validation"].min()``.
     ranking
-        Features by their difference between the cohorts, the surest first, where that was asked for.
+        Features by their difference between the cohorts, the most certain first, if requested.
     """
 
     latent: np.ndarray
@@ -77,25 +76,25 @@ def multivi(
 ) -> PeerResult:
     """Train scvi-tools' MULTIVI on a mosaic.
 
-    A cell is present in a modality if it is among its ``obs_names``. MULTIVI instead reads a row without counts as
-    "not measured", so it gets a copy with zero rows for what is absent; a measured cell without a single count is
-    missing to it too. A cell empty in all modalities still gets a latent, a mix of what the encoders make of zeros.
+    A cell has a modality if it is among its ``obs_names``. MULTIVI instead reads a row without counts as "not
+    measured". Therefore it gets a copy with zero rows for absent cells; measured cells without any counts are missing
+    to it too. A cell that is empty in all modalities still gets a latent, a mix of the encoders' outputs for zeros.
 
-    Imputed are, at the posterior mean of the joint latent and in each cell's own batch: for ``rna`` the normalised
-    expression (sums to 1 a cell), for ``atac`` the probability of accessibility times the region's factor, without
-    the cell's factor, and for ``adt`` the expected count, background included.
+    Values are imputed at the posterior mean of the joint latent and in the batch of each cell: for ``rna`` the
+    normalised expression (sum 1 per cell), for ``atac`` the probability of accessibility times the region's factor,
+    without the cell's factor, and for ``adt`` the expected count, including background.
 
     Parameters
     ----------
     mdata
-        Raw counts in ``X`` of the modalities ``"rna"``, ``"atac"`` and ``"adt"`` (or ``"protein"``). Any of them will
-        do, except proteins alone, with which MULTIVI fails.
+        Raw counts in ``X`` of the modalities ``"rna"``, ``"atac"`` and ``"adt"`` (or ``"protein"``), in any combination
+        except proteins alone, with which MULTIVI fails.
     batch_key
         Column of each modality's ``obs`` with the batch; None for a single batch.
     n_epochs
-        Epochs to train. All of them: early stopping is off, unless ``early_stopping=True`` is given.
+        Number of epochs. All are run: early stopping is off, unless ``early_stopping=True`` is given.
     seed
-        Seed of everything random, the split into training and validation cells included.
+        Seed of all random numbers, including the split into training and validation cells.
     model_kwargs
         Arguments of ``scvi.model.MULTIVI``, such as ``n_latent``.
     **train_kwargs
@@ -105,12 +104,12 @@ def multivi(
     Returns
     -------
     PeerResult
-        Latents and imputed features are keyed by the modalities' names in `mdata`.
+        Latents and imputed features, by the names of the modalities in `mdata`.
 
     Raises
     ------
     ValueError
-        If a modality is not one of those above, or two modalities put one cell into different batches.
+        If a modality is not one of those above, or two modalities assign one cell to different batches.
 
     References
     ----------
@@ -158,7 +157,7 @@ def scvi_rna(
 ) -> PeerResult:
     """Train scvi-tools' SCVI on the RNA counts in ``X``.
 
-    Imputed under ``"rna"`` is the normalised expression (sums to 1 a cell) at one draw of the latent, SCVI's default.
+    ``"rna"`` is imputed by the normalised expression (sum 1 per cell) at one draw of the latent, SCVI's default.
 
     Parameters
     ----------
@@ -213,7 +212,7 @@ def contrastivevi(
     batch_key
         Column of ``obs`` with the batch; None for a single batch.
     differential
-        Rank features by its differential expression of target against background cells, target cells decoded with
+        Rank features by its differential expression between target and background cells, with target cells decoded with
         their salient variables and background cells without.
     n_epochs, seed, model_kwargs, **train_kwargs
         As in :func:`multivi`, for ``scvi.external.ContrastiveVI``.
@@ -269,7 +268,7 @@ def diagvi(
     adatas
         Measurements of the two modalities, in ``X``. Not modified.
     links
-        One column of feature names a modality, one row a link; rows with a feature that is not there are left out.
+        One column of feature names per modality, one row per link; rows with an unknown feature are left out.
     likelihoods
         DIAGVI's name of the likelihood of each modality.
     batch_key, n_epochs, seed, model_kwargs, **train_kwargs
@@ -278,7 +277,7 @@ def diagvi(
     Returns
     -------
     PeerResult
-        ``latents`` keyed by modality, each in the order of its own cells; nothing is imputed.
+        ``latents`` by modality, each in the order of its cells; nothing is imputed.
     """
     from scvi import settings
     from scvi.external import DIAGVI
@@ -312,7 +311,7 @@ def diagvi(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence log messages and warnings, and put both back as they were."""
+    """Silence log messages and warnings, and restore both afterwards."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -331,11 +330,11 @@ def _zero_filled(adata: anndata.AnnData, cells: pd.Index) -> anndata.AnnData:
 
 
 def _batches(mdata: mudata.MuData, batch_key: str) -> pd.Series:
-    """Batch of every cell, from the modalities that measured it."""
+    """Batch of every cell, from the modalities in which it was measured."""
     columns = {name: adata.obs[batch_key].astype(str) for name, adata in mdata.mod.items()}
     batches = pd.concat(columns, axis=1).reindex(mdata.obs_names)
     if (conflicts := batches.nunique(axis=1) > 1).any():
-        raise ValueError(f"modalities disagree on {batch_key!r} of {conflicts.sum()} cells, every cell has one batch")
+        raise ValueError(f"modalities disagree on {batch_key!r} of {conflicts.sum()} cells; every cell has one batch")
     return batches.bfill(axis=1).iloc[:, 0]
 
 
@@ -360,7 +359,7 @@ def _train(model: Any, n_epochs: int, train_kwargs: Mapping[str, Any]) -> dict[s
 
 @torch.inference_mode()
 def _expected_protein(model: Any) -> np.ndarray:
-    """Mean of MULTIVI's protein mixture at the posterior mean; MULTIVI has no function for it.
+    """Mean of MULTIVI's protein mixture at the posterior mean, which MULTIVI cannot compute.
 
     The background b is log-normal and the foreground s * b, so E[count] = E[b] * (P(background) + P(foreground) * s).
     """

@@ -1,10 +1,10 @@
-"""scMODAL on modalities whose pairing is hidden, by the default program or the reference's, and what a step costs.
+"""scMODAL on modalities whose pairing is hidden, with the default or the reference program, and the cost of a step.
 
-Data are hidden as in `diagvi_unpaired.py`: every measurement is a cell of its own, in random order, without its labels.
-Beside the model stand the scores of the linkage from which its anchors come, and with ``--control`` the same with every
-feature's values shuffled over cells, which must come out at chance. With ``--leave-out`` a share of the links is kept
-from the model: their agreement between nearest cells judges it without pairs or labels, and they are looked for among
-the links that are inferred. Last, a training step of the reference is timed, and its memory measured, with kernels from
+Data are hidden as in `diagvi_unpaired.py`: every measurement is a separate cell, in random order and without its
+labels. For comparison there are the scores of the linkage from which the anchors come and, with ``--control``, the same
+data with every feature shuffled over cells, where results must be at chance. ``--leave-out`` hides a share of the links
+from the model: their agreement between nearest cells evaluates it without pairs or labels, and they are searched among
+the inferred links. Finally, the time and memory of a training step of the reference are measured, with kernels from
 inner products and from differences (cells × cells × features).
 
     python benchmarks/scmodal_unpaired.py
@@ -25,7 +25,7 @@ from diagvi_unpaired import as_mosaic, load, quality
 
 
 def ours(options: Namespace, seed: int) -> Figures:
-    """Train and judge this package's ScModal."""
+    """Train and evaluate this package's ScModal."""
     quiet()
     import torch
 
@@ -75,7 +75,7 @@ def ours(options: Namespace, seed: int) -> Figures:
         others = links.take(left_out)
         figures["agreement of left-out links"] = model.link_agreement(others.pairs)
         found = model.feature_links(first, second, level=1.0)
-        partners = found[found["correlation"] > 0].groupby(first).head(5)  # the strongest come first
+        partners = found[found["correlation"] > 0].groupby(first).head(5)  # sorted, strongest first
         precision, recall = linkage.link_recovery(partners, others)
         figures |= {"left-out links: precision of 5 best partners": precision, "  recall": recall}
         beyond = model.feature_links(first, second)
@@ -84,11 +84,11 @@ def ours(options: Namespace, seed: int) -> Figures:
     if model.scores:
         scores = pd.DataFrame(model.scores.values.numpy(), mosaic.obs_names)
         figures |= quality({name: by_cell(scores, name) for name in adatas}, labels, "linkage alone: ")
-    return {**figures, "seconds in all": cost.seconds, "peak memory, MB": cost.peak_mb}
+    return {**figures, "seconds in total": cost.seconds, "peak memory, MB": cost.peak_mb}
 
 
 def steps(options: Namespace, seed: int, naive: bool) -> Figures:
-    """Cost of training steps of the reference; `naive` forms differences of all pairs of cells in its kernels."""
+    """Cost of training steps of the reference; `naive` computes kernels from differences of all pairs of cells."""
     quiet()
     import torch
 
@@ -127,7 +127,7 @@ def steps(options: Namespace, seed: int, naive: bool) -> Figures:
         term(encoded(model.guide.modalities, minibatch)[0], minibatch).backward()
 
     return {
-        "seconds a step": seconds / options.timed_steps,
+        "seconds per step": seconds / options.timed_steps,
         "whole step: peak above the level before, MB": peak(whole),
         "geometry and encoders: peak above the level before, MB": peak(geometry),
         "peak memory of the process, MB": cost.peak_mb,
@@ -135,7 +135,7 @@ def steps(options: Namespace, seed: int, naive: bool) -> Figures:
 
 
 def peak(step: Callable[[], None]) -> float:
-    """Largest sum (MB) of what torch allocates on the CPU, less what it frees, during a step after a first one."""
+    """Largest net allocation (MB) by torch on the CPU during a step, after a first step."""
     import torch
 
     step()
@@ -152,24 +152,24 @@ def main() -> None:
     parser = arguments(__doc__.split("\n")[0])
     parser.add_argument("--batch-key", default="batch")
     parser.add_argument("--label-key", default="celltype")
-    parser.add_argument("--drop", nargs="*", default=[], help="labels whose cells are left out")
+    parser.add_argument("--drop", nargs="*", default=[], help="labels of cells to leave out")
     parser.add_argument(
-        "--min-share", type=float, default=0.0, help="use regions seen in more than this share of cells"
+        "--min-share", type=float, default=0.0, help="use regions open in more than this share of cells"
     )
-    parser.add_argument("--activity", action="store_true", help="sum the regions at each gene: links by gene name")
+    parser.add_argument("--activity", action="store_true", help="sum the regions of each gene, and link genes by name")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--validation", type=float, default=0.1, help="share of cells kept out of training; the reference keeps none"
+        "--validation", type=float, default=0.1, help="share of cells held out of training; none in the reference"
     )
-    parser.add_argument("--reference", action="store_true", help="the reference's program and weights instead of ours")
+    parser.add_argument("--reference", action="store_true", help="use the program and weights of the reference")
     parser.add_argument("--steps", type=int, default=10_000, help="training steps of the reference")
     parser.add_argument("--timed-steps", type=int, default=0, help="steps of the reference to time; 0 for none")
-    parser.add_argument("--every", type=int, default=0, help="judge after every so many steps too; 0 for the end alone")
-    parser.add_argument("--n-links", type=int, help="give the model so many of the links, chosen at random")
-    parser.add_argument("--leave-out", type=float, default=0.0, help="share of the links that the model is not given")
+    parser.add_argument("--every", type=int, default=0, help="also evaluate every so many steps; 0 for the end only")
+    parser.add_argument("--n-links", type=int, help="number of links, chosen at random, to give to the model")
+    parser.add_argument("--leave-out", type=float, default=0.0, help="share of the links to hide from the model")
     parser.add_argument("--options", default="{}", help="other options of the model, as JSON")
-    parser.add_argument("--control", action="store_true", help="shuffle every feature over cells: chance level")
+    parser.add_argument("--control", action="store_true", help="shuffle every feature over cells, as a chance level")
     options = parser.parse_args()
     name = "the PBMC mosaic" if options.data is None else options.data.stem
     if options.seeds:

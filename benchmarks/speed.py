@@ -1,7 +1,7 @@
-"""Processor time of a training epoch, one thread, beside scvi-tools on the same data; nothing is validated.
+"""Processor time of a training epoch on one thread, compared with scvi-tools on the same data; without validation.
 
-The first epoch, and what is done before (linkage, say) and after, are left out; both systems are run in turn, in
-processes of their own, and the median epoch is taken. ``--batch-size`` is ours; scvi-tools keeps its defaults.
+The first epoch, and everything before (e.g. linkage) and after training, are left out. Both systems alternate, in
+separate processes, and the median epoch is reported. ``--batch-size`` is for ours; scvi-tools keeps its defaults.
 
     python benchmarks/speed.py multivi --cells 10000 --rna-only
     python benchmarks/speed.py diagvi --data snare_cortex.h5mu --min-share 0.005 --label-key cell_class --drop Mis
@@ -41,14 +41,14 @@ def simulated(n_cells: int, n_genes: int, n_proteins: int, seed: int) -> Any:
             for part in np.array_split(cells, -(-len(cells) // 2000))
         ]
         counts = sparse.vstack(blocks, format="csr")
-        counts[:, 0] += sparse.csr_matrix(np.ones((counts.shape[0], 1), np.float32))  # no cell is empty
+        counts[:, 0] += sparse.csr_matrix(np.ones((counts.shape[0], 1), np.float32))  # so that no cell is empty
         var = pd.DataFrame(index=[f"{name}{j}" for j in range(width)])
         modalities[name] = anndata.AnnData(counts.tocsr(), obs=obs.iloc[cells], var=var)
     return mudata.MuData(modalities)
 
 
 def mosaic_data(options: Namespace, seed: int) -> Any:
-    """Simulated of a size, or real."""
+    """Simulated data of a given size, or real data."""
     if options.cells is not None:
         return simulated(options.cells, options.genes, options.proteins, seed)
     import mudata
@@ -70,7 +70,7 @@ def multivi(options: Namespace, seed: int, **train: Any) -> None:
 
 
 def scvi_multivi(options: Namespace, seed: int, **train: Any) -> None:
-    """MULTIVI on the same, or SCVI on the RNA."""
+    """MULTIVI on the same mosaic, or SCVI on its RNA."""
     import peers
 
     mdata = mosaic_data(options, seed)
@@ -93,7 +93,7 @@ def diagvi(options: Namespace, seed: int, **train: Any) -> None:
 
 
 def scvi_diagvi(options: Namespace, seed: int, **train: Any) -> None:
-    """DIAGVI on the same."""
+    """DIAGVI on the same data."""
     import peers
     from diagvi_unpaired import load
 
@@ -119,7 +119,7 @@ def contrastivevi(options: Namespace, seed: int, **train: Any) -> None:
 
 
 def scvi_contrastivevi(options: Namespace, seed: int, **train: Any) -> None:
-    """The same with scvi-tools."""
+    """scvi-tools' ContrastiveVI on the same data."""
     import peers
 
     adata = cohorts(options, seed)
@@ -135,7 +135,7 @@ MODELS: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {
 
 
 def timed(options: Namespace, system: int, seed: int) -> Figures:
-    """Train one system with a clock among its callbacks."""
+    """Train one system with a clock as callback."""
     quiet()
     import torch
     from lightning.pytorch.callbacks import Callback
@@ -158,7 +158,7 @@ def timed(options: Namespace, system: int, seed: int) -> Figures:
         )
     return {
         "processor seconds per epoch": float(np.median(np.diff(ends))),
-        "seconds in all": cost.seconds,
+        "seconds in total": cost.seconds,
         "peak memory, MB": cost.peak_mb,
     }
 
@@ -167,15 +167,15 @@ def main() -> None:
     """Run the benchmark."""
     parser = arguments(__doc__.split("\n")[0])
     parser.add_argument("model", choices=list(MODELS))
-    parser.add_argument("--cells", type=int, help="a simulated size; real data if left out (contrastivevi: 2,000)")
+    parser.add_argument("--cells", type=int, help="simulated cells; by default real data (contrastivevi: 2,000)")
     parser.add_argument("--genes", type=int, default=2000, help="simulated genes")
     parser.add_argument("--proteins", type=int, default=100, help="simulated proteins")
     parser.add_argument("--min-share", type=float, default=0.0, help="use regions open in more than this share")
-    parser.add_argument("--rna-only", action="store_true", help="multivi: the RNA alone, beside SCVI")
+    parser.add_argument("--rna-only", action="store_true", help="multivi: the RNA alone, compared with SCVI")
     parser.add_argument("--batch-key", default="batch")
     parser.add_argument("--label-key", default="celltype")
-    parser.add_argument("--drop", nargs="*", default=[], help="labels whose cells are left out")
-    parser.add_argument("--batch-size", type=int, help="ours; the model's default if left out")
+    parser.add_argument("--drop", nargs="*", default=[], help="labels of cells to leave out")
+    parser.add_argument("--batch-size", type=int, help="for ours; by default that of the model")
     parser.add_argument("--epochs", type=int, default=20)
     parser.set_defaults(activity=False, control=False, peer=True)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""An encoder whose modules of features attend to each other."""
+"""An encoder with attention between groups of features."""
 
 from torch import Tensor, nn
 
@@ -8,10 +8,10 @@ from pyromosaic.nn import Encoder
 
 
 class AttentionEncoder(Encoder):
-    """From measurements to a normal posterior, through modules of features that attend to each other.
+    """Map measurements to a normal posterior, with attention between learnt combinations of features.
 
-    Scaled measurements are projected to a few tokens, each a learnt combination of all features. Tokens attend to each
-    other, layer after layer; their mean goes through the two linear heads.
+    Scaled measurements are projected to a few tokens, each a learnt combination of all features. Layers of
+    self-attention update the tokens; their mean goes through two linear heads.
 
     Parameters
     ----------
@@ -20,7 +20,7 @@ class AttentionEncoder(Encoder):
     n_latent
         Dimension of the latent space.
     n_hidden
-        Width of a token, a multiple of 4, the number of heads.
+        Width of a token; a multiple of 4, which is the number of heads.
     n_layers, dropout, covariates
         As in `pyromosaic.nn.Encoder`.
     n_tokens

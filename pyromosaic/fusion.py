@@ -1,4 +1,4 @@
-"""Fusion: combines the posteriors of a cell's modalities into one posterior of the cell."""
+"""Fusion: combine the posteriors of a cell's modalities into one posterior of the cell."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,7 +34,7 @@ __all__ = [
 
 
 class Fusion(nn.Module):
-    """Base class of fusions; a subclass defines `forward`, and also `posterior` if it is not normal.
+    """Base class of fusions; a subclass defines `forward`, and `posterior` if it is not normal.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ class Fusion(nn.Module):
         posteriors
             Posteriors by modality.
         used
-            Which modality is used in which cell, shape (B, modalities), 0 or 1; at least one in each cell.
+            Whether a modality is used in a cell, shape (B, modalities), 0 or 1; at least one in each cell.
         index
             Positions of the cells in their mosaic, shape (B,).
         """
@@ -70,17 +70,17 @@ class Fusion(nn.Module):
         return dist.Normal(loc.unsqueeze(-2), scale.unsqueeze(-2)).to_event(1)
 
     def start(self, mosaic: Mosaic) -> None:
-        """Prepare parameters of each training cell, if there are any."""
+        """Prepare parameters of each training cell, if the fusion has any."""
 
     def meet(self, mosaic: Mosaic) -> None:
-        """Say to which cells the positions in the next minibatches refer, if it matters."""
+        """Tell the fusion to which cells the positions in the next minibatches refer, if it needs this."""
 
 
 class MeanFusion(Fusion):
     """Mean of the representations of the modalities that a cell has (MultiVI, Methods: "equal").
 
-    The weights w are 1, or 0 for a modality that is left out. The mean of independent normals then has mean
-    ``sum(w mu) / sum(w)`` and variance ``sum(w^2 sigma^2) / sum(w)^2``.
+    The weights w are 1, or 0 for a modality that is left out. The mean of independent normals then has mean ``sum(w mu)
+    / sum(w)`` and variance ``sum(w^2 sigma^2) / sum(w)^2``.
     """
 
     def weights(self, names: Iterable[str], used: Tensor, index: Tensor | None) -> Tensor:
@@ -102,7 +102,7 @@ class MeanFusion(Fusion):
 class GlobalFusion(MeanFusion):
     """Weighted mean, with weights that are learnt per modality (MultiVI, Methods).
 
-    Within each cell the weights are a softmax over the modalities that it has.
+    Within each cell, the weights are a softmax over the modalities of the cell.
 
     Parameters
     ----------
@@ -115,7 +115,7 @@ class GlobalFusion(MeanFusion):
         self.log_weights = nn.Parameter(torch.zeros(len(modalities)))
 
     def logits(self, index: Tensor | None) -> Tensor:
-        """Weights of all modalities as logits, of a shape that broadcasts with (B, modalities)."""
+        """Weights of all modalities as logits, in a shape that broadcasts with (B, modalities)."""
         return self.log_weights
 
     def weights(self, names: Iterable[str], used: Tensor, index: Tensor | None) -> Tensor:
@@ -128,7 +128,7 @@ class CellFusion(GlobalFusion):
     """Weighted mean, with weights that are learnt per training cell and modality (MultiVI, Methods).
 
     The logits of a cell's weights are global logits plus logits of the cell, which start at 0. Cells outside the
-    training data get the global weights; a warning says so once. Cells are identified by their names.
+    training data get the global weights, with one warning. Cells are identified by their names.
 
     Parameters
     ----------
@@ -146,7 +146,7 @@ class CellFusion(GlobalFusion):
         self.register_buffer("rows", torch.zeros(0, dtype=torch.long), persistent=False)
 
     def start(self, mosaic: Mosaic) -> None:
-        """Make room for the weights of the training cells."""
+        """Allocate the weights of the training cells."""
         self.cells = torch.from_numpy(_hashes(mosaic.obs_names))
         self.own = nn.Parameter(torch.zeros(mosaic.n_cells, len(self.modalities)))
         self.meet(mosaic)
@@ -170,7 +170,7 @@ class CellFusion(GlobalFusion):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: object) -> None:
         n = len(state_dict.get(f"{prefix}cells", ()))
-        if n != len(self.cells):  # rebuilt without the training cells
+        if n != len(self.cells):  # created without the training cells
             self.cells = self.cells.new_zeros(n)
             self.own = nn.Parameter(self.own.new_zeros(n, len(self.modalities)))
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -198,8 +198,9 @@ class ProductFusion(Fusion):
 class MixtureFusion(Fusion):
     """Mixture of experts: the modalities' normal posteriors with equal weights (Shi et al. 2019).
 
-    A draw comes from one of a cell's modalities, chosen at random. Its log density is that of the whole mixture, so the
-    objective is the ELBO of the mixture. The mixture weights are fixed, so gradients through the draw are unbiased.
+    A draw comes from one of a cell's modalities, chosen at random. Its log density is that of the whole mixture.
+    Therefore the objective is the ELBO of the mixture. The mixture weights are fixed, so that gradients through the
+    draw are unbiased.
     """
 
     def forward(
@@ -216,7 +217,7 @@ class MixtureFusion(Fusion):
         n = len(used)
         loc = torch.stack([placed([(q.rows, q.loc)], n) for q in posteriors.values()], dim=-2)
         scale = torch.stack([placed([(q.rows, q.scale - 1)], n) + 1 for q in posteriors.values()], dim=-2)
-        experts = dist.Normal(loc.unsqueeze(1), scale.unsqueeze(1)).to_event(1)  # absent ones have no share
+        experts = dist.Normal(loc.unsqueeze(1), scale.unsqueeze(1)).to_event(1)  # absent modalities have weight 0
         return ExpertMixture(dist.Categorical(logits=used.log().unsqueeze(1)), experts)
 
 
@@ -234,13 +235,13 @@ class ExpertMixture(dist.MixtureSameFamily):
     has_rsample = True
 
     def rsample(self, sample_shape: _size = ()) -> Tensor:
-        """Draw the component, then from it."""
+        """Draw the component, then a value from it."""
         chosen = self.mixture_distribution.sample(sample_shape)[..., None, None]
         draws = self.component_distribution.rsample(sample_shape)
         return draws.gather(-2, chosen.expand(*draws.shape[:-2], 1, draws.shape[-1])).squeeze(-2)
 
 
-#: The fusion behind each name that a model accepts.
+#: The fusion for each name that a model accepts.
 FUSIONS: Mapping[str, type[Fusion]] = {
     "mean": MeanFusion,
     "equal": MeanFusion,
@@ -289,11 +290,11 @@ def _hashes(names: pd.Index) -> np.ndarray:
 
 
 def agreement_weights(schema: Schema, jeffreys: Any, left_out: float | None) -> tuple[Any, float]:
-    """What makes the posteriors of a cell's modalities agree: as given, or else by the number of features.
+    """Weights of terms that make the posteriors of a cell's modalities agree; defaults by number of features.
 
     By default, both are the number of features divided by 10,000, `jeffreys` at most 0.2 and `left_out` at most 0.1.
-    With few features, the likelihood is weak compared with fixed weights, which then make the posterior, and therefore
-    intervals of imputed values, too narrow.
+    With few features, the likelihood is weak compared with fixed weights, which would then make the posterior, and
+    therefore intervals of imputed values, too narrow.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Labels of cells: one vocabulary for all modalities; each modality knows the labels of some cells."""
+"""Labels of cells: one vocabulary for all modalities, each with labels of some cells."""
 
 import warnings
 
@@ -10,12 +10,12 @@ from pyromosaic.data import Minibatch, Mosaic, Schema
 
 
 class Labels(nn.Module):
-    """The labels that the modalities use, matched by name, and those known in a minibatch.
+    """The labels of all modalities, matched by name, and the labels of a minibatch.
 
     Parameters
     ----------
     schema
-        Schema of the data; each modality has labels, or none.
+        Schema of the data; a modality may have no labels.
 
     Attributes
     ----------
@@ -30,7 +30,7 @@ class Labels(nn.Module):
         sets = {name: m.labels for name, m in schema.modalities.items() if m.labels}
         self.names = tuple(sorted({label for labels in sets.values() for label in labels}))
         self.modalities = tuple(sets)
-        # From a modality's own numbers, the columns, to those of the vocabulary; unknown, the last column, stays -1.
+        # Maps a modality's codes (columns) to those of the vocabulary; unknown, the last column, stays -1.
         numbers = torch.full((len(sets), 1 + max(map(len, sets.values()), default=0)), -1)
         for row, labels in zip(numbers, sets.values(), strict=True):
             row[: len(labels)] = torch.tensor([self.names.index(label) for label in labels])
@@ -40,14 +40,14 @@ class Labels(nn.Module):
         return len(self.names)
 
     def of_modality(self, name: str, minibatch: Minibatch) -> Tensor | None:
-        """Labels of the cells that have a modality, shape (b,), -1 where unknown; None if it has no labels."""
+        """Labels of the cells that have a modality, shape (b,), -1 if unknown; None if the modality has no labels."""
         labels = minibatch.observed[name].labels
         if labels is None or name not in self.modalities:
             return None
         return self.numbers[self.modalities.index(name)][labels]
 
     def forward(self, minibatch: Minibatch) -> Tensor:
-        """Label of each cell from any of its modalities, shape (B,), -1 where unknown."""
+        """Label of each cell from any of its modalities, shape (B,), -1 if unknown."""
         known = torch.full_like(minibatch.index, -1)
         for name, view in minibatch.observed.items():
             own = self.of_modality(name, minibatch)
@@ -72,7 +72,7 @@ def check_labels(mosaic: Mosaic) -> None:
     Warns
     -----
     UserWarning
-        If a label is known in one modality and in no other that has labels.
+        If a label occurs in one modality only, although others have labels.
     """
     used = {}
     for name, m in mosaic.modalities.items():
@@ -92,7 +92,7 @@ def check_labels(mosaic: Mosaic) -> None:
     if alone:
         warnings.warn(
             f"some labels occur in one modality only, although others have labels: {', '.join(alone)}; if they are "
-            "other spellings of the same label, make them equal",
+            "different spellings of the same label, make them equal",
             stacklevel=2,
         )
 

@@ -1,6 +1,6 @@
 """Uncertainty of the weights of a trained decoder, by Laplace's method."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -35,7 +35,7 @@ class UncertainLinear(nn.Linear):
         self.register_buffer("products", torch.zeros(in_features + 1, in_features + 1))
         self.register_buffer("information", torch.zeros(out_features))
         self.register_buffer("precision", torch.tensor(torch.inf))  # sure, as long as nothing was learnt
-        self.deviation: Tensor | None = None
+        self.drawn: tuple[Tensor, Tensor] | None = None
 
     def learn(self, products: Tensor, information: Tensor) -> None:
         """Set the posterior from A, shape (in + 1, in + 1), and F, shape (out,)."""
@@ -43,26 +43,29 @@ class UncertainLinear(nn.Linear):
         self.information.copy_(information)
         self.precision.copy_(1 / self.weight.detach().square().mean())
 
-    def draw(self, generator: torch.Generator) -> None:
-        """Draw weights from the posterior for the next calls."""
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Weights and bias drawn from the posterior."""
         spectrum, basis = torch.linalg.eigh(self.products)
         noise = torch.randn(len(spectrum), len(self.information), generator=generator).to(basis)
         precision = spectrum.clamp_min(0.0).unsqueeze(-1) * self.information + self.precision
-        self.deviation = (basis @ (noise * precision.rsqrt())).T
+        deviation = (basis @ (noise * precision.rsqrt())).T
+        return self.weight.detach() + deviation[:, :-1], self.bias.detach() + deviation[:, -1]
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs, shape (..., out), of inputs of shape (..., in)."""
-        y = super().forward(x)
-        return y if self.deviation is None else y + linear(x, self.deviation[:, :-1], self.deviation[:, -1])
+        return super().forward(x) if self.drawn is None else linear(x, *self.drawn)
 
 
 def _layers(module: nn.Module) -> list[UncertainLinear]:
     return [part for part in module.modules() if isinstance(part, UncertainLinear)]
 
 
-@contextmanager
-def weights_drawn(module: nn.Module, seed: int) -> Iterator[None]:
-    """Context in which the weights of a decoder are a draw from their posterior.
+#: Weights and bias of each `UncertainLinear` layer of a decoder.
+Weights = Sequence[tuple[Tensor, Tensor]]
+
+
+def draw_weights(module: nn.Module, seed: int) -> Weights:
+    """Draw the weights of a decoder from their posterior.
 
     Parameters
     ----------
@@ -70,16 +73,27 @@ def weights_drawn(module: nn.Module, seed: int) -> Iterator[None]:
         The decoder; its `UncertainLinear` layers are drawn.
     seed
         Seed of the draw; equal seeds give equal weights. The random state of the caller does not change.
+
+    Returns
+    -------
+    Weights
+        Needs as much memory as these layers.
     """
     generator = torch.Generator().manual_seed(seed)
+    return [layer.draw(generator) for layer in _layers(module)]
+
+
+@contextmanager
+def weights_set(module: nn.Module, weights: Weights) -> Iterator[None]:
+    """Context in which a decoder computes with weights from `draw_weights`."""
     layers = _layers(module)
     try:
-        for layer in layers:
-            layer.draw(generator)
+        for layer, drawn in zip(layers, weights, strict=True):
+            layer.drawn = drawn
         yield
     finally:
         for layer in layers:
-            layer.deviation = None
+            layer.drawn = None
 
 
 def learn_weights(model: nn.Module, guide: nn.Module, name: str, minibatches: Iterable[Minibatch], n: int) -> None:

@@ -109,7 +109,7 @@ class Measurement(Part):
     decoder
         A module from the latent variable, shape (..., b, latent), and the `View` of the b cells to the likelihood's
         predictors by name, each of shape (..., b, features). If it has a method ``start(biases)``, that is called with
-        what the likelihood's ``start`` returns. `pyromosaic.nn.Decoder` is one.
+        the start values that the likelihood's ``start`` returns, if any. `pyromosaic.nn.Decoder` is one.
     likelihood
         Maps predictors to the observed site, see `pyromosaic.likelihoods.Likelihood`.
     n_private
@@ -168,6 +168,12 @@ class Measurement(Part):
     def predictors(self, z: Tensor, own: Tensor | None, view: View, *context: Any) -> dict[str, Tensor]:
         """Outputs of the decoder for the shared and the private latent variable, by predictor."""
         decoded: dict[str, Tensor] = self.decoder(z if own is None else torch.cat([z, own], dim=-1), view)
+        lacking = [name for name in getattr(self.likelihood, "predictors", ()) if name not in decoded]
+        if lacking:
+            raise ValueError(
+                f"the decoder of modality {self.plates.name!r} returns {', '.join(map(repr, decoded))}; its likelihood "
+                f"{type(self.likelihood).__name__} needs {', '.join(map(repr, lacking))}"
+            )
         return decoded
 
     def start(self, view: View) -> dict[str, Tensor]:
@@ -175,7 +181,13 @@ class Measurement(Part):
         if hasattr(self.size, "start"):
             self.size.start(view)
         biases: dict[str, Tensor] = self.likelihood.start(view)
-        if hasattr(self.decoder, "start"):
+        for name, values in biases.items():
+            if not torch.isfinite(values).all():
+                raise ValueError(
+                    f"modality {self.plates.name!r}: start() of likelihood {type(self.likelihood).__name__} returns "
+                    f"NaN or infinite values for {name!r}"
+                )
+        if biases and hasattr(self.decoder, "start"):
             self.decoder.start(biases)
         return biases
 
@@ -225,6 +237,11 @@ class MeasurementGuide(Part):
     def encode(self, view: View) -> tuple[Posterior, Posterior]:
         """Posteriors of the shared and of the private latent variable given the modality alone."""
         loc, scale = self._once(self.encoder, view)
+        if loc.shape[-1] < self.n_latent + self.n_private:
+            raise ValueError(
+                f"the encoder of modality {self.plates.name!r} returns {loc.shape[-1]} dimensions; accepted: "
+                f"n_latent + n_private = {self.n_latent + self.n_private}"
+            )
         q = Posterior(view.rows, loc, scale)
         return q.dimensions(slice(self.n_latent)), q.dimensions(slice(self.n_latent, None))
 
@@ -238,7 +255,8 @@ class MeasurementGuide(Part):
         z, view, minibatch, kl_weight
             As in `Measurement.forward`.
         private
-            Posterior of the private variable; in cells without the modality it has its prior.
+            Posterior of the private variable, from `encoded`; needed if `n_private` is above 0 and a cell has the
+            modality. In cells without the modality the variable has its prior.
         """
         name = self.plates.name
         latent = z[..., view.rows, 0, :] if self.n_private or self.decoder is not None else z
@@ -247,6 +265,11 @@ class MeasurementGuide(Part):
                 loc, scale = self._once(self.size_encoder, view)
                 pyro.sample(f"{name}_library", dist.Normal(view.library.log() + loc, scale))
             if self.n_private:
+                if private is None and name in minibatch.observed:
+                    raise ValueError(
+                        f"modality {name!r} has a private variable; pass its posterior after kl_weight, from the "
+                        "second dictionary that `encoded` returns"
+                    )
                 q = alone(private, z.new_ones(len(minibatch)), self.n_private, view.rows)
                 with self.plates.own(kl_weight):
                     latent = torch.cat([latent, pyro.sample(f"z_{name}", q)[..., 0, :]], dim=-1)

@@ -1,4 +1,4 @@
-"""Nearest neighbours of cells, and what they vote for."""
+"""Nearest neighbours of cells, and majority votes of their labels."""
 
 from typing import Any
 
@@ -15,11 +15,11 @@ def nearest(
     Parameters
     ----------
     reference
-        Where to look, cells × dimensions.
+        Cells among which to search, cells × dimensions.
     n_neighbors
-        Neighbours of each cell; fewer if there are not as many.
+        Number of neighbours of each cell; fewer if there are not enough cells.
     query
-        The cells that look; None for the reference cells, each without itself.
+        Cells whose neighbours to find; None for the reference cells, each without itself.
     algorithm
         See `sklearn.neighbors.NearestNeighbors`.
 
@@ -40,17 +40,17 @@ def nearest(
 
 
 def vote(labels: NDArray[np.integer]) -> tuple[NDArray[np.integer], NDArray[np.float64]]:
-    """The label that most neighbours have; of labels with equal votes that of the nearest cell among them.
+    """The most frequent label among the neighbours; if labels tie, the one of the nearest neighbour among them.
 
     Parameters
     ----------
     labels
-        Numbers of the labels of each cell's neighbours, nearest first, shape (cells, neighbours).
+        Label numbers of each cell's neighbours, nearest first, shape (cells, neighbours).
 
     Returns
     -------
     tuple of numpy.ndarray
-        Each cell's label, and the share of the votes that it got.
+        Each cell's label, and its share of the votes.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Networks in plain torch, without probability."""
+"""Neural networks in plain torch, without probability."""
 
 import warnings
 from collections.abc import Mapping
@@ -65,7 +65,7 @@ def log_scale(x: Tensor, data_kind: DataKind) -> Tensor:
 
 
 class InputScaling(nn.Module):
-    """Measurements as the encoder sees them: size-normalised, on a log scale, standardised per feature.
+    """Measurements as encoder input: size-normalised, on a log scale, standardised per feature.
 
     Counts are divided by the cell's size, multiplied by the median size, and transformed by ``log1p``. Accessibility is
     binarised first. Real values are only standardised. Measurements with an exposure are converted to rates. The mean
@@ -108,13 +108,13 @@ class InputScaling(nn.Module):
         return (self.transform(view) - self.mean).div_(self.sd)
 
     def expected(self, mean: Tensor, view: View) -> Tensor:
-        """The same of what is expected of cells of median size, shape (b, features)."""
+        """Scaled values of expected measurements for cells of median size, shape (b, features)."""
         rate = view.exposure is not None and self.schema.spec.data_kind != "real"
         x = view.rates(mean) if rate else log_scale(mean, self.schema.spec.data_kind)
         return (x - self.mean) / self.sd
 
     def measured(self, scaled: Tensor, view: View) -> Tensor:
-        """The measurements of which these are the scaled values, in cells of the view's sizes, shape (b, features)."""
+        """Measurements with these scaled values, in cells of the view's sizes, shape (b, features)."""
         x = scaled * self.sd + self.mean
         if self.schema.spec.data_kind == "real":
             return x
@@ -173,7 +173,7 @@ class Encoder(nn.Module):
         return seen
 
     def posterior(self, x: Tensor, view: View) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation given the (scaled, dropped-out) input."""
+        """Mean and standard deviation given the input after scaling and dropout."""
         if self.covariates:
             x = torch.cat([x, self.embed(view.design())], dim=-1)
         hidden = self.hidden(x)
@@ -181,7 +181,7 @@ class Encoder(nn.Module):
 
 
 def embed(schema: ModalitySchema, width: int) -> tuple[nn.Module, int]:
-    """Network input for the covariates, and its width: an embedding with one row per category, or the covariates."""
+    """Network input for the covariates and its width: an embedding with one row per category, or the covariates."""
     if width == 0 or schema.n_covariates == 0:
         return nn.Identity(), schema.n_covariates
     return nn.Linear(schema.n_covariates, width, bias=False), width
@@ -190,14 +190,14 @@ def embed(schema: ModalitySchema, width: int) -> tuple[nn.Module, int]:
 class Decoder(nn.Module):
     """Map latent variable and covariates to the predictors of a likelihood, with one linear head each.
 
-    After training, its weights have a posterior, see `pyromosaic.laplace.UncertainLinear`.
+    After training, its weights can have a posterior; see `pyromosaic.laplace.UncertainLinear`.
 
     Parameters
     ----------
     schema
         The modality.
     predictors
-        Names of the heads, each as wide as the modality has features.
+        Names of the heads; each has one output per feature.
     n_latent, n_hidden, n_layers, dropout
         Dimension of the latent space and shape of the network.
     embedding
@@ -222,7 +222,7 @@ class Decoder(nn.Module):
         self.heads: Any = nn.ModuleDict(heads)
 
     def start(self, biases: Mapping[str, Tensor]) -> None:
-        """Start training at these biases, e.g. the mean profile of the data, instead of random ones."""
+        """Start training at these biases, e.g. from the mean profile of the data, instead of random ones."""
         with torch.no_grad():
             for name in biases.keys() & self.heads.keys():
                 self.heads[name].bias.copy_(biases[name])
@@ -246,12 +246,12 @@ class _UnitColumns(nn.Module):
 
 
 def unit_columns(layer: nn.Module, start: int, stop: int) -> None:
-    """Keep the weights of inputs `start` to `stop` of a linear layer at norm 1 for each input.
+    """Constrain the weights of inputs `start` to `stop` of a linear layer to norm 1 for each input.
 
     Parameters
     ----------
     layer
-        A linear layer, changed in place: its ``weight`` is parametrised.
+        A linear layer, changed in place: its ``weight`` becomes parametrised.
     start, stop
         The first input, and the one after the last.
 
@@ -268,9 +268,9 @@ def unit_columns(layer: nn.Module, start: int, stop: int) -> None:
 class GraphEncoder(nn.Module):
     """Map a guidance graph to a diagonal normal posterior of each feature's embedding.
 
-    Each feature has a row in a table. Its representation is the mean of the rows of its neighbours (including itself),
-    weighted by the weights of the edges and with their signs. Two linear heads map it to location and scale. Therefore
-    features with similar links start with similar embeddings.
+    Each feature has a row in a table. Its representation is the weighted mean of its neighbours' rows (including its
+    row), with the weights and signs of the edges. Two linear heads map it to location and scale. Therefore features
+    with similar links start with similar embeddings.
 
     Parameters
     ----------
@@ -285,7 +285,7 @@ class GraphEncoder(nn.Module):
 
     References
     ----------
-    After the graph encoder of GLUE (Cao and Gao, Nature Biotechnology 2022), which leaves weights and signs out.
+    After the graph encoder of GLUE (Cao and Gao, Nature Biotechnology 2022), which ignores weights and signs.
     """
 
     edges: Tensor
@@ -293,8 +293,8 @@ class GraphEncoder(nn.Module):
 
     def __init__(self, n_features: int, edges: Tensor, strength: Tensor, n_latent: int) -> None:
         super().__init__()
-        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # it compiles as it is imported
-            from torch_geometric.nn import SimpleConv  # slow to import
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # raised when it compiles on import
+            from torch_geometric.nn import SimpleConv  # imports slowly
 
         degree = torch.zeros(n_features).index_add(0, edges[1], strength.abs())
         self.register_buffer("edges", edges, persistent=False)
@@ -303,7 +303,7 @@ class GraphEncoder(nn.Module):
         self.propagate = SimpleConv(aggr="sum")
         self.loc = nn.Linear(n_latent, n_latent)
         self.scale = nn.Linear(n_latent, n_latent)
-        with torch.no_grad():  # begin with the neighbours' mean itself, and little noise
+        with torch.no_grad():  # start at the mean of the neighbours, with little noise
             self.loc.weight.copy_(torch.eye(n_latent))
             self.loc.bias.zero_()
             self.scale.weight.zero_()
@@ -315,8 +315,8 @@ class GraphEncoder(nn.Module):
         return self.loc(neighbours), nn.functional.softplus(self.scale(neighbours)) + 1e-8
 
 
-#: Which way a likelihood's predictor goes as the feature's signal rises: up, down (antibodies are then less likely
-#: background), or not at all; up if it is not named here.
+#: Direction of a likelihood's predictor as the feature's signal increases: up (the default), down (for antibodies,
+#: background becomes less likely), or none.
 DIRECTION: Mapping[str, float] = {"mixing": -1.0, "gate": 0.0}
 
 
@@ -349,7 +349,7 @@ class InnerProductDecoder(nn.Module):
         self.loadings = nn.Parameter(0.1 * torch.randn(schema.n_features, n_private))
 
     def start(self, biases: Mapping[str, Tensor]) -> None:
-        """Start training at these biases, e.g. the mean profile of the data."""
+        """Start training at these biases, e.g. from the mean profile of the data."""
         with torch.no_grad():
             for name in biases.keys() & self.bias.keys():
                 self.bias[name].copy_(biases[name].expand_as(self.bias[name]))

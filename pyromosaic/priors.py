@@ -1,7 +1,7 @@
-"""Priors of the latent variable: callables from a minibatch to a distribution.
+"""Priors of the latent variable: functions from a minibatch to a distribution.
 
 You can use any `torch.nn.Module` whose call returns a distribution with batch shape (B, 1) or () and event shape
-(latent,). It may draw variables by `pyro.sample` (inside the plate of cells), and have global latent variables, see
+(latent,). It may call `pyro.sample` (inside the plate of cells) and have global latent variables, see
 `pyromosaic.program.Program`.
 """
 
@@ -23,7 +23,7 @@ class StandardNormal(Described):
     Parameters
     ----------
     n_latent
-        Width of the latent space; left out where this is the option of a model.
+        Width of the latent space; leave it out in an option of a model.
 
     Examples
     --------
@@ -51,12 +51,12 @@ class StandardNormal(Described):
 
 
 class StudentT(Described):
-    """Independent Student's t in every latent dimension: cells far from the rest cost less than under a normal.
+    """Independent Student's t in every latent dimension: outlying cells cost less than under a normal.
 
     Parameters
     ----------
     n_latent
-        Width of the latent space; left out where this is the option of a model.
+        Width of the latent space; leave it out in an option of a model.
     df
         Degrees of freedom; smaller values give heavier tails.
 
@@ -87,15 +87,15 @@ class StudentT(Described):
 
 
 class ARD(Described):
-    """Automatic relevance determination: ``Normal(0, scale_k)`` in latent dimension k, its scale learnt.
+    """Automatic relevance determination: ``Normal(0, scale_k)`` in latent dimension k, with learnt scales.
 
-    A dimension that the data do not need ends with a scale near 0, provided that the decoder cannot compensate a small
-    scale by large weights (`pyromosaic.nn.unit_columns`).
+    A dimension that the data do not need ends with a scale near 0, provided that the decoder cannot compensate for a
+    small scale by large weights (`pyromosaic.nn.unit_columns`).
 
     Parameters
     ----------
     n_latent
-        Width of the latent space, an upper bound of what is needed; left out where this is the option of a model.
+        Width of the latent space, an upper bound of the dimensions needed; leave it out in an option of a model.
 
     References
     ----------
@@ -124,15 +124,15 @@ class ARD(Described):
 
 
 class GaussianMixture(Described):
-    """Mixture of diagonal normals, ``sum_l pi_l Normal(m_l, diag(s_l^2))``, its parameters learnt (DiagVI).
+    """Mixture of diagonal normals with learnt parameters, ``sum_l pi_l Normal(m_l, diag(s_l^2))`` (DiagVI).
 
     With labels, there is one component per label. A cell with a known label belongs almost certainly to the component
-    of the label; a cell without a label may belong to any component. Therefore data may be partly labelled.
+    of that label; a cell without a label may belong to any component. Therefore some cells may be unlabelled.
 
     Parameters
     ----------
     n_latent
-        Width of the latent space; left out where this is the option of a model.
+        Width of the latent space; leave it out in an option of a model.
     n_components
         Number of components, if there are no labels.
     labels
@@ -178,10 +178,11 @@ class GaussianMixture(Described):
 
 
 class VampPrior(nn.Module):
-    """Mixture of the posteriors of pseudo-cells, whose measurements are learnt.
+    """Mixture of the posteriors of pseudo-cells with learnt measurements.
 
-    ``p(z) = sum_k pi_k q(z | u_k)``, with the encoder that infers z from one modality. The prior therefore lies where
-    the posteriors are. Make it from the encoder of an existing model, and replace the prior of that model by it.
+    ``p(z) = sum_k pi_k q(z | u_k)``, with the encoder that infers z from one modality. The prior therefore covers the
+    region of the posteriors. Make it from the encoder of an existing model, and use it to replace the prior of that
+    model.
 
     Parameters
     ----------
@@ -208,7 +209,7 @@ class VampPrior(nn.Module):
     def __init__(self, encoder: Any, n_latent: Width, n_components: Count = 50) -> None:
         super().__init__()
         self.encoder, self.n_latent = (encoder,), n_latent  # the guide owns the encoder's parameters
-        self.inputs = nn.Parameter(torch.randn(n_components, encoder.scaling.schema.n_features))  # as it sees them
+        self.inputs = nn.Parameter(torch.randn(n_components, encoder.scaling.schema.n_features))  # scaled for it
         self.logits = nn.Parameter(torch.zeros(n_components))
 
     def forward(self, minibatch: Minibatch) -> dist.TorchDistribution:

@@ -1,8 +1,13 @@
 """Base of Pyro models and guides over a mosaic: local parameters, and checks of sites and plates."""
 
+import sysconfig
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 from weakref import WeakSet
 
@@ -14,8 +19,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.autoguide import AutoNormal, init_to_median
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.replay_messenger import ReplayMessenger
-from pyro.poutine.runtime import _PYRO_STACK, Message
+from pyro.poutine.runtime import Message
 from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch, Schema
@@ -57,23 +61,32 @@ class AtMean(Messenger):
 
     def _pyro_sample(self, msg: Message) -> None:
         if not msg["is_observed"] and isinstance(msg["fn"], TorchDistributionMixin) and self.which(msg["name"] or ""):
-            msg["value"] = msg["fn"].mean
+            try:
+                msg["value"] = msg["fn"].mean
+            except NotImplementedError:
+                raise ValueError(f"the {type(msg['fn']).__name__} of site {msg['name']!r} has no mean") from None
             msg["done"] = True
 
 
-def _heard() -> bool:
-    """Whether an effect handler takes note of parameters, as those of `pyro.infer.SVI` do."""
-    return any(
-        getattr(handler, "_pyro_post_param", None) is not None
-        or (hasattr(handler, "_pyro_param") and not isinstance(handler, ReplayMessenger))  # which ignores them
-        for handler in _PYRO_STACK
-    )
+_announced: ContextVar[bool] = ContextVar("announced", default=True)
+
+
+@contextmanager
+def unannounced() -> Iterator[None]:
+    """Reach plain modules without a ``pyro.module`` statement, for an optimiser that has their parameters already.
+
+    `pyro.infer.SVI` finds the parameters by these statements. Lightning gets them from ``module.parameters()``, and
+    then the statements only take time: 7 % of a training step.
+    """
+    before = _announced.set(False)
+    try:
+        yield
+    finally:
+        _announced.reset(before)
 
 
 class Part(PyroModule):
-    """A part of a program: its parameters stay local to it, and are announced to effect handlers if one listens.
-
-    Pyro announces each parameter of a plain module whenever it is reached, which takes several percent of a step.
+    """A part of a program: its parameters stay local to it.
 
     Parameters
     ----------
@@ -87,10 +100,8 @@ class Part(PyroModule):
 
     def __getattr__(self, name: str) -> Any:
         """Find a parameter, a part or a global latent variable."""
-        part = self.__dict__["_modules"].get(name)
-        if part is None or isinstance(part, PyroModule) or _heard():
-            return super().__getattr__(name)
-        return part
+        part = None if _announced.get() else self.__dict__["_modules"].get(name)
+        return super().__getattr__(name) if part is None or isinstance(part, PyroModule) else part
 
 
 class Slots(Part):
@@ -185,7 +196,7 @@ class Program(Part):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program."""
-        for parameter in self.parameters() if _heard() else ():
+        for parameter in self.parameters() if _announced.get() else ():
             # pyro.infer.SVI asks each parameter for the tensor to optimise, and plain ones do not answer in local mode.
             if not hasattr(parameter, "unconstrained"):
                 parameter.unconstrained = partial(_itself, parameter)
@@ -213,7 +224,7 @@ def own(module: Any) -> Any:
         return module
     module = deepcopy(module) if module in _TAKEN else module
     _TAKEN.add(module)
-    for part in module.modules():
+    for part in module.modules():  # one made under Pyro's default setting would use the global store of parameters
         if isinstance(part, PyroModule) and not hasattr(part._pyro_context, "param_state"):
             part._pyro_context.param_state = {"params": {}, "constraints": {}}
     return module
@@ -242,6 +253,10 @@ def check_names(schema: Schema) -> None:
             raise ValueError(
                 f"modality {name!r} has the name of a variable or plate of the models; give it another name"
             )
+
+
+#: Folders of code that is not the user's: this package, those installed beside torch and Pyro, and Python's own.
+LIBRARIES = [Path(__file__).parent, *(Path(str(m.__file__)).parents[1] for m in (torch, pyro, sysconfig))]
 
 
 class SiteError(ValueError):
@@ -283,7 +298,7 @@ class Inspection(Messenger):
                 known = ", ".join(f"{f.name!r} ({f.size} at dim {f.dim})" for f in plates.values()) or "none"
                 raise SiteError(
                     f"{here} has batch shape {tuple(fn.batch_shape)} and event shape {tuple(fn.event_shape)} in plates "
-                    f"{known}; a dimension without a plate belongs to the event: use .to_event()"
+                    f"{known}; make the site in its plate, or use .to_event() for a dimension that has none"
                 )
         if msg["is_observed"]:
             _fits(here, fn, msg["value"], "measurements", name not in self.unchecked)
@@ -310,17 +325,45 @@ def _fits(here: str, fn: Any, value: Tensor, kind: str, supported: bool = True) 
         )
 
 
+def one_line(error: BaseException) -> str:
+    """Type and first line of an error, and where it arose in code of the user.
+
+    Parameters
+    ----------
+    error
+        The error, as caught.
+
+    Examples
+    --------
+    >>> one_line(KeyError("loc"))
+    "KeyError: 'loc'"
+    """
+    message = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+    own = [(f.f_code, n) for f, n in walk_tb(error.__traceback__) if not _library(f.f_code.co_filename)]
+    if not own:
+        return message
+    code, line = own[-1]
+    return f"{message} (in {code.co_qualname}, {Path(code.co_filename).name} line {line})"
+
+
+def _library(file: str) -> bool:
+    return any(Path(file).is_relative_to(folder) for folder in LIBRARIES)
+
+
 def _inspected(look: Inspection, program: Program, minibatch: Minibatch) -> SiteError | None:
     try:
         with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False), look:
-            program(minibatch)
+            program(minibatch, 0.5)  # unlike 1, a site that leaves out the weight is seen
     except SiteError as error:
         return error
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         last = next((f"site {name!r}" for name in reversed(look.sites)), "its beginning")
-        reason = str(error).splitlines()[0] if str(error) else ""
-        return SiteError(f"the {look.part} fails after {last}: {type(error).__name__}: {reason}")
+        return SiteError(f"the {look.part} fails after {last}: {one_line(error)}")
     return None
+
+
+def _spelled(weight: Tensor) -> str:
+    return f"{weight.item():.4g}" if weight.numel() == 1 else "that differs between cells"
 
 
 def check(model: Program, guide: Program, minibatch: Minibatch, unchecked: Collection[str] = ()) -> None:
@@ -338,8 +381,8 @@ def check(model: Program, guide: Program, minibatch: Minibatch, unchecked: Colle
     Raises
     ------
     SiteError
-        If a latent site is in only one of the two programs, if a shape does not fit the plates, the other program or
-        the measurements, or if values lie outside a support. The message names the site.
+        If a latent site is in only one of the two programs or has another weight in each, if a shape does not fit the
+        plates, the other program or the measurements, or if values lie outside a support. The message names the site.
 
     Examples
     --------
@@ -354,6 +397,12 @@ def check(model: Program, guide: Program, minibatch: Minibatch, unchecked: Colle
     for name, site in inference.sites.items():
         if name in story.sites:
             _fits(f"site {name!r} of the model", story.sites[name]["fn"], site["value"], "draws of the guide")
+            one, other = (torch.as_tensor(msg["scale"]) for msg in (story.sites[name], site))
+            if one.shape != other.shape or not torch.allclose(one, other):
+                raise SiteError(
+                    f"site {name!r} has weight {_spelled(one)} in the model and {_spelled(other)} in the guide; make "
+                    "it in the same plates in both, with the same kl_weight, e.g. in `with cells(minibatch, kl_weight)`"
+                )
     for failure in failures:
         if failure is not None:
             raise failure

@@ -1,4 +1,4 @@
-"""Sizes of cells (their counts in a modality), where the modality was not measured or the size is inferred."""
+"""Sizes of cells (their counts in a modality) if the modality was not measured, or if the size is inferred."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,11 +12,11 @@ from pyromosaic.data import ModalitySchema, Schema, View
 
 
 class Size(nn.Module):
-    """Size of a cell in which a modality was not measured: ``log l ~ Normal(m, residual)``.
+    """Size of a cell for a modality that was not measured in it: ``log l ~ Normal(m, residual)``.
 
     m is linear in the latent variable and the covariates; `residual` is the standard deviation that they do not
-    explain. Both come from a ridge regression after training; before, the size is the median size. Draws of
-    measurements also draw the size; expected measurements are at the expected size.
+    explain. Both come from a ridge regression after training; before that, the size is the median size. Draws of
+    measurements include a draw of the size; expected measurements are at the expected size.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ class Size(nn.Module):
         return torch.cat([z, view.design().expand(*z.shape[:-1], -1)], dim=-1)
 
     def fit(self, z: Tensor, view: View) -> None:
-        """Fit to cells in which the modality was measured: z of shape (b, latent) and their view."""
+        """Fit to cells with the modality: z of shape (b, latent), and the view of the cells."""
         x, y = self._inputs(z, view).double(), view.library.clamp_min(1.0).log().double()
         centred = x - x.mean(0)
         ridge = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
@@ -63,7 +63,7 @@ class Size(nn.Module):
 
 
 class LatentSize(Size):
-    """Size of a cell as a latent variable: ``log l ~ Normal(m_b, s_b)``, with the moments of batch b of the data.
+    """Size of a cell as a latent variable: ``log l ~ Normal(m_b, s_b)``, with the moments of batch b in the data.
 
     In prediction, a given size is used, and a missing one is drawn as in `Size`.
 
@@ -86,7 +86,7 @@ class LatentSize(Size):
 
     @staticmethod
     def batches(view: View, n: int) -> Tensor:
-        """Indicators of the batch, shape (b, batches)."""
+        """Indicators of the batches, shape (b, batches)."""
         return view.one_hot() if view.n_categories and n > 1 else view.library.new_ones(len(view.library), 1)
 
     def start(self, view: View) -> None:
@@ -97,7 +97,7 @@ class LatentSize(Size):
         self.scale.copy_((batches.T @ (logs - batches @ self.loc).square() / n).sqrt().clamp_min(1e-2))
 
     def forward(self, z: Tensor, view: View) -> View:
-        """The view with drawn sizes, where measurements are explained."""
+        """The view with drawn sizes, if its measurements are explained."""
         if view.counts is None:
             return super().forward(z, view)
         batches = self.batches(view, len(self.loc))
@@ -106,12 +106,12 @@ class LatentSize(Size):
 
 
 def latent_sizes(library: str | Mapping[str, str], schema: Schema) -> list[str]:
-    """The modalities whose sizes a model infers: RNA for ``"latent"``, or those named in a dictionary.
+    """The modalities whose sizes a model infers: RNA for ``"latent"``, or those in a dictionary.
 
     Raises
     ------
     ValueError
-        If a choice is neither ``"observed"`` nor ``"latent"``, or a likelihood does not depend on a size that is to be
+        If a choice is neither ``"observed"`` nor ``"latent"``, or the likelihood does not depend on a size to be
         inferred.
 
     Examples

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import anndata
@@ -17,6 +18,7 @@ from pyromosaic import checks
 from pyromosaic.data import Mosaic, to_predict
 from pyromosaic.data.tables import look_up, readings
 from pyromosaic.models import MosaicModel
+from pyromosaic.program import one_line
 from pyromosaic.tasks import Estimate, inference_mode
 
 __all__ = ["ModelError", "check_model"]
@@ -34,7 +36,7 @@ class _NotAsked(Exception):
 
 
 class _Question(NamedTuple):
-    """Something that users ask: how, what it needs of a model, if of each modality, and if all else depends on it."""
+    """What users ask: how, what a model has to define for it, if of each modality, if other questions depend on it."""
 
     words: str
     ask: Callable[..., str]
@@ -78,7 +80,9 @@ class ModelError(AssertionError):
     def __init__(self, kind: type, report: pd.DataFrame) -> None:
         self.report = report
         wrong = report.loc[report["outcome"] == "wrong", "finding"]
-        lines = [f"{kind.__name__} does not answer {len(wrong)} of {len(report)} questions:"]
+        n_left = (report["outcome"] == "not asked").sum()
+        left = f", and {n_left} were not asked" if n_left else ""
+        lines = [f"{kind.__name__} does not answer {len(wrong)} of {len(report)} questions{left}:"]
         for asked, finding in wrong.items():
             fitting = [q for q in QUESTIONS if asked == q.words or q.each and str(asked).startswith(f"{q.words} ")]
             lines.append(f"- {asked}: {finding.rstrip('.')}. Needed: {fitting[0].need}")
@@ -86,7 +90,7 @@ class ModelError(AssertionError):
 
 
 def check_model(cls: type[MosaicModel], mosaic: Mosaic, **options: Any) -> pd.DataFrame:
-    """Ask of a class of models what users ask of any model.
+    """Check that a class of models answers all that users ask of any model.
 
     The class is constructed from the mosaic and from its schema, trained for two epochs, and asked for latent
     variables, imputed and denoised values, predictive samples, differential tests and predictive checks. The model is
@@ -97,26 +101,26 @@ def check_model(cls: type[MosaicModel], mosaic: Mosaic, **options: Any) -> pd.Da
     cls
         A subclass of `pyromosaic.models.MosaicModel`.
     mosaic
-        Some data, best one to three hundred cells. If cells lack a modality, and modalities have a batch, all
-        questions can be asked.
+        A small mosaic; 100 to 300 cells are enough. All questions can be asked if some cells lack a modality, and
+        modalities have a batch.
     **options
-        Further arguments of the constructor, behind the data.
+        Options of the constructor.
 
     Returns
     -------
     pandas.DataFrame
-        By ``question`` its ``outcome``, ``"right"`` or ``"not asked"``, and a sentence, the ``finding``.
+        One row per ``question``: its ``outcome``, ``"right"`` or ``"not asked"``, and a sentence, the ``finding``.
 
     Raises
     ------
     ModelError
-        If anything is missing or wrong: says all of it, and what each question needs of a model. Its ``report`` is the
-        whole table, in which such outcomes are ``"wrong"``.
+        If anything is missing or wrong. The message lists every fault, where in your code it arose, and what a model
+        has to define for the question. ``report`` is the whole table, in which such outcomes are ``"wrong"``.
 
     Notes
     -----
-    A model that cannot be constructed or trained is asked nothing further. The check says whether a model answers, not
-    whether its answers are any good; for that see `pyromosaic.checks`.
+    If a model cannot be constructed or trained, no further questions are asked. The check says whether a model
+    answers, not whether its answers are good; for that see `pyromosaic.checks`.
 
     Examples
     --------
@@ -170,8 +174,7 @@ def _outcome(ask: Callable[..., str], candidate: _Candidate, *names: str) -> tup
     except _Wrong as why:
         return "wrong", str(why)
     except FAILURES as error:
-        reason = (str(error).splitlines() or ["no message"])[0]
-        return "wrong", reason if isinstance(error, ValueError) else f"{type(error).__name__}: {reason}"
+        return "wrong", one_line(error).removeprefix("ValueError: ").removeprefix("SiteError: ")
 
 
 def _finite(what: str, values: Any) -> None:
@@ -203,7 +206,7 @@ def _construct(candidate: _Candidate) -> str:
 @_question(
     "construction from a schema",
     "`load` and `adapt` build a model before it has data: take all shapes from the schema that `construction` gives; "
-    "what is set from data belongs into a method `start` of likelihood, decoder or encoder.",
+    "set what depends on data in a method `start` of the likelihood, decoder or encoder.",
 )
 def _construct_from_schema(candidate: _Candidate) -> str:
     again = candidate.kind(candidate.mosaic.schema, **candidate.options)
@@ -218,8 +221,9 @@ def _construct_from_schema(candidate: _Candidate) -> str:
 
 @_question(
     "training",
-    "the model samples its latent variables, and for each modality of minibatch.decoded a site of its name with "
-    "obs=view.counts; the guide samples the same latent variables, in the same plates.",
+    "both programs define forward(self, minibatch, kl_weight=1.0); the model samples 'z' and its other latent "
+    "variables, and for each modality of minibatch.decoded a site of its name with obs=view.counts; the guide samples "
+    "the same latent variables, in the same plates.",
     first=True,
 )
 def _train(candidate: _Candidate) -> str:
@@ -253,7 +257,7 @@ def _encoded(candidate: _Candidate, name: str) -> str:
     model, mosaic = candidate.model, candidate.cells
     cells = np.flatnonzero(mosaic.modalities[name].present)[:256]
     if len(cells) < 2:
-        raise _NotAsked(f"{len(cells)} cells have {name!r}")
+        raise _NotAsked(f"too few cells have {name!r}: {len(cells)}")
     minibatch = to_predict(mosaic, cells, (), (name,)).to(model._device)
     view = minibatch.observed[name]
     others = replace(minibatch, observed={name: replace(view, counts=view.dense_counts().flip(0))})
@@ -268,7 +272,8 @@ def _encoded(candidate: _Candidate, name: str) -> str:
 @_question(
     "imputed values of",
     "the model makes the site of a modality for any cell: view.counts is then None, and view.library NaN where the "
-    "modality was not measured, unless its Measurement has a `pyromosaic.sizes.Size`.",
+    "modality was not measured, unless its Measurement has a `pyromosaic.sizes.Size`; the distribution of a "
+    "likelihood has a finite mean.",
     each=True,
 )
 def _imputed(candidate: _Candidate, name: str) -> str:
@@ -294,7 +299,7 @@ def _within_support(candidate: _Candidate, name: str, what: str, values: Any) ->
 @_question(
     "denoised values of",
     "`self.modalities` of the model is a pyromosaic.program.Slots of pyromosaic.measurement.Measurement; `normalized` "
-    "of a likelihood says what is denoised, by default the mean.",
+    "of a likelihood returns the denoised values, by default the mean.",
     each=True,
 )
 def _denoised(candidate: _Candidate, name: str) -> str:
@@ -311,9 +316,7 @@ def _denoised(candidate: _Candidate, name: str) -> str:
     return " and ".join(answers)
 
 
-@_question(
-    "cell factors", "`cell_factor` of a likelihood gives what a cell's signal is multiplied by, shape (cells, 1)."
-)
+@_question("cell factors", "`cell_factor` of a likelihood returns the factor of each cell's signal, shape (cells, 1).")
 def _factors(candidate: _Candidate) -> str:
     factors, present = candidate.model.get_cell_factors(), candidate.cells.presence
     for name in candidate.mosaic.modalities:
@@ -337,7 +340,7 @@ def _samples(candidate: _Candidate, name: str) -> str:
 
 @_question(
     "differential tests of",
-    "`normalized` of a likelihood says what is compared, its `traits` on which scale.",
+    "`normalized` of a likelihood returns the values to compare, and its `traits` name the scale.",
     each=True,
 )
 def _differential(candidate: _Candidate, name: str) -> str:
@@ -363,7 +366,7 @@ def _checked(candidate: _Candidate) -> str:
 @_question(
     "saving and loading",
     "options are named arguments of the constructor that JSON can hold, or objects, which are given to load() again; "
-    "all else that a trained model remembers is a parameter or a registered buffer of self.model or self.guide.",
+    "everything else that a model learns is a parameter or a registered buffer of self.model or self.guide.",
 )
 def _saved(candidate: _Candidate) -> str:
     model = candidate.model
@@ -381,7 +384,7 @@ def _saved(candidate: _Candidate) -> str:
     differing = [key for key in before if key in after and before[key] != after[key]]
     if differing:
         key = differing[0]
-        raise _Wrong(f"{key} is {before[key]!r}, and {after[key]!r} in the loaded model")
+        raise _Wrong(f"{key} is {shorten(before[key], 60)}, and {shorten(after[key], 60)} in the loaded model")
     _same("latent variables", model.get_latent_representation(), again.get_latent_representation())
     for name in model.schema.modalities:
         _same(f"imputed values of {name!r}", _means(model, name).mean, _means(again, name).mean)
@@ -402,26 +405,26 @@ def _programs(model: MosaicModel) -> tuple[Any, Any]:
     return model.model, model.guide
 
 
-def _plain(model: MosaicModel) -> dict[str, Any]:
-    """Numbers and words that a model and its modules have as attributes, and its options."""
+def _plain(model: MosaicModel) -> dict[str, str]:
+    """Numbers, words and unregistered tensors that a model and its modules have as attributes, and its options."""
     owners: dict[str, Any] = {"self": model}
     for part, program in zip(("model", "guide"), _programs(model), strict=True):
         owners |= {f"self.{part}.{name}".rstrip("."): module for name, module in program.named_modules()}
     plain = {
-        f"{owner}.{key}": value
+        f"{owner}.{key}": repr(value.tolist() if isinstance(value, torch.Tensor | np.ndarray) else value)
         for owner, thing in owners.items()
         for key, value in vars(thing).items()
-        if isinstance(value, bool | int | float | str) and not key.startswith("_")
+        if isinstance(value, bool | int | float | str | torch.Tensor | np.ndarray) and not key.startswith("_")
     }
     return plain | {
-        f"option {key!r}": value for key, value in model.options.items() if isinstance(value, int | float | str)
+        f"option {key!r}": repr(value) for key, value in model.options.items() if isinstance(value, int | float | str)
     }
 
 
 @_question(
     "adapting to a new batch",
-    "networks see the batch by view.one_hot() or view.design(), behind their other inputs; a parameter with an entry "
-    "for each batch has batches along one dimension; both stand in the part of their modality.",
+    "networks see the batch by view.one_hot() or view.design(), behind their other inputs; a parameter with one entry "
+    "per batch has batches along one dimension; both belong to the part of their modality.",
 )
 def _adapted(candidate: _Candidate) -> str:
     model, mosaic = candidate.model, candidate.mosaic

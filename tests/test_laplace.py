@@ -9,7 +9,7 @@ from torch import nn
 
 from pyromosaic import Mosaic, MultiVI, ScModal, simulate
 from pyromosaic.data import measured
-from pyromosaic.laplace import UncertainLinear, learn_weights, weights_drawn
+from pyromosaic.laplace import UncertainLinear, draw_weights, learn_weights, weights_set
 from pyromosaic.penalties import Anchors
 from pyromosaic.tasks import inference_mode
 
@@ -29,8 +29,8 @@ def test_draws_have_the_posterior_covariance():
     layer.learn(products, information)
     draws = []
     for seed in range(4000):
-        with weights_drawn(layer, seed):
-            draws.append(layer.deviation.clone())
+        ((weight, bias),) = draw_weights(layer, seed)
+        draws.append(torch.cat([weight - layer.weight.detach(), (bias - layer.bias.detach())[:, None]], dim=1))
     found = torch.stack(draws)  # draws × out × in + 1
     assert_allclose(found.mean(0), 0, atol=0.02)
     for f in range(2):
@@ -85,7 +85,7 @@ def test_what_is_learnt_is_products_of_inputs_and_squared_slopes(model):
 
 def test_untrained_layers_are_sure():
     layer, x = UncertainLinear(4, 3), torch.randn(5, 4)
-    with weights_drawn(layer, 0):
+    with weights_set(layer, draw_weights(layer, 0)):
         assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
 
 
@@ -99,7 +99,7 @@ def test_draws_are_reproducible_and_leave_the_weights(model):
     assert first.mean.equals(again.mean)
     assert not first.mean.equals(model.get_imputed_values("adt", n_samples=4, seed=6).mean)
     assert all(torch.equal(v, before[k]) for k, v in model.model.state_dict().items())
-    assert all(m.deviation is None for m in model.model.modules() if isinstance(m, UncertainLinear))
+    assert all(m.drawn is None for m in model.model.modules() if isinstance(m, UncertainLinear))
 
 
 def test_all_cells_share_a_draw_of_weights(model):
@@ -107,9 +107,9 @@ def test_all_cells_share_a_draw_of_weights(model):
     decoder = model.model.modalities["rna"].decoder
     view = measured(model.mosaic, np.arange(20)).decoded["rna"]
     z = torch.randn(len(view.rows), 3)
-    with weights_drawn(decoder, 1):
+    with weights_set(decoder, draw_weights(decoder, 1)):
         whole = decoder(z, view)["rate"]
-    with weights_drawn(decoder, 1):
+    with weights_set(decoder, draw_weights(decoder, 1)):
         again = decoder(z, view)["rate"]
     assert torch.equal(whole, again)
     assert not torch.equal(whole, decoder(z, view)["rate"])

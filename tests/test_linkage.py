@@ -74,9 +74,9 @@ def test_weight_and_sign_are_kept_and_checked(mdata):
     )
     links = linkage.links_from_table(mosaic, ("rna", "adt"), table)
     assert links.pairs["weight"].tolist() == [0.5, 1] and links.pairs["sign"].tolist() == [1, -1]
-    with pytest.raises(ValueError, match="the weight of a link is above 0 and up to 1; found 0"):
+    with pytest.raises(ValueError, match="the weight of a link must be above 0 and at most 1; found 0"):
         linkage.links_from_table(mosaic, ("rna", "adt"), table.assign(weight=[0.0, 1]))
-    with pytest.raises(ValueError, match="the sign of a link is 1 or -1; found 2"):
+    with pytest.raises(ValueError, match="the sign of a link must be 1 or -1; found 2"):
         linkage.links_from_table(mosaic, ("rna", "adt"), table.assign(sign=[2, 1]))
     with pytest.raises(ValueError, match="no linked feature is left: none of the 1 links has both"):
         linkage.links_from_table(mosaic, ("rna", "adt"), pd.DataFrame({"rna": ["gene1"], "adt": ["cd8"]}))
@@ -715,7 +715,7 @@ def test_one_matrix_under_two_names_is_refused():
     with pytest.raises(ValueError, match="hold the same measurements"):
         linkage.cca(twice, ("rna", "again"), linkage.links_by_name(twice, ("rna", "again")))
     link = linkage.cca(mosaic_of(pbmc_mosaic()), ("rna", "adt"), protein_gene_links(), rounds=1)
-    with pytest.raises(ValueError, match="the same matrix on both sides"):
+    with pytest.raises(ValueError, match="are the same matrix"):
         metrics.foscttm(link.scores["rna"], link.scores["rna"])
 
 

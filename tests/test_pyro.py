@@ -17,6 +17,7 @@ from pyromosaic.data import measured, to_predict
 from pyromosaic.labels import Labels
 from pyromosaic.likelihoods import NB
 from pyromosaic.priors import GaussianMixture
+from pyromosaic.program import unannounced
 from pyromosaic.train import MosaicELBO
 
 pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph has few links")
@@ -148,6 +149,19 @@ def test_condition_scores_a_value_and_do_does_not(model):
 
 
 # Bounds and optimisers
+
+
+def test_parameters_are_announced_unless_the_optimiser_has_them(model):
+    def announced():
+        return {
+            n for n, site in poutine.trace(model.model).get_trace(whole(model)).nodes.items() if site["type"] == "param"
+        }
+
+    everything = announced()
+    with unannounced():
+        few = announced()
+    assert few < everything == announced()
+    assert any("decoder" in name for name in everything - few)
 
 
 @pytest.mark.parametrize("bound", [Trace_ELBO, TraceMeanField_ELBO, MosaicELBO, RenyiELBO])

@@ -723,7 +723,7 @@ def test_bad_input_is_answered_in_one_sentence(mosaic, graph, data):
         reference(mosaic, graph, n_private=2)
     with pytest.raises(ValueError, match="geometry must be .* or Geometry.* found 'cosine'"):
         small(mosaic, graph, geometry="cosine")
-    with pytest.raises(ValueError, match="there is no likeness 'flat'; accepted: 'alignment', 'cosine'"):
+    with pytest.raises(ValueError, match="unknown likeness 'flat'; accepted: 'alignment', 'cosine'"):
         Geometry(likeness="flat")
     with pytest.raises(ValueError, match="anchors must be a number from 0 to 1e9 or Anchors\\(...\\); found"):
         small(mosaic, graph, anchors=Geometry())

@@ -1,5 +1,7 @@
 """`check_model` finds the package's models and the one of the documentation without fault, and each kind of fault."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pyro
@@ -178,7 +180,8 @@ def test_a_guide_that_ignores_a_modality(page, mosaic):
         def forward(self, minibatch, kl_weight=1.0):
             seen = {name: view for name, view in minibatch.observed.items() if name == "rna"}
             if seen:
-                return super().forward(type(minibatch)(minibatch.index, minibatch.n_cells, seen, minibatch.decoded))
+                minibatch = type(minibatch)(minibatch.index, minibatch.n_cells, seen, minibatch.decoded)
+                return super().forward(minibatch, kl_weight)
             with cells(minibatch, kl_weight):
                 pyro.sample("z", dist.Normal(torch.zeros(len(minibatch), 1, 10), 1.0).to_event(1))
 
@@ -238,6 +241,16 @@ def test_what_is_lost_by_saving(page, mosaic):
             self.rate = rate
             del self.options["rate"]
 
+    class Copied(Factors):  # a tensor that is no buffer
+        def start(self, mosaic):
+            super().start(mosaic)
+            self.model.modalities["rna"].likelihood.level = torch.full((2,), 0.5)
+
+        def __init__(self, data):
+            super().__init__(data, n_latent=3)
+            likelihood = self.model.modalities["rna"].likelihood
+            likelihood.level = getattr(likelihood, "level", torch.zeros(2))
+
     class Remembers(Factors):
         def finish(self, mosaic):
             super().finish(mosaic)
@@ -263,10 +276,131 @@ def test_what_is_lost_by_saving(page, mosaic):
         (Positional, {}, "unexpected keyword argument 'widths'"),
         (Sticky, {"rate": 2.0}, "option 'rate' is not among model.options, which are saved"),
         (Remembers, {}, r"self.model.modalities.rna.decoder.n_seen is 90, and 0 in the loaded model"),
+        (Copied, {}, r"self.model.modalities.rna.likelihood.level is [0.5, 0.5], and [0.0, 0.0] in the loaded model"),
         (Unregistered, {}, "imputed values of 'rna' differ, by up to"),
     ):
         wrong, _ = faults(kind, mosaic, **options)
         assert message in wrong["saving and loading"]
+
+
+def test_a_site_that_counts_otherwise_in_model_and_guide(page, mosaic):
+    class Unscaled(page["FactorModel"]):
+        def forward(self, minibatch, kl_weight=1.0):
+            with pyro.plate("cells", len(minibatch), dim=-2):
+                z = pyro.sample("z", dist.Normal(torch.zeros(len(minibatch), 1, self.n_latent), 1.0).to_event(1))
+            for name, view in minibatch.decoded.items():
+                self.modalities[name](z, view, minibatch, kl_weight)
+
+    class Unweighted(page["FactorGuide"]):
+        def forward(self, minibatch, kl_weight=1.0):
+            super().forward(minibatch)
+
+    for changes, weights in (
+        ({"FactorModel": lambda _: Unscaled}, "1 in the model and 0.5556 in the guide"),
+        ({"FactorGuide": lambda _: Unweighted}, "0.5556 in the model and 1.111 in the guide"),
+    ):
+        wrong, message = faults(variant(page, **changes), mosaic)
+        assert list(wrong.index) == ["training"] and f"site 'z' has weight {weights}" in wrong["training"]
+        assert "with the same kl_weight, e.g. in `with cells(minibatch, kl_weight)`" in message
+        assert message.splitlines()[0].endswith(" questions, and 15 were not asked:")
+
+
+def test_latent_variables_of_another_name(page, mosaic):
+    class Named(page["FactorModel"]):
+        def forward(self, minibatch, kl_weight=1.0):
+            with cells(minibatch, kl_weight):
+                h = pyro.sample("h", dist.Normal(torch.zeros(len(minibatch), 1, self.n_latent), 1.0).to_event(1))
+            for name, view in minibatch.decoded.items():
+                self.modalities[name](h, view, minibatch, kl_weight)
+
+    class Inferred(page["FactorGuide"]):
+        def forward(self, minibatch, kl_weight=1.0):
+            with cells(minibatch, kl_weight):
+                pyro.sample("h", dist.Normal(torch.zeros(len(minibatch), 1, 10), 1.0).to_event(1))
+
+    wrong, _ = faults(variant(page, FactorModel=lambda _: Named, FactorGuide=lambda _: Inferred), mosaic)
+    assert "the guide has no site 'z'; model and guide sample it for every cell" in wrong["training"]
+
+
+def test_an_error_in_code_of_ones_own_is_said_with_its_place(page, mosaic):
+    class Misspelt(page["Loadings"]):
+        def forward(self, z, view):
+            return super().forward(z, view.covariates)
+
+    wrong, _ = faults(variant(page, Loadings=lambda _: Misspelt), mosaic)
+    assert "AttributeError: 'View' object has no attribute 'covariates' (in " in wrong["training"]
+    assert re.search(r"Misspelt\.forward, test_testing\.py line \d+\)", wrong["training"])
+
+
+def test_parts_that_do_not_fit_a_modality(page, mosaic):
+    class Other(page["Loadings"]):
+        def forward(self, z, view):
+            return {"log_mean": super().forward(z, view)["log_rate"]}
+
+    wrong, _ = faults(variant(page, Loadings=lambda _: Other), mosaic)
+    said = "the decoder of modality 'rna' returns 'log_mean'; its likelihood Poisson needs 'log_rate'"
+    assert said in wrong["training"]
+
+    wrong, _ = faults(variant(page, Encoder=lambda _: lambda m, n, width: Encoder(m, n - 1, width)), mosaic)
+    assert (
+        "the encoder of modality 'rna' returns 9 dimensions; accepted: n_latent + n_private = 10" in wrong["training"]
+    )
+
+    wrong, _ = faults(variant(page, Slots=lambda _: dict), mosaic)
+    said = "self.model.modalities is a dictionary of modules, whose parameters are not found"
+    assert said in wrong["construction from a mosaic"]
+
+
+def test_a_private_variable_whose_posterior_is_not_passed(page, mosaic):
+    class Private(page["FactorGuide"]):
+        def forward(self, minibatch, kl_weight=1.0):
+            super().forward(minibatch, kl_weight)
+            for name, view in minibatch.decoded.items():
+                z = torch.zeros(len(minibatch), 1, 2)
+                self.modalities[name](z, view, minibatch, kl_weight)
+
+    parts = {
+        "Measurement": lambda _: lambda *given: Measurement(*given, n_private=1),
+        "Loadings": lambda Loadings: lambda m, n: Loadings(m, n + 1),
+        "MeasurementGuide": lambda _: lambda *given: MeasurementGuide(*given, n_private=1),
+        "Encoder": lambda _: lambda m, n, width: Encoder(m, n + 1, width),
+    }
+    wrong, _ = faults(variant(page, FactorGuide=lambda _: Private, **parts), mosaic)
+    assert "modality 'rna' has a private variable; pass its posterior after kl_weight" in wrong["training"]
+
+
+def test_start_values(page, data):
+    class Unstarted(page["Poisson"]):
+        start = Likelihood.start
+
+    class Infinite(page["Poisson"]):
+        def start(self, view):
+            return {"log_rate": torch.log(0 * view.library.sum(0))}
+
+    def counts(likelihood):
+        spec = ModalitySpec(likelihood, batch_key="batch")
+        return Mosaic.from_mudata(data, {"rna": spec, "adt": spec})
+
+    assert (check_model(page["PoissonFactors"], counts(Unstarted), n_latent=3)["outcome"] == "right").all()
+    wrong, _ = faults(page["PoissonFactors"], counts(Infinite))
+    said = "modality 'rna': start() of likelihood Infinite returns NaN or infinite values for 'log_rate'"
+    assert said in wrong["construction from a mosaic"]
+
+
+def test_a_distribution_without_a_mean(plain, data):
+    class Meanless(dist.Poisson):
+        @property
+        def mean(self):
+            raise NotImplementedError
+
+    class Unsummarised(Unsized):
+        def distribution(self, predictors, view):
+            return Meanless(predictors["log_mean"].exp())
+
+    mosaic = Mosaic.from_mudata(data, {"rna": ModalitySpec(Unsummarised), "adt": ModalitySpec(Unsized)})
+    wrong, message = faults(plain, mosaic)
+    assert "the Meanless of site 'rna' has no mean" in wrong["imputed values of rna"]
+    assert "the distribution of a likelihood has a finite mean" in message and "imputed values of adt" not in wrong
 
 
 @pytest.mark.parametrize(("asked", "missing"), [(True, "imputed values of rna"), (False, "training")])

@@ -5,9 +5,9 @@ do data drawn from the model look like      :func:`predictive_check`
 the data?
 are posteriors right where the truth is     :func:`simulation_based_calibration`
 known, drawn from the model itself?
-do intervals of imputed measurements hold   :func:`imputation_ranks`
-what was held out?
-how likely are cells that were held out?    :func:`held_out_log_likelihood`
+do intervals of imputed values contain the  :func:`imputation_ranks`
+held-out values?
+how likely are held-out cells?              :func:`held_out_log_likelihood`
 ==========================================  ==========================================================================
 
 Figures of the results are in `pyromosaic.plot`: `predictive_checks`, `ranks` and `coverage`.

@@ -27,9 +27,9 @@ from pyromosaic.checks.cells import (
 from pyromosaic.checks.ranks import Ranks
 from pyromosaic.data import Minibatch, Mosaic, loader
 from pyromosaic.measurement import encoded_once
-from pyromosaic.models.asking import CHUNK_ENTRIES
 from pyromosaic.models.mosaic_model import Cells, MosaicModel
 from pyromosaic.tasks import inference_mode
+from pyromosaic.tasks.prediction import ENTRIES
 from pyromosaic.train import minimise
 
 if TYPE_CHECKING:
@@ -63,16 +63,16 @@ def simulation_based_calibration(
     model
         The model, trained or not; it is not changed.
     cells
-        Cells whose modalities, covariates and sizes the drawn cells get: names, positions or a mask; None for all.
+        Cells whose modalities, covariates and sizes the drawn cells have: names, positions or a mask; None for all.
     of
         Quantity to rank: ``"latent"``, each dimension of the cells' latent variables; ``"mean"``, the expected
-        measurement of each feature where it is measured; ``"effect"``, the log ratio (the difference, of real values)
+        measurement of each feature where it is measured; ``"effect"``, the log ratio (for real values, the difference)
         of the expected measurements of a feature in two successive cells that have it, as in a differential test.
     n_samples
         Number of posterior draws for each cell.
     n_steps
         Number of steps for which a copy of the guide is first fitted to data drawn from the model: new draws at each
-        step, the plain ELBO, no penalties. 0 judges the guide as it is, trained on real data, with penalties.
+        step, the plain ELBO, no penalties. 0 evaluates the guide as it is, trained on real data with penalties.
     batch_size, learning_rate
         Number of cells in a step; initial learning rate of Adam, which falls to 0 along a cosine.
     data
@@ -88,7 +88,7 @@ def simulation_based_calibration(
     Raises
     ------
     ValueError
-        If the posterior is a point.
+        If the posterior is a point estimate.
 
     References
     ----------
@@ -162,7 +162,7 @@ def fit_guide(
 
 
 def quantities(found: poutine.Trace, minibatch: Minibatch, of: Quantity) -> dict[str, tuple[Tensor, Tensor]]:
-    """The quantities to rank, by variable: positions of the cells, and values of shape (cells, names)."""
+    """The quantities to rank, by variable: cell positions, and values of shape (cells, names)."""
     values = {}
     for name, site, where in cell_sites(found, minibatch):
         if of == "latent" and name not in minibatch.decoded:
@@ -207,9 +207,8 @@ def imputation_ranks(
 ) -> Ranks:
     """Ranks of held-out measurements among draws from their posterior predictive distribution.
 
-    ``imputation_ranks(...).coverage([0.9])`` returns the share of measurements in the 90 % intervals; for counts, look
-    at the randomised share. The draws have the noise of everything that is unknown about such a cell, including its
-    size.
+    ``imputation_ranks(...).coverage([0.9])`` returns the share of measurements in the 90 % intervals; for counts, use
+    the randomised share. The draws include all uncertainty about such a cell, including its size.
 
     Parameters
     ----------
@@ -247,7 +246,7 @@ def imputation_ranks(
         truth = truth.to_df(model.schema[modality].spec.layer)
     features = list(truth.columns)
     model._features(modality, features)
-    size = max(1, CHUNK_ENTRIES // (n_samples * len(features)))
+    size = max(1, ENTRIES // (n_samples * len(features)))
     below, equal = np.empty((2, *truth.shape))
     for start in range(0, len(truth), size):
         part = slice(start, start + size)

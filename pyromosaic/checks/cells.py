@@ -35,7 +35,7 @@ def blocks(model: MosaicModel, mosaic: Mosaic, index: np.ndarray, size: int = BL
 
 @contextmanager
 def without_penalties(guide: nn.Module) -> Iterator[None]:
-    """A guide that only infers: its penalties, which are not part of the posterior, have weight 0."""
+    """A guide without its penalties, which are not part of the posterior: their weight is 0."""
     penalties = [module for module in guide.modules() if isinstance(module, Penalty)]
     weights = [penalty.weight for penalty in penalties]
     for penalty in penalties:
@@ -64,7 +64,7 @@ def rows(site: Any, minibatch: Minibatch) -> Tensor | None:
 
 
 def cell_sites(found: poutine.Trace, minibatch: Minibatch) -> Iterator[tuple[str, Any, Tensor]]:
-    """Sites that belong to cells, each with the positions of its cells."""
+    """Sites that belong to cells, each with the positions of these cells."""
     for name, site in found.nodes.items():
         if site["type"] == "sample":
             where = rows(site, minibatch)
@@ -83,13 +83,13 @@ def shared_variables(guide: nn.Module, minibatch: Minibatch) -> poutine.Trace:
 
 
 def draw_prior(model: nn.Module, minibatch: Minibatch, shared: poutine.Trace) -> poutine.Trace:
-    """Latent variables of cells from their prior, and measurements given these."""
+    """Draw latent variables of cells from their prior, and measurements given these."""
     with torch.no_grad():
         return trace(poutine.replay(poutine.uncondition(model), trace=shared), minibatch)
 
 
 def drawn_minibatch(model: Any, minibatch: Minibatch, drawn: poutine.Trace) -> Minibatch:
-    """The minibatch with drawn measurements instead of its own; a latent size is counted again."""
+    """The minibatch with drawn measurements in place of its measurements; a latent size is counted again."""
     views = {}
     for name, view in minibatch.decoded.items():
         counts = drawn.nodes[name]["value"]
@@ -100,25 +100,27 @@ def drawn_minibatch(model: Any, minibatch: Minibatch, drawn: poutine.Trace) -> M
 
 
 def infer(guide: Any, minibatch: Minibatch, shared: poutine.Trace | None = None) -> poutine.Trace:
-    """One draw from the guide; also of variables that all cells share, unless they are given."""
+    """One draw from the guide, including variables shared by all cells unless they are given."""
     return trace(guide if shared is None else poutine.replay(guide, trace=shared), minibatch)
 
 
 def explain(model: Any, minibatch: Minibatch, inferred: poutine.Trace) -> poutine.Trace:
-    """The model on these latent values."""
+    """Trace of the model at these latent values."""
     return trace(poutine.replay(model, trace=inferred), minibatch)
 
 
 def log_weight(explained: poutine.Trace, inferred: poutine.Trace, minibatch: Minibatch) -> Tensor:
     """``log p(x, latent) - log q(latent)`` of each cell, shape (B,), float64.
 
-    Weights and scales of sites are ignored. Masked sites and latent variables that all cells share are not in the sum.
+    Weights and scales of sites are ignored. Masked sites and latent variables shared by all cells are left out.
     """
     total = torch.zeros(len(minibatch), dtype=torch.float64, device=minibatch.index.device)
     for sign, found in ((1.0, explained), (-1.0, inferred)):
         for name, site, where in cell_sites(found, minibatch):
             if isinstance(site["fn"], dist.Delta):
-                raise ValueError(f"the guide gives {name!r} as a point; a check of posteriors needs a distribution")
+                raise ValueError(
+                    f"the guide has a point estimate of {name!r}; checks of posteriors need a distribution"
+                )
             density = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
             total = total.index_add(0, where, sign * density.reshape(len(where), -1).sum(-1).double())
     return total
@@ -128,10 +130,10 @@ def log_weight(explained: poutine.Trace, inferred: poutine.Trace, minibatch: Min
 def prior_sample(
     model: MosaicModel, cells: Cells = None, *, data: Mosaic | None = None, seed: Seed = 0
 ) -> tuple[Mosaic, dict[str, pd.DataFrame]]:
-    """A mosaic drawn from the model, and the latent variables with which it was drawn.
+    """Draw a mosaic from the model, and return it with the latent variables that generated it.
 
     Cells have the same modalities, covariates, cohorts and sizes as in the data; a size that is latent in the model is
-    drawn and counted again. Parameters, and latent variables that all cells share, are as learnt.
+    drawn and counted again. Parameters and latent variables shared by all cells stay as learnt.
 
     Parameters
     ----------
@@ -147,9 +149,9 @@ def prior_sample(
     Returns
     -------
     mosaic
-        Mosaic with the schema of the model, so that the model accepts it as ``data``.
+        Mosaic with the schema of the model; the model accepts it as ``data``.
     latent
-        Latent variables by site of the model, cells × dimensions; for a private variable, only the cells with the
+        Latent variables by site of the model, cells × dimensions; a private variable has only the cells with the
         modality.
     """
     mosaic = model._data(data)
@@ -179,7 +181,6 @@ def prior_sample(
         modalities[name] = replace(
             m.take(index),
             matrix=Matrix(np.concatenate(counts[name]).astype(np.float32)),
-            totals=None,
             rows=np.where(has, np.cumsum(has) - 1, -1),
             library=library[name],
             dense=True,

@@ -20,7 +20,7 @@ def held_out_log_likelihood(
 
     .. math:: \log p(x) \approx \log \frac{1}{K} \sum_k \frac{p(x, z_k)}{q(z_k \mid x)}, \qquad z_k \sim q
 
-    with all latent variables of the cell (private ones, sizes and backgrounds too) in z.
+    where z contains all latent variables of the cell (also private ones, sizes and backgrounds).
 
     Parameters
     ----------
@@ -45,14 +45,14 @@ def held_out_log_likelihood(
     Raises
     ------
     ValueError
-        If the posterior is a point, so that it has no density.
+        If the posterior is a point estimate, which has no density.
 
     Notes
     -----
-    Only the joint density of the model is used: no penalty, no weight of a divergence or a modality. Values of two
-    models are comparable if the models explain the same measurements on the same scale, including sizes: with observed
-    sizes, counts are explained given the sizes. Latent variables that all cells share, such as embeddings of features,
-    are drawn from their posterior and taken as known: the density is that of a new cell.
+    The estimate uses only the joint density of the model: no penalties, and no weights of divergences or modalities.
+    Values of two models are comparable if the models explain the same measurements on the same scale, including sizes:
+    with observed sizes, counts are explained given the sizes. Latent variables shared by all cells, such as embeddings
+    of features, are drawn from their posterior and treated as known: the density is that of a new cell.
 
     References
     ----------

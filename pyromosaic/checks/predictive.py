@@ -1,4 +1,4 @@
-"""Predictive checks: whether data drawn from a model look like the data."""
+"""Predictive checks: whether data drawn from a model resemble the observed data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from pyromosaic.nn import log_scale
 from pyromosaic.tasks import inference_mode
 from pyromosaic.tasks.prediction import run
 
-N_LEADING = 10  # features of a modality whose correlations are looked at where no links are given
+N_LEADING = 10  # features per modality whose correlations are compared if no links are given
 SIZE_LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 Key = tuple[str, str]  # modality (or two, joined by " ~ ") and statistic
@@ -27,7 +27,7 @@ Key = tuple[str, str]  # modality (or two, joined by " ~ ") and statistic
 
 @dataclass(frozen=True)
 class PredictiveCheck:
-    """Statistics of the data, compared with those of data drawn from the model.
+    """Statistics of the data, compared with the same statistics of data drawn from the model.
 
     Parameters
     ----------
@@ -96,19 +96,19 @@ def predictive_check(
     Raises
     ------
     ValueError
-        If a modality is measured in a single one of the cells, or `links` have no pair of features of the model.
+        If a modality is measured in only one of the cells, or `links` have no pair of features of the model.
 
     Notes
     -----
-    The draws have the same modalities, covariates and sizes as the cells. The size of a cell is taken as known wherever
-    the model takes it as known, and in all draws from the posterior; sums of drawn counts vary around it.
+    The draws have the same modalities, covariates and sizes as the cells. The size of a cell is treated as known
+    wherever the model treats it as known, and in all draws from the posterior; sums of drawn counts vary around it.
 
     Data that come from the model have uniform p-values against the prior, apart from the effect of parameters learnt
     from the same data. The posterior has seen the data; against it, p-values of a correct model are closer to 0.5 than
-    uniform ones, so small ones mean more (Meng 1994). They test model and guide together: a guide that is far from the
-    posterior fails the check even if the model is correct, see `simulation_based_calibration`. Values of one statistic
-    depend on each other. To judge them together, look at `PredictiveCheck.overall`, whose distance is the mean square
-    of standardised values.
+    uniform ones. Therefore small ones are stronger evidence (Meng 1994). They test model and guide together: a guide
+    that is far from the posterior fails the check even if the model is correct; see `simulation_based_calibration`.
+    Values of one statistic depend on each other. To judge them together, see `PredictiveCheck.overall`, whose distance
+    is the mean square of standardised values.
 
     References
     ----------
@@ -150,7 +150,7 @@ def predictive_check(
                         drawn = {name: found.nodes[name]["value"] for name in views}
                     _add(total, model, minibatch, drawn, pairs)
     found_by_draw = [_statistics(total) for total in totals]
-    keys = sorted(found_by_draw[0])  # so that pandas finds modality and statistic quickly
+    keys = sorted(found_by_draw[0])  # a sorted index is fast in pandas
     values = {key: np.stack([found[key] for found in found_by_draw]) for key in keys}
     tables, overall = {}, {}
     for key, of_key in values.items():
@@ -164,7 +164,7 @@ def predictive_check(
     return PredictiveCheck(pd.concat(tables, names=[*levels, "name"]), summary, prior, n_samples)
 
 
-Pairs = dict[str, tuple[Tensor, Tensor, list[str]]]  # of two modalities: numbers of the features, names of the pairs
+Pairs = dict[str, tuple[Tensor, Tensor, list[str]]]  # by two modalities: feature numbers, names of the pairs
 
 
 def _pairs(model: MosaicModel, mosaic: Mosaic, index: np.ndarray, links: pd.DataFrame | None) -> Pairs:
@@ -274,7 +274,7 @@ def _compare(values: np.ndarray, names: list[str]) -> pd.DataFrame:
 
 
 def _overall(values: np.ndarray) -> float:
-    """P-value of the data's distance from all, among the draws' distances: exact, as every row is treated alike."""
+    """Exact p-value of the data's distance from all rows, among the draws' distances: all rows are treated alike."""
     spread = values.std(0)
     standard = (values - values.mean(0)) / np.where(spread > 0, spread, 1.0)
     distance = np.square(standard).mean(1)

@@ -12,15 +12,15 @@ from pyromosaic.accepted import Count, Level, Seed, checked
 
 @dataclass(frozen=True)
 class Ranks:
-    """Ranks of true values among draws from the distributions to be checked.
+    """Ranks of true values among draws from the distributions under test.
 
-    If a distribution is right, the true value is like one more draw from it, and its rank is uniform.
+    If a distribution is right, the true value is like another draw from it, and its rank is uniform.
 
     Parameters
     ----------
     below, equal
-        Number of draws below the true value, and equal to it: cells × quantities, whose columns have the levels
-        ``variable`` (a latent variable, a modality) and ``name``; NaN where a cell has no such quantity.
+        Number of draws below the true value, and equal to it: cells × quantities. The columns have the levels
+        ``variable`` (a latent variable or a modality) and ``name``; NaN where a cell has no such quantity.
     n_samples
         Number of draws.
 
@@ -47,10 +47,10 @@ class Ranks:
 
     @checked
     def uniform(self, seed: Seed = 0) -> pd.DataFrame:
-        """Ranks as numbers between 0 and 1, uniform if all is right.
+        """Ranks as numbers between 0 and 1, uniform if the distributions are right.
 
-        If a true value equals some draws, as counts often do, it gets a random rank among them. Therefore this is
-        uniform for discrete values too: it is the randomised probability integral transform.
+        If a true value equals some draws, as counts often do, it gets a random rank among them. Therefore ranks are
+        uniform for discrete values too: this is the randomised probability integral transform.
 
         Parameters
         ----------
@@ -71,7 +71,7 @@ class Ranks:
         levels
             Levels of the intervals, between 0 and 1.
         by
-            A group for each cell, matched by name; all cells together by default.
+            Group of each cell, matched by name; all cells together by default.
         seed
             Seed of `uniform`.
 
@@ -81,8 +81,8 @@ class Ranks:
             By variable, group (if any) and level: ``interval``, the share in the closed interval between two quantiles
             of the draws; ``randomised``, the share whose rank (see `uniform`) is in the middle; and ``n``, the number
             of values. Both shares are the same for continuous values. For counts, the closed interval contains more
-            than its level even if all is right, because it includes all draws that equal an end; if most counts are 0,
-            it contains nearly everything. The randomised share equals the level if all is right.
+            than its level even for right distributions, because it includes all draws equal to an end; if most counts
+            are 0, it contains nearly everything. The randomised share equals the level for right distributions.
         """
         uniform = self.uniform(seed)
         groups = (

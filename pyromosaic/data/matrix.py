@@ -1,5 +1,6 @@
 """Reading a cells-by-features matrix row by row, whatever it is stored as, and refusing what no likelihood accepts."""
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,6 +44,7 @@ class Matrix:
             source, columns = source[:, columns], None
         self.source, self.columns = source, columns
         self.shape: tuple[int, int] = (source.shape[0], source.shape[1] if columns is None else len(columns))
+        self.marks: np.ndarray | None = None  # of the rows that `check_values` has read
 
     def __getitem__(self, rows: np.ndarray) -> Any:
         """The rows asked for, in that order: a CSR matrix where the source is sparse, else a NumPy array."""
@@ -58,6 +60,14 @@ class Matrix:
         """Rows as a float32 tensor, see `as_tensor`."""
         return as_tensor(self[rows], dense)
 
+    def changed(self, rows: np.ndarray, block: Any) -> np.ndarray:
+        """Which of the rows in a block that was read are not as `check_values` has read them, as positions."""
+        if self.marks is None:
+            return np.empty(0, dtype=np.intp)
+        registered = self.marks[rows]
+        found = row_sums(block, _weights(self.shape[1])[:, 1:])[:, 0]
+        return np.flatnonzero(~np.isclose(found, registered, rtol=1e-9, atol=1e-7))
+
 
 def as_tensor(block: Any, dense: bool) -> torch.Tensor:
     """Rows that were read as a float32 tensor: strided if `dense`, else a coalesced sparse COO tensor."""
@@ -72,9 +82,18 @@ def as_tensor(block: Any, dense: bool) -> torch.Tensor:
     return torch.sparse_coo_tensor(indices, values, block.shape, is_coalesced=True, check_invariants=False)
 
 
-def row_totals(block: Any) -> np.ndarray:
-    """Sum of each row that was read."""
-    return np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
+@lru_cache(maxsize=8)
+def _weights(n_features: int) -> np.ndarray:
+    """What rows are summed with: ones, for their totals, and a number by position, which tells orders apart."""
+    return np.stack([np.ones(n_features), np.random.default_rng(0).uniform(0.5, 1.5, n_features)], axis=1)
+
+
+def row_sums(block: Any, weights: np.ndarray) -> np.ndarray:
+    """Weighted sums of the rows of a block in double precision, shape (rows, columns of the weights)."""
+    if _is_sparse(block):
+        return np.asarray(block @ weights)
+    parts = np.array_split(block, 1 + len(block) // 256)  # few rows at a time are in double precision
+    return np.concatenate([part @ weights for part in parts])
 
 
 class Summary(NamedTuple):
@@ -108,7 +127,7 @@ def check_values(
     groups: np.ndarray | None = None,
     n_groups: int = 0,
 ) -> Summary:
-    """Refuse values that the likelihood cannot have produced; one pass over the data.
+    """Refuse values that the likelihood cannot have produced; one pass over the data, by which it is known again.
 
     Parameters
     ----------
@@ -133,7 +152,7 @@ def check_values(
         On the first value that is not finite, negative (``"count"``, ``"nonnegative"``) or not whole (``"count"``),
         naming its cell and feature.
     """
-    totals, n_nonzero = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
+    sums, n_nonzero = np.zeros((len(rows), 2)), np.zeros(len(rows), dtype=np.int64)
     n_features = matrix.shape[1]
     detected = None if groups is None else np.zeros((n_groups, n_features), dtype=np.int64)
     for start in range(0, len(rows), CHUNK):
@@ -141,7 +160,7 @@ def check_values(
         block = matrix[rows[part]]
         if not _fine(block.data if _is_sparse(block) else block, kind):
             _refuse(block, kind, name, cells[part], features)
-        totals[part] = row_totals(block)
+        sums[part] = row_sums(block, _weights(n_features))
         if not _is_sparse(block):
             nonzero = block != 0
             n_nonzero[part] = nonzero.sum(axis=1)
@@ -157,7 +176,9 @@ def check_values(
             entries = np.repeat(groups[part] * n_features, n_nonzero[part]) + block.indices  # type: ignore[index]
             detected += np.bincount(entries, minlength=detected.size).reshape(detected.shape)
     density = n_nonzero.sum() / max(1, len(rows) * n_features)
-    return Summary(totals, n_nonzero == 0, float(density), detected)
+    matrix.marks = np.full(matrix.shape[0], np.nan)
+    matrix.marks[rows] = sums[:, 1]
+    return Summary(sums[:, 0], n_nonzero == 0, float(density), detected)
 
 
 def _fine(values: np.ndarray, kind: str) -> bool:

@@ -1,17 +1,13 @@
 """One modality of a mosaic: its measurements, and what is known of the cells that have it."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from pyromosaic.data.matrix import Matrix, as_tensor, row_totals
+from pyromosaic.data.matrix import Matrix, as_tensor
 from pyromosaic.data.spec import ModalitySchema, ModalitySpec
-
-if TYPE_CHECKING:
-    pass
-
 
 ENTRIES_FOR_START = 5_000_000  # entries, of at most 10,000 cells, from which start values are computed
 
@@ -42,8 +38,6 @@ class Modality:
         Whether minibatches are strided tensors rather than sparse ones.
     exposures
         What each measurement was made out of, rows as in `matrix`; None if the likelihood needs no such thing.
-    totals
-        Sum of each row of `matrix` when it was registered; rows that are read must have it still.
 
     Examples
     --------
@@ -64,7 +58,6 @@ class Modality:
     labels: np.ndarray
     dense: bool
     exposures: Matrix | None = None
-    totals: np.ndarray | None = None
 
     @property
     def spec(self) -> ModalitySpec:
@@ -86,13 +79,17 @@ class Modality:
         return as_tensor(self.read(cells), self.dense)
 
     def exposure(self, cells: np.ndarray) -> torch.Tensor | None:
-        """What each measurement was made out of, shape (len(cells), features), the median where there is none."""
+        """What each measurement was made out of, shape (len(cells), features), the median where there is none.
+
+        Raises as `read` does.
+        """
         if self.exposures is None:
             return None
         exposure = torch.full((len(cells), self.schema.n_features), self.schema.exposure)
         has = self.rows[cells] >= 0
         if has.any():
-            exposure[torch.from_numpy(has)] = self.exposures.tensor(self.rows[cells][has], dense=True)
+            found = self._as_registered(self.exposures, cells[has], "exposures")
+            exposure[torch.from_numpy(has)] = as_tensor(found, dense=True)
         return exposure
 
     def take(self, cells: np.ndarray) -> "Modality":
@@ -106,19 +103,20 @@ class Modality:
         Raises
         ------
         ValueError
-            If the user's matrix has been changed since it was registered.
+            If the user's matrix has been changed since it was registered: by each row's sum, weighted by position.
         """
-        block = self.matrix[self.rows[cells]]
-        if self.totals is not None:
-            found, registered = row_totals(block), self.totals[self.rows[cells]]
-            changed = ~np.isclose(found, registered, rtol=1e-5, atol=1e-5)
-            if changed.any():
-                i = int(np.flatnonzero(changed)[0])
-                raise ValueError(
-                    f"modality {self.name!r}: the measurements were changed after registration, in place: those of "
-                    f"cell number {cells[i]} add up to {found[i]:g}, and to {registered[i]:g} when they were "
-                    "registered; keep raw counts in a layer of their own, name it at registration, and register again"
-                )
+        return self._as_registered(self.matrix, cells, "measurements")
+
+    def _as_registered(self, matrix: Matrix, cells: np.ndarray, what: str) -> Any:
+        rows = self.rows[cells]
+        block = matrix[rows]
+        changed = matrix.changed(rows, block)
+        if len(changed):
+            raise ValueError(
+                f"modality {self.name!r}: the {what} were changed after registration, in place, {len(changed)} of "
+                f"{len(cells)} cells that were read, cell number {cells[changed[0]]} first; keep raw counts in a layer "
+                "of their own, name it at registration, and register again"
+            )
         return block
 
     def sample(self, seed: int = 0) -> np.ndarray:

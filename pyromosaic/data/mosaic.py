@@ -273,8 +273,8 @@ class Mosaic:
         """
         if not hasattr(mdata, "mod"):
             raise ValueError(
-                f"from_mudata takes a MuData; found a {type(mdata).__name__}. For one AnnData a modality there is "
-                'from_anndata({"rna": adata}), and mudata.read_h5mu reads a file'
+                f"from_mudata takes a MuData; found a {type(mdata).__name__}. For one AnnData per modality, use "
+                'from_anndata({"rna": adata}); mudata.read_h5mu reads a file'
             )
         sources = {name: lambda spec, n=name, a=adata: _source(n, a, spec) for name, adata in mdata.mod.items()}
         return cls._register(sources, modalities, schema, shared, mdata.obs, new_batches)
@@ -309,7 +309,7 @@ class Mosaic:
         """
         if not isinstance(adatas, Mapping) or not all(hasattr(adata, "obs_names") for adata in adatas.values()):
             raise ValueError(
-                f'from_anndata takes a dictionary from modality to AnnData, {{"rna": adata}} say; found a '
+                f'from_anndata takes a dictionary from modality to AnnData, for example {{"rna": adata}}; found a '
                 f"{type(adatas).__name__}"
             )
         names = pd.Index(np.concatenate([np.asarray(a.obs_names) for a in adatas.values()])) if adatas else pd.Index([])
@@ -358,7 +358,9 @@ class Mosaic:
             elif key not in adata.obsm:
                 raise ValueError(f"modality {name!r}: obsm has no key {key!r}; it has {_words(adata.obsm.keys())}")
             elif (layer := spec.layer or spec.exposure_layer) is not None:
-                raise ValueError(f"modality {name!r}: a block of obsm has no layer, but its ModalitySpec has {layer!r}")
+                raise ValueError(
+                    f"modality {name!r}: obsm has no layers, but its ModalitySpec names {layer!r}; drop it"
+                )
             else:
                 values: Any = adata.obsm[key]
                 features = pd.Index([f"{name}_{i}" for i in range(values.shape[1])])
@@ -416,7 +418,7 @@ class Mosaic:
             if obs is not None and not source.cells.isin(obs.index).all():
                 stray = source.cells[~source.cells.isin(obs.index)][0]
                 raise ValueError(
-                    f"modality {name!r}: cell {stray!r} is not in the obs of the whole; call update() first"
+                    f"modality {name!r}: cell {stray!r} is not in the obs of the MuData; call its update() first"
                 )
         for name, source in read.items():
             if specs[name].empty_cells == "holes":

@@ -92,13 +92,13 @@ def _specifications(
         raise ValueError("there is no modality to register")
     if schema is not None:
         if modalities is not None or shared:
-            raise ValueError("the schema already says how modalities are modelled; give it alone")
+            raise ValueError("the schema already says how modalities are modelled; pass no other settings with it")
         absent = [name for name in schema.modalities if name not in found]
         strange = [name for name in found if name not in schema.modalities]
         if absent and strange:
             raise ValueError(
                 f"the data lack the model's modality {absent[0]!r} and have {strange[0]!r}, "
-                "which the model does not know; rename that one, or leave it out"
+                "which the model does not know; rename the modality, or leave it out"
             )
         return {name: m.spec for name, m in schema.modalities.items()}
     if modalities is None:
@@ -106,7 +106,7 @@ def _specifications(
             if name.lower() not in LIKELIHOOD_BY_NAME:
                 raise ValueError(
                     f"modality {name!r}: its name does not say which likelihood it needs; "
-                    f'give one, modalities={{"{name}": "nb"}} say'
+                    f'name one, for example modalities={{"{name}": "nb"}}'
                 )
         modalities = {name: LIKELIHOOD_BY_NAME[name.lower()] for name in found}
     specs = {}
@@ -118,7 +118,7 @@ def _specifications(
         except ValueError as error:
             raise ValueError(f"modality {name!r}: {error}") from error
     if shared and all(isinstance(given, ModalitySpec) for given in modalities.values()):
-        raise ValueError(f"{_words(shared)} would apply to no modality: each has a ModalitySpec; put it there")
+        raise ValueError(f"{_words(shared)} applies to no modality: each has a ModalitySpec; set it there")
     return specs
 
 
@@ -172,9 +172,9 @@ def _check_agreement(said: list[Contradiction], modalities_with_this_batch: Coll
     for each in said:
         if each.first.modality in modalities_with_this_batch and each.second.modality in modalities_with_this_batch:
             raise ValueError(
-                f"{each}: one name stands for two cells, or two words for one batch; make the names differ (for "
-                "example by the sample), or the words equal. Columns that differ by modality on purpose need different "
-                "names"
+                f"{each}: one name stands for two cells, or one batch has two names; add the sample, for example, to "
+                "the names of cells, or use one name for the batch. If a column differs between modalities on purpose, "
+                "give it another name in each"
             )
     warn_of(said)
 
@@ -191,7 +191,7 @@ def _check_vocabularies(modalities: Mapping[str, Modality]) -> None:
             if len(same) > 1:
                 warnings.warn(
                     f"column {key!r} has the values {_words(sorted(same))}, which are taken for different ones; if "
-                    "they are not, make them equal",
+                    "they mean the same, spell them in the same way",
                     stacklevel=2,
                 )
         for name, own in used.items():
@@ -199,8 +199,8 @@ def _check_vocabularies(modalities: Mapping[str, Modality]) -> None:
             if others and not own & others:
                 warnings.warn(
                     f"column {key!r} has no value in common between modality {name!r} ({_some(own)}) and others "
-                    f"({_some(others)}): what {name!r} would be in their cells is an average over its values. If they "
-                    "are other words for the same, make them equal",
+                    f"({_some(others)}): imputed values of {name!r} there are averages over its values. If "
+                    "the values mean the same, spell them in the same way",
                     stacklevel=2,
                 )
                 break
@@ -283,8 +283,6 @@ def _modality(
     if groups is not None and summary.detected is not None:
         _warn_unmeasured(name, summary.detected, np.bincount(groups, minlength=len(batches)), batches)
     library = _library(name, spec, summary.totals, cells, present, table)
-    totals = np.full(matrix.shape[0], np.nan)
-    totals[rows[present]] = summary.totals
 
     continuous = np.zeros((len(cells), len(spec.continuous_covariates)), dtype=np.float32)
     moments: dict[str, tuple[float, float]] = {}
@@ -317,7 +315,7 @@ def _modality(
     # A likelihood of the user's own need not know of sparse tensors.
     dense = not isinstance(spec.likelihood, str) or DATA_KINDS[spec.likelihood] != "count"
     dense |= summary.density > DENSE_ABOVE
-    return Modality(name, schema, matrix, rows, categorical, continuous, library, labels, dense, exposures, totals)
+    return Modality(name, schema, matrix, rows, categorical, continuous, library, labels, dense, exposures)
 
 
 def not_empty(matrix: Any) -> np.ndarray:
@@ -332,8 +330,8 @@ def _check_empty(name: str, spec: ModalitySpec, empty: np.ndarray, cells: pd.Ind
     if empty.any() and spec.empty_cells != "keep" and spec.exposure_layer is None:
         raise ValueError(
             f"modality {name!r}: {empty.sum()} of {len(cells)} cells have 0 throughout, {cells[empty][0]!r} first, "
-            "which is no measurement; if the modality was not measured in them, leave them out of it, or take them "
-            'as holes by empty_cells="holes" (see ModalitySpec)'
+            "which is no measurement; if the modality was not measured in them, remove them from it, or set "
+            'empty_cells="holes" in its ModalitySpec'
         )
 
 
@@ -348,8 +346,8 @@ def _warn_unmeasured(name: str, detected: np.ndarray, n_cells: np.ndarray, batch
         more = f" and so in {len(said) - 3} further batches" if len(said) > 3 else ""
         warnings.warn(
             f"modality {name!r}: of {detected.shape[1]} features some are 0 throughout a batch and not in others: "
-            f"{', '.join(said[:3])}{more}; if they were not measured there, the zeros are learnt as measurements: "
-            "keep the features that all batches measured",
+            f"{', '.join(said[:3])}{more}; if they were not measured there, the model still takes the zeros as "
+            "measurements: keep only the features that were measured in all batches",
             stacklevel=2,
         )
 
@@ -384,8 +382,8 @@ def _library(
         if not 0.5 <= ratio <= 2:
             warnings.warn(
                 f"modality {name!r}: the sizes in column {spec.size_factor_key!r} are {ratio:.2g} times the cells' "
-                "total counts (median), and so will be what is imputed; a size is a number of counts: for size factors "
-                "near 1, multiply them by the median total",
+                "total counts (median), and imputed values change by the same factor; a size is a number of counts: "
+                "multiply size factors near 1 by the median total count",
                 stacklevel=2,
             )
     return library.astype(np.float32)

@@ -145,8 +145,8 @@ def warn_of(found: list[Contradiction]) -> None:
     """Say what is taken, once for all pairs of tables."""
     if found:
         warnings.warn(
-            f"{found[0]}; the word of the first table that has one is taken, modalities before the whole. Make them "
-            "equal",
+            f"{found[0]}; the value of the first table that has one is used, modalities before the whole. Make the "
+            "values equal",
             stacklevel=2,
         )
 
@@ -185,7 +185,7 @@ def warn_of_not_known(found: pd.Series, what: str, unlabelled: Iterable[str] = (
         if (doubtful == "None" or doubtful.casefold() in NOT_KNOWN) and doubtful not in unlabelled:
             warnings.warn(
                 f"{what} is {doubtful!r} in {int((found == doubtful).sum())} cells, which counts as a value like any "
-                "other; if it means that the value is not known, make it missing (NaN), or for labels say "
+                "other; if it means that the value is not known, set it to NaN, or for labels pass "
                 f"unlabelled={doubtful!r} at registration",
                 stacklevel=2,
             )
@@ -217,8 +217,8 @@ def in_order(names: pd.Index, wanted: pd.Index, what: str, of: str) -> np.ndarra
         if len(stray):
             n = len(missing[0]) + len(missing[1])
             raise ValueError(
-                f"{owner} has {str(stray[0])!r} and {other} has not ({n} names stand on one side only), so their names "
-                "do not fit; if they go together row by row as they are, give one without names, by .to_numpy()"
+                f"{owner} has {str(stray[0])!r} and {other} has not ({n} names are in only one of the two), so their "
+                "names do not fit; if their rows are in the same order, pass one of them without names, by .to_numpy()"
             )
     return found[0].get_indexer(found[1]).astype(np.int64)
 
@@ -279,8 +279,8 @@ def find(names: pd.Index, wanted: Any, noun: str, owner: str, numbers: bool = Tr
             by_name = spelled.get_indexer(pd.Index(positions).astype(str))
             if (by_name >= 0).all() and (by_name != positions).any():
                 raise ValueError(
-                    f"the Series of whole numbers may be names or numbers of {noun}s; give names as text, "
-                    ".astype(str), or numbers without an index, .to_numpy()"
+                    f"a Series of whole numbers could be names or positions of {noun}s; pass names as text, by "
+                    ".astype(str), or positions without an index, by .to_numpy()"
                 )
         if len(positions) == len(names) > 2 and np.isin(positions, (0, 1)).all():
             raise ValueError(

@@ -10,13 +10,12 @@ from pyromosaic.distributions.counts import _EVERYWHERE, Lookup, _CountDistribut
 
 
 class AccessibilityBernoulli(_CountDistribution):
-    r"""Whether a region of chromatin is seen open in a cell.
+    r"""Whether a region of chromatin is observed as open in a cell.
 
     .. math:: P(x > 0) = \sigma(\text{logits})\,\sigma(\text{region\_logits})\,\sigma(\text{cell\_logits})
 
-    The probability is the decoded accessibility, times a factor of the region (its width, its bias) and a factor of the
-    cell (its sequencing depth), as in PeakVI (Ashuach et al. 2022) and MultiVI (Ashuach et al. 2023). It is computed in
-    log space.
+    The probability is the decoded accessibility times a region factor (width, bias) and a cell factor (sequencing
+    depth), as in PeakVI (Ashuach et al. 2022) and MultiVI (Ashuach et al. 2023). It is computed in log space.
 
     ``log_prob`` accepts fragment counts as well as zeros and ones: every positive count means open. Samples are 0 or 1.
 
@@ -62,7 +61,8 @@ class AccessibilityBernoulli(_CountDistribution):
     @property
     def mean(self) -> Tensor:
         """Probability that the region is open."""
-        return self._log_open().exp().expand(self.batch_shape)
+        of_all = self.region_logits.sigmoid() * self.cell_logits.sigmoid()
+        return (self.logits.sigmoid() * of_all).expand(self.batch_shape)
 
     @property
     def variance(self) -> Tensor:
@@ -87,9 +87,9 @@ class AccessibilityBernoulli(_CountDistribution):
 
 
 def _log_complement(log_probability: Tensor) -> Tensor:
-    """Log of ``1 - p``."""
+    """Logarithm of ``1 - p``."""
     probability = torch.exp(log_probability)
     complement = torch.log1p(-probability.clamp(max=0.9))
-    sure = probability > 0.9  # few; there 1 - p loses its digits
+    sure = probability > 0.9  # few entries, where 1 - p loses precision
     rest = -torch.expm1(log_probability.masked_select(sure).clamp(max=-torch.finfo(log_probability.dtype).tiny))
     return complement.masked_scatter(sure, torch.log(rest))

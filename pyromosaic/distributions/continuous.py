@@ -31,7 +31,7 @@ class _Expm1Transform(Transform):
 
 
 class Log1pNormal(TransformedDistribution):
-    r"""Measurements whose log1p is Normal.
+    r"""Measurements whose log1p is normal.
 
     .. math:: \log(1 + x) \sim \operatorname{Normal}(\text{loc}, \text{scale})
 
@@ -88,7 +88,7 @@ class Log1pNormal(TransformedDistribution):
 
     @property
     def variance(self) -> Tensor:
-        """Variance, that of the LogNormal ``1 + x``."""
+        """Variance of the LogNormal ``1 + x``."""
         return torch.expm1(self.scale**2) * torch.exp(2 * self.loc + self.scale**2)
 
 

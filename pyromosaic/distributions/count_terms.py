@@ -1,4 +1,4 @@
-"""Terms of log-probabilities of counts, each with its derivative."""
+"""Terms of log-probabilities of counts, with their derivatives."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,18 +12,18 @@ from torch.nn.functional import logsigmoid
 from torch.overrides import handle_torch_function, has_torch_function
 
 LARGEST_RATE = 1e9  # Poisson samplers overflow 32-bit integers above about 4e9
-BLOCK = 2**16  # entries that are evaluated together on the CPU
+BLOCK = 2**16  # entries evaluated together on the CPU
 
 
-SMALL_COUNT = 12  # beyond, three terms of Stirling's series are exact to 1e-11
+SMALL_COUNT = 12  # above it, three terms of Stirling's series are exact to 1e-11
 
 
-#: From a parameter to its values at the entries concerned.
+#: Maps a parameter to its values at given entries.
 Lookup = Callable[[Tensor], Tensor]
 
 
 def _flat_position(index: Tensor, shape: torch.Size) -> Tensor:
-    """Row-major position, in a tensor of this shape, of entries of a larger tensor it broadcasts to."""
+    """Row-major positions, in a tensor of this shape, of entries of a larger tensor to which it broadcasts."""
     position = index.new_zeros(index.shape[1])
     for along, size in zip(index[len(index) - len(shape) :], shape, strict=True):
         if size > 1:
@@ -37,23 +37,23 @@ def _log_zero(mu: Tensor, theta: Tensor) -> Tensor:
 
 
 def _log_count(count: Tensor, means: list[Tensor], theta: Tensor, at: "_Entries | _Everywhere") -> tuple[Tensor, ...]:
-    """Negative binomial log-probability of counts under each mean."""
+    """Negative binomial log-probability of counts for each mean."""
     table = position = None
-    if theta.numel() < count.numel():  # a parameter serves many entries
+    if theta.numel() < count.numel():  # each parameter value is used by many entries
         table, position = _table(theta.detach()).to(count.dtype), at.position(theta)
     log_probs: tuple[Tensor, ...] = _apply(_LogCount.apply, count, at(theta), table, position, *map(at, means))
     return log_probs
 
 
 def _apply(function: Callable[..., Any], *inputs: Tensor | None) -> Any:
-    """Call a function of plain tensors, also where others take their place: Pyro, say, follows what depends on what."""
+    """Call a function of plain tensors, even if other objects replace them, e.g. when Pyro traces dependencies."""
     return handle_torch_function(function, inputs, *inputs) if has_torch_function(inputs) else function(*inputs)
 
 
 class _LogCount(torch.autograd.Function):
-    """Negative binomial log-probabilities of the same counts under several means, and their derivatives.
+    """Negative binomial log-probabilities of the same counts for several means, with their derivatives.
 
-    Both are evaluated at once, on the CPU in blocks that stay in its cache.
+    Both are evaluated together, on the CPU in blocks that stay in its cache.
     """
 
     @staticmethod
@@ -64,7 +64,7 @@ class _LogCount(torch.autograd.Function):
         shape = broadcast_shape(*(x.shape for x in inputs))
         width = shape[-1] if len(shape) > 1 else 1
         inputs = [x.expand(shape).reshape(-1, width) for x in inputs]
-        kinds = 3 if any(ctx.needs_input_grad) else 1  # the log-probability and two derivatives, or the first alone
+        kinds = 3 if any(ctx.needs_input_grad) else 1  # the log-probability, with or without its two derivatives
         outputs = [torch.empty_like(inputs[0]) for _ in range(kinds * len(means))]
         n_rows = max(1, BLOCK // max(1, width)) if count.device.type == "cpu" else max(1, len(inputs[0]))
         for x, t, *block in zip(*(values.split(n_rows) for values in (*inputs, *outputs)), strict=True):
@@ -82,12 +82,12 @@ class _LogCount(torch.autograd.Function):
         n = len(gradients)
         count, theta, *saved = ctx.saved_tensors
         means, by_mu, by_theta = saved[:n], saved[n : 2 * n], saved[2 * n :]
-        if torch.is_grad_enabled():  # to be differentiated again
+        if torch.is_grad_enabled():  # second derivatives are needed
             excess = [(mu - count) / (mu + theta) for mu in means]
             by_mu = [-theta * e / mu for e, mu in zip(excess, means, strict=True)]
             slope = torch.digamma(count + theta) - torch.digamma(theta)
             by_theta = [slope - torch.log1p(mu / theta) + e for e, mu in zip(excess, means, strict=True)]
-        if n == 1 and not any(gradients[0].stride()):  # one gradient for all, that of a sum: it multiplies after sums
+        if n == 1 and not any(gradients[0].stride()):  # the same gradient for all, that of a sum: multiply last
             of_theta = by_theta[0].sum_to_size(theta.shape) * gradients[0].as_strided((), ())
         else:
             products = [g * d for g, d in zip(gradients, by_theta, strict=True)]
@@ -97,10 +97,10 @@ class _LogCount(torch.autograd.Function):
 
 
 def _less_lost(count: Tensor, mu: Tensor, theta: Tensor, best: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of a count under a mean, and its derivatives by mean and theta.
+    """Log-probability of a count given the mean, with its derivatives with respect to mean and theta.
 
-    It is the log-probability under the mean that fits best, the count itself, less what the mean loses: of terms of
-    large counts, which cancel, only the difference is formed.
+    It is the log-probability under the best-fitting mean, the count itself, minus the loss under the given mean. Terms
+    of large counts would cancel; only their difference is computed.
     """
     limits = torch.finfo(mu.dtype)
     mu = mu + limits.tiny**0.4  # keeps count / mu**2 finite where a mean has underflowed to zero
@@ -115,7 +115,7 @@ def _less_lost(count: Tensor, mu: Tensor, theta: Tensor, best: Tensor, slope: Te
 
 
 def _best(count: Tensor, theta: Tensor, table: Tensor | None, position: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Log-probability of counts of which each is the mean, and its derivative by theta."""
+    """Log-probability of counts that equal their means, and its derivative with respect to theta."""
     if table is None or position is None:
         best, slope = (x.to(count.dtype) for x in _best_by_lgamma(count.double(), theta.double()))
         return best, slope
@@ -132,8 +132,8 @@ def _best(count: Tensor, theta: Tensor, table: Tensor | None, position: Tensor |
 
 
 def _search(mask: Tensor) -> Tensor:
-    """Row-major positions of what is true and, where finding them would wait for the device, of all else too."""
-    if mask.device.type == "cpu":  # by numpy, in a seventh of torch's time
+    """Row-major positions of true entries; of all entries if finding them would have to wait for the device."""
+    if mask.device.type == "cpu":  # numpy takes a seventh of torch's time
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return torch.arange(mask.numel(), device=mask.device)
 
@@ -146,9 +146,10 @@ def _best_by_lgamma(count: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _table(theta: Tensor) -> Tensor:
-    """What `_best` has for small counts, and in the last row what theta alone adds for large ones.
+    """The value of `_best` for small counts; the last row is the part for large counts that depends only on theta.
 
-    Sums over k below a count of ``log((theta + k) / (k + 1))`` stand for lgamma, beyond them Stirling's series.
+    Sums over k below a count of ``log((theta + k) / (k + 1))`` replace lgamma; for larger counts, Stirling's series
+    does.
     """
     theta = theta.double().reshape(-1)
     k = torch.arange(SMALL_COUNT, dtype=theta.dtype, device=theta.device).unsqueeze(-1)
@@ -165,13 +166,13 @@ def _table(theta: Tensor) -> Tensor:
 
 
 def _stirling(inverse: Tensor) -> Tensor:
-    """What Stirling's formula lacks of the log of x!, given 1 / x, for x above `SMALL_COUNT`."""
+    """Remainder of Stirling's formula for the log of x!, given 1 / x, for x above `SMALL_COUNT`."""
     square = inverse * inverse
     return inverse * (1 / 12 - square * (1 / 360 - square / 1260))
 
 
 def _stirling_slope(inverse: Tensor) -> Tensor:
-    """Derivative by x of that and of ``-log(x) / 2``."""
+    """Derivative of this remainder and of ``-log(x) / 2`` with respect to x."""
     square = inverse * inverse
     return -0.5 * inverse - square * (1 / 12 - square * (1 / 120 - square / 252))
 
@@ -181,10 +182,10 @@ def _itself(parameter: Tensor) -> Tensor:
 
 
 class _Everywhere:
-    """A function from a parameter, and a transform of it, to its transformed values in a shape that broadcasts."""
+    """Function from a parameter and a transform to its transformed values, in a shape that broadcasts."""
 
     def position(self, parameter: Tensor) -> Tensor:
-        """Row-major position of each of its entries."""
+        """Row-major positions of all entries of the parameter."""
         return torch.arange(parameter.numel(), device=parameter.device).reshape(parameter.shape)
 
     def __call__(self, parameter: Tensor, transform: Callable[[Tensor], Tensor] = _itself) -> Tensor:
@@ -195,19 +196,19 @@ _EVERYWHERE = _Everywhere()
 
 
 class _Entries:
-    """The same at some entries of a tensor."""
+    """The same function at some entries of a tensor."""
 
     def __init__(self, index: Tensor, shape: torch.Size) -> None:
         self.index, self.shape = index, shape
         self.entry = _flat_position(index, shape)
 
     def position(self, parameter: Tensor) -> Tensor:
-        """Row-major position of the entries in the parameter."""
+        """Row-major positions of these entries in the parameter."""
         return self.entry if parameter.shape == self.shape else _flat_position(self.index, parameter.shape)
 
     def __call__(self, parameter: Tensor, transform: Callable[[Tensor], Tensor] = _itself) -> Tensor:
         position = self.position(parameter)
-        # The transform runs on the smaller of the two.
+        # Apply the transform to the smaller tensor.
         if parameter.numel() < len(position):
             return transform(parameter).reshape(-1).index_select(0, position)
         return transform(parameter.reshape(-1).index_select(0, position))
@@ -220,7 +221,7 @@ def _log_mixture(logits: Tensor, log_first: Tensor, log_second: Tensor) -> Tenso
 
 
 class _LogMixture(torch.autograd.Function):
-    """Accurate far below zero, where logarithms are summed, and next to it, where complements are."""
+    """Accurate for values far below zero, where logarithms are summed, and near it, where complements are."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, log_first: Tensor, log_second: Tensor) -> Tensor:
@@ -238,7 +239,7 @@ class _LogMixture(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         inputs = logits, log_first, log_second = ctx.saved_tensors
-        first = torch.sigmoid(logits + log_first - log_second)  # its share of the probability
+        first = torch.sigmoid(logits + log_first - log_second)  # share of the first component
         slopes = (first - torch.sigmoid(logits), first, 1 - first)
         return tuple((gradient * slope).sum_to_size(x.shape) for slope, x in zip(slopes, inputs, strict=True))
 

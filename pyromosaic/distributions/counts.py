@@ -1,4 +1,4 @@
-"""Negative binomial likelihoods that do their expensive arithmetic only where a count is positive."""
+"""Negative binomial likelihoods that evaluate their expensive terms only for positive counts."""
 
 import copy
 from functools import reduce
@@ -24,11 +24,11 @@ from pyromosaic.distributions.count_terms import (
 
 
 class _CountDistribution(TorchDistribution):
-    """Counts, most of which are zero.
+    """Counts that are mostly zero.
 
-    A subclass gives the log-probability of a zero, which is cheap and dense, and that of given counts. For sparse
-    counts the latter is evaluated only at their entries. Parameters keep the shapes that they were given; only
-    ``batch_shape`` is broadcast.
+    A subclass defines the log-probability of a zero, which is cheap and dense, and that of given counts. For sparse
+    counts, the latter is evaluated only at their entries. Parameters keep their shapes; only ``batch_shape`` is
+    broadcast.
     """
 
     support = constraints.nonnegative_integer
@@ -54,7 +54,7 @@ class _CountDistribution(TorchDistribution):
         ----------
         value
             Counts: dense, with a shape that broadcasts with ``batch_shape``, or sparse, with the resulting shape. A
-            sparse tensor is never made dense, and the expensive terms are evaluated only at its entries. Use one where
+            sparse tensor is never made dense, and the expensive terms are evaluated only at its entries. Use one if
             most counts are zero.
 
         Returns
@@ -65,7 +65,7 @@ class _CountDistribution(TorchDistribution):
         Raises
         ------
         ValueError
-            If the shape does not fit, or, with validation on, if a value is not a non-negative integer.
+            If the shape does not fit, or, if validation is on, a value is not a non-negative integer.
         """
         if self._validate_args:
             self._validate_sample(value)
@@ -102,8 +102,8 @@ class NegativeBinomial(_CountDistribution):
 
     .. math:: \operatorname{Var}(x) = \mu + \mu^2 / \theta
 
-    It is a Poisson count whose rate is Gamma distributed with mean :math:`\mu` and shape :math:`\theta`: the gene
-    expression likelihood of scVI (Lopez et al. 2018) and of most later models.
+    It is a Poisson count whose rate has a Gamma distribution with mean :math:`\mu` and shape :math:`\theta`. This is
+    the likelihood of gene expression in scVI (Lopez et al. 2018) and most later models.
 
     Parameters
     ----------
@@ -151,7 +151,7 @@ class NegativeBinomial(_CountDistribution):
         return _variance(self.mu, self.theta).expand(self.batch_shape)
 
     def sample(self, sample_shape: _size = ()) -> Tensor:
-        """Draw counts as Poisson draws with Gamma distributed rates."""
+        """Draw counts as Poisson draws with Gamma-distributed rates."""
         shape = self._extended_shape(sample_shape)
         with torch.no_grad():
             return _gamma_poisson(self.mu.expand(shape), self.theta.expand(shape))
@@ -248,7 +248,8 @@ class NegativeBinomialMixture(_CountDistribution):
     .. math:: P(x) = \pi\,f(x; \mu_b, \theta) + (1 - \pi)\,f(x; \mu_f, \theta)
 
     It is the antibody likelihood of totalVI (Gayoso et al. 2021) and MultiVI (Ashuach et al. 2023). The two means are
-    not ordered here; a model makes the foreground larger, for example as background times one plus a positive factor.
+    not ordered here; a model makes the foreground larger, for example as the background times one plus a positive
+    factor.
 
     Parameters
     ----------

@@ -10,12 +10,12 @@ from torch.types import _size
 
 
 class Multinomial(TorchDistribution):
-    """Counts of a cell's features given their total, each count an element of the batch.
+    """Counts of a cell's features given their total; each count is an element of the batch.
 
     The features of a cell are dependent, but they are in ``batch_shape`` like those of the other likelihoods, so that
-    they can be in a plate. ``log_prob`` of a count is its part of the log-probability of the cell,
-    ``log N! - sum_g log x_g! + sum_g x_g log share_g``, where ``log N!`` is divided in proportion to the counts. It is
-    0 for a count of 0, and its sum over the last dimension is that of the multinomial.
+    they can be in a plate. ``log_prob`` of a count is its part of the log-probability of the cell, ``log N! - sum_g log
+    x_g! + sum_g x_g log share_g``, where ``log N!`` is divided in proportion to the counts. It is 0 for a count of 0,
+    and its sum over the last dimension is the log-probability of the multinomial.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ class Multinomial(TorchDistribution):
         return self.mean * (1 - self.logits.softmax(-1))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Each count's part of the log-probability; its sum over the last dimension is that of the cell."""
+        """Part of each count in the log-probability; the sum over the last dimension is that of the cell."""
         x = value.to_dense() if value.is_sparse else value
         if self._validate_args and not self.support.check(x).all():
             raise ValueError("Multinomial accepts non-negative integers.")

@@ -1,9 +1,9 @@
-"""Likelihoods: map the predictors of a decoder to the observed site of a modality.
+"""Likelihoods: from the predictors of a decoder to the observed site of a modality.
 
-A likelihood names the predictors that it needs (the decoder has one head for each), owns the feature-level parameters,
-and computes start values of training from the data. `Likelihood.forward` is part of the model, inside the plates of the
-modality's cells (dim -2) and features (dim -1). A likelihood with its own latent variables also has
-`Likelihood.posterior`, which is part of the guide.
+A likelihood names its predictors (the decoder has one head for each), owns the feature-level parameters, and computes
+initial values from the data. `Likelihood.forward` is part of the model, inside the plates of the modality's cells (dim
+-2) and features (dim -1). A likelihood with latent variables also has `Likelihood.posterior`, which is part of the
+guide.
 
 To write a likelihood, subclass `Likelihood` or one of the classes below, and pass the class to
 `pyromosaic.ModalitySpec` in place of a name.

@@ -1,4 +1,4 @@
-"""Accessibility of chromatin: open or not."""
+"""Chromatin accessibility: open or closed."""
 
 import numpy as np
 import torch
@@ -16,8 +16,8 @@ from pyromosaic.likelihoods.likelihood import Likelihood, Predictors, logit
 class Bernoulli(Likelihood):
     """Accessibility: ``P(x > 0) = d * r * sigmoid(accessibility)``, cell factor d, region factor r (PeakVI; MultiVI).
 
-    The region factor is the ``sigmoid`` of a free parameter. The cell factor is the ``sigmoid`` of a small network of
-    the cell's depth, the log of its fragment count relative to that of the median cell.
+    The region factor is the ``sigmoid`` of a free parameter. The cell factor is the ``sigmoid`` of a small network
+    whose input is the cell's depth: the log of its fragment count relative to that of the median cell.
 
     Parameters
     ----------
@@ -35,9 +35,19 @@ class Bernoulli(Likelihood):
         self.depth = nn.Sequential(nn.Linear(1, 16), nn.LeakyReLU(), nn.Linear(16, 1))
 
     def start(self, view: View) -> dict[str, Tensor]:
-        """Start at the share of cells in which each region is open, given cell and region factors of one half."""
-        share = (view.dense_counts() > 0).to(torch.float32).mean(0)
-        return {"accessibility": logit((4 * share).clamp(1e-4, 0.9))}
+        """Initialise at the share of cells in which each region is open.
+
+        Cell and region factors start at one half, or higher where a region is open in more cells than that allows: then
+        each of the three factors has its third of the share, in logarithms.
+        """
+        is_open = view.dense_counts() > 0
+        share = is_open.to(torch.float32).mean(0).clamp(max=1 - 0.5 / len(is_open))
+        region = share.pow(1 / 3).clamp_min(0.5)
+        cell = region.max()
+        with torch.no_grad():
+            self.region_logits.copy_(logit(region))
+            self.depth[-1].bias += logit(cell) - self.depth(share.new_zeros(1))  # of the median cell
+        return {"accessibility": logit((share / (cell * region)).clamp_min(1e-4))}
 
     def cell_logits(self, view: View) -> Tensor:
         """Log odds of the cell factor, shape (b, 1)."""
@@ -58,5 +68,5 @@ class Bernoulli(Likelihood):
         )
 
     def normalized(self, distribution: dist.TorchDistribution) -> Tensor:
-        """Accessibility without cell and region factors."""
+        """Accessibility without the cell and region factors."""
         return logsigmoid(distribution.logits).exp()

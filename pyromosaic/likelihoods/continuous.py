@@ -86,7 +86,7 @@ class ZILN(Likelihood):
         self.log_sigma = nn.Parameter(torch.zeros(schema.n_features))
 
     def start(self, view: View) -> dict[str, Tensor]:
-        """Share of zeros, and mean and standard deviation of the logarithm of the rest, per feature."""
+        """Share of zeros, and mean and standard deviation of the logarithm of the other values, per feature."""
         x = view.dense_counts()
         positive = (x > 0).to(x.dtype)
         n = positive.sum(0).clamp_min(1.0)
@@ -120,7 +120,7 @@ class ZIG(Likelihood):
         self.log_rate = nn.Parameter(torch.zeros(schema.n_features))
 
     def start(self, view: View) -> dict[str, Tensor]:
-        """Share of zeros, and shape and rate of the rest by moments, per feature."""
+        """Share of zeros, and shape and rate of the other values by the method of moments, per feature."""
         x = view.dense_counts()
         positive = (x > 0).to(x.dtype)
         n = positive.sum(0).clamp_min(1.0)

@@ -42,20 +42,21 @@ class Likelihood(PyroModule):
     Attributes
     ----------
     data_kind
-        Numbers that the data are checked to be: ``"count"``, ``"nonnegative"`` or ``"real"``.
+        Kind of values that registration accepts: ``"count"``, ``"nonnegative"`` or ``"real"``.
     traits
-        More than that: whether the cell's size matters, how groups of cells are compared; see `pyromosaic.data.Traits`.
+        In place of `data_kind`, if there is more to say: whether the cell's size matters, how groups of cells are
+        compared; see `pyromosaic.data.Traits`.
     predictors
-        Names of what the decoder is to say, each for every cell and feature.
+        Names of the decoder's outputs, each of shape (..., cells, features).
     posterior_predictors
-        The same for a decoder in the guide, for the `posterior` of latent variables of the likelihood's own.
+        Names of the outputs of a decoder in the guide, for the `posterior` of the likelihood's own latent variables.
     """
 
-    family: ClassVar[str] = ""  # the name that `pyromosaic.ModalitySpec` takes; empty for a likelihood of one's own
-    traits: ClassVar[Traits] = Traits()  # what kind of measurement it describes
-    data_kind: ClassVar[DataKind]  # all that most likelihoods of one's own need to say of their traits
+    family: ClassVar[str] = ""  # the name that `pyromosaic.ModalitySpec` accepts; empty for a user's likelihood
+    traits: ClassVar[Traits] = Traits()  # properties of the measurement
+    data_kind: ClassVar[DataKind]  # usually the only trait that a user's likelihood has to set
     predictors: tuple[str, ...] = ()  # heads of the model's decoder
-    posterior_predictors: tuple[str, ...] = ()  # heads of the guide's decoder, for latent variables of its own
+    posterior_predictors: tuple[str, ...] = ()  # heads of the guide's decoder, for the likelihood's latent variables
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -67,7 +68,7 @@ class Likelihood(PyroModule):
         self.schema = schema
 
     def start(self, view: View) -> dict[str, Tensor]:
-        """Set feature-level parameters from data and return start values of the decoders' biases by predictor."""
+        """Set feature-level parameters from data and return initial biases of the decoders by predictor."""
         return {}
 
     def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
@@ -79,19 +80,19 @@ class Likelihood(PyroModule):
         pyro.sample(name, self.distribution(predictors, view), obs=view.counts)
 
     def normalized(self, distribution: dist.TorchDistribution) -> Tensor:
-        """The biological signal in a distribution for a cell of size 1."""
+        """Biological signal in a distribution, for a cell of size 1."""
         return distribution.mean
 
     def cell_factor(self, view: View) -> Tensor:
-        """Factor by which the signal of each cell is multiplied, shape (b, 1)."""
+        """Factor that multiplies the signal of each cell, shape (b, 1)."""
         return torch.ones_like(view.library)
 
 
 class CountLikelihood(Likelihood):
-    """Base class of negative binomial likelihoods: sizes of cells, and the inverse dispersion theta.
+    """Base class of negative binomial likelihoods, with sizes of cells and inverse dispersion theta.
 
-    theta is one number per feature, or one per feature and batch or label. If a cell's batch or label is not known,
-    theta is the geometric mean over them.
+    theta has one value per feature, or one per feature and batch or label. If a cell's batch or label is unknown, theta
+    is the geometric mean over them.
 
     Parameters
     ----------

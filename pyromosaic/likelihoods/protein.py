@@ -1,4 +1,4 @@
-"""Counts of antibodies: background or foreground."""
+"""Antibody counts: background or foreground."""
 
 import numpy as np
 import pyro
@@ -40,19 +40,24 @@ class NBMixture(CountLikelihood):
         self.background_log_scale = nn.Parameter(torch.zeros(n_batches, schema.n_features))
 
     def start(self, view: View) -> dict[str, Tensor]:
-        """Start at a two-component normal fit to log1p counts, per batch and protein.
+        """Initialise from a mixture of two normals fitted to log1p counts, per batch and protein.
 
         theta starts at 10, because antibodies are far less dispersed than genes, and log theta can move only a limited
-        way in the steps of a run. If it lags behind, predictive intervals of held-out counts are too wide.
+        distance during training. If it is still too small, predictive intervals of held-out counts are too wide.
         """
-        x = torch.log1p(view.dense_counts() * self.schema.library / view.library).numpy()
+        counts, size = view.dense_counts(), self.cell_factor(view)
+        x = torch.log1p(counts / size).numpy()
+        # A protein that was hardly ever seen starts at its mean; other backgrounds start higher.
+        mean = torch.log1p((counts.sum(0) + 0.5) / size.sum()).numpy()
         batches = view.one_hot().argmax(-1).numpy() if self.schema.spec.batch_key else np.zeros(len(x), dtype=int)
         with torch.no_grad():
             self.log_theta.fill_(np.log(10.0))
             for batch in np.unique(batches):
                 loc, scale = two_normals(x[batches == batch])[:2]
                 # x is log1p, the parameter is a log mean.
-                self.background_loc[batch] = torch.from_numpy(np.log(np.expm1(np.maximum(loc[0], 0.1))))
+                self.background_loc[batch] = torch.from_numpy(
+                    np.log(np.expm1(np.where(mean < 0.1, mean, np.maximum(loc[0], 0.1))))
+                )
                 self.background_log_scale[batch] = torch.from_numpy(np.log(np.clip(scale[0], 0.1, 1.0)))
         loc, _, background = two_normals(x)
         gap = torch.from_numpy(np.maximum(loc[1] - loc[0], 0.1))
@@ -71,7 +76,7 @@ class NBMixture(CountLikelihood):
         return batch @ self.background_loc, (batch @ self.background_log_scale).exp()
 
     def forward(self, name: str, predictors: Predictors, view: View, kl_weight: float = 1.0) -> None:
-        """Background level, then the count."""
+        """Draw the background level, then the count."""
         with weighted(kl_weight):
             background = pyro.sample(f"{name}_background", dist.Normal(*self.background(view)))
         mu_background = self.cell_factor(view) * background.exp()
@@ -104,7 +109,7 @@ def two_normals(x: np.ndarray, n_cells: int = 500, n_steps: int = 20) -> tuple[n
     x
         Values, shape (cells, features).
     n_cells
-        Number of cells to use, evenly spaced; a sample is enough for start values.
+        Number of cells to use, evenly spaced; a sample is enough for initial values.
     n_steps
         Number of steps.
 

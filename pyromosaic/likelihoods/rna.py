@@ -1,4 +1,4 @@
-"""Counts of RNA, and other counts that are modelled as proportions of a cell's total."""
+"""RNA counts, and other counts modelled as proportions of a cell's total."""
 
 import torch
 from pyro import distributions as dist
@@ -27,7 +27,7 @@ class NB(CountLikelihood):
     predictors: tuple[str, ...] = ("rate",)
 
     def start(self, view: View) -> dict[str, Tensor]:
-        """Start at the mean profile of the cells; theta stays at 1."""
+        """Initialise at the mean profile of the cells; theta stays at 1."""
         total = view.dense_counts().sum(0)
         return {"rate": torch.log((total + 0.5) / (total + 0.5).sum())}
 
@@ -54,7 +54,7 @@ class ZINB(NB):
     predictors = ("rate", "gate")
 
     def start(self, view: View) -> dict[str, Tensor]:
-        """Start at the mean profile of the cells, with few structural zeros."""
+        """Initialise at the mean profile of the cells, with few structural zeros."""
         return {**super().start(view), "gate": torch.full((self.schema.n_features,), -3.0)}
 
     def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:

@@ -2,7 +2,7 @@
 
 =========================  =============================================================================================
 linked features            :func:`links_from_table`, :func:`links_by_name`, :func:`links_by_overlap`, all :class:`Links`
-the whole way              :func:`cca`, a :class:`Linkage` with scores of all cells
+complete pipeline          :func:`cca`, a :class:`Linkage` with scores of all cells
 as a Pyro program          :func:`variational_cca`, a :class:`VariationalLinkage` with uncertainty, linear or deep;
                            its :class:`VariationalCCAModel` and :class:`VariationalCCAGuide`
 its parts                  :class:`Correspondence`, :func:`canonical_correlation`, :func:`shuffled_covariances`,
@@ -35,7 +35,7 @@ from pyromosaic.linkage.variational import (
     VariationalLinkage,
     variational_cca,
 )
-from pyromosaic.links import Links as Links  # described with the links
+from pyromosaic.links import Links as Links  # documented there
 from pyromosaic.links import links_by_name as links_by_name
 from pyromosaic.links import links_by_overlap as links_by_overlap
 from pyromosaic.links import links_from_table as links_from_table

@@ -36,25 +36,25 @@ MATCHES: Mapping[str, Match] = {"transport": transport, "mutual": mutual_nearest
 
 @dataclass
 class Linkage:
-    """Two modalities in one space.
+    """Two modalities in one latent space.
 
     Parameters
     ----------
     scores
-        For each modality cells × components: canonical variables weighted by their correlations, each cell scaled to
-        length one, so that Euclidean distance gives the same order of cells as the cosine.
+        Cells × components for each modality: canonical variables weighted by their correlations, each cell scaled to
+        length one, so that Euclidean distance and cosine rank cells equally.
     correlations
-        Canonical correlation of each component. It is scaled by the variance of all cells, so it may exceed 1 if
-        corresponding cells vary more. Cells that were matched by scores have correlated scores, so it is no evidence
-        that the matching is right.
+        Canonical correlation of each component. It is scaled by the variance of all cells. Therefore it may exceed 1 if
+        matched cells vary more. Cells matched by their scores have correlated scores, so that it is no evidence of a
+        correct matching.
     crossfit
-        The same in cells that were left out when the component was estimated (but not when cells were matched).
+        The same in cells that were left out of the estimation of the components (but not of the matching).
     correspondence
         The soft matching of the cells.
     agreement
-        Mean correlation, over matched cells, of links that were left out of a trial, after each of its rounds and for
-        each start; empty without a trial. It was used to choose the start and the number of rounds. It is near 0 where
-        nothing is shared. Harder matchings have larger values without being better.
+        Mean correlation over matched cells of the links left out of a trial, after each round and for each start; empty
+        without a trial. It was used to choose the start and the number of rounds. It is near 0 if nothing is shared.
+        Harder matchings have larger values without being better.
     links
         The linked features that were used, if any.
 
@@ -87,7 +87,7 @@ class Linkage:
         Parameters
         ----------
         mosaic
-            Cells with one of the modalities or both, with the same features. A batch that was not seen before is
+            Cells with one or both of the modalities, with the same features. A batch that was not seen before is
             centred separately.
 
         Returns
@@ -108,7 +108,7 @@ class Linkage:
         }
 
     def components(self, mosaic: Mosaic) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Positions of the cells that have a modality and their principal components; raises as `transform` does."""
+        """Positions of the cells that have a modality, and their principal components; raises as `transform` does."""
         found = {}
         for name, (standardiser, loadings, _) in self._reduced.items():
             if name in mosaic.modalities:
@@ -123,23 +123,23 @@ class Linkage:
 
     @checked
     def feature_links(self, level: Share = 0.05) -> pd.DataFrame:
-        r"""Features whose correlation across the modalities is beyond chance.
+        r"""Features whose correlation across modalities is stronger than by chance.
 
         The correlation of features j and k is that of the canonical model, :math:`l_j^T C_{xx} A \,\mathrm{diag}(\rho)
-        B^T C_{yy} m_k`, with l and m the loadings of the features on the principal components. It is beyond chance if
-        its absolute value is larger than the largest of all pairs in all but a share `level` of the shuffled
+        B^T C_{yy} m_k`, with l and m the loadings of the features on the principal components. A pair is returned if
+        the absolute value exceeds the largest over all pairs in all but a share `level` of the shuffled
         correspondences.
 
         Parameters
         ----------
         level
-            That share, from 0 to 1.
+            Share of shuffled correspondences, from 0 to 1.
 
         Returns
         -------
         pandas.DataFrame
-            One row per pair, the strongest first: columns named after the modalities, ``correlation``, and ``mutual``,
-            whether each is the strongest partner of the other.
+            One row per pair, the strongest first: columns named after the modalities, ``correlation``, and ``mutual``:
+            whether each feature is the strongest partner of the other.
         """
         n = len(self.correlations)
         first, second = (
@@ -168,14 +168,14 @@ class Linkage:
 
 @checked
 def link_recovery(found: pd.DataFrame, held_out: Links) -> tuple[float, float]:
-    """Precision and recall of found feature links against known ones.
+    """Precision and recall of inferred feature links, given known ones.
 
     Parameters
     ----------
     found
-        Pairs of features, as `Linkage.feature_links` returns them (or some of its rows).
+        Pairs of features, as returned by `Linkage.feature_links` (or some of its rows).
     held_out
-        Known links that the linkage was not given.
+        Known links that were not passed to the linkage.
 
     Returns
     -------
@@ -209,13 +209,13 @@ def cca(
     correspondence: Correspondence | None = None,
     seed: Seed = 0,
 ) -> Linkage:
-    """Link two modalities by soft-correspondence canonical correlation analysis, without pairs or labels.
+    """Link two modalities by canonical correlation analysis with a soft correspondence, without pairs or labels.
 
     Cells are matched by their linked features, smoothed over nearest neighbours within each modality. Canonical
     correlation analysis of all features over the soft matching gives scores. The cells are matched again by these
-    scores and the linked features. Links that trial runs do not get decide the start and the number of rounds: those
-    are chosen for which the two features of these links correlate best over matched cells. The cells of the two
-    modalities are separate rows throughout, even if a cell has both; from `obs` only the batch is read.
+    scores and the linked features. Trial runs without some of the links choose the start and the number of rounds:
+    those for which the two features of the left-out links correlate best over matched cells. The cells of the two
+    modalities are separate rows throughout, even if a cell has both; only the batch is read from `obs`.
 
     Parameters
     ----------
@@ -224,25 +224,25 @@ def cca(
     modalities
         Names of the two modalities.
     links
-        Linked features: a table (see `links_from_table`), `Links`, or a `GuidanceGraph`. Without any, cells are matched
-        by geometry.
+        Linked features: a table (see `links_from_table`), `Links`, or a `GuidanceGraph`. Without links, cells are
+        matched by geometry.
     match
-        ``"transport"`` (entropic optimal transport on the cosine: soft), ``"mutual"`` (mutual nearest neighbours),
-        ``"assignment"`` (one to one), or a function that maps similarities and weights to a plan, such as
-        ``functools.partial(linkage.transport, epsilon=0.05)``, which is softer.
+        ``"transport"`` (entropic optimal transport on the cosine, a soft matching), ``"mutual"`` (mutual nearest
+        neighbours), ``"assignment"`` (one to one), or a function that maps similarities and weights to a transport
+        plan, such as ``functools.partial(linkage.transport, epsilon=0.05)``, which is softer.
     start
-        Basis of the first matching: ``"links"`` (the linked features themselves), ``"diagonal"`` (singular vectors of
-        their product) or ``"geometry"`` (fused Gromov–Wasserstein of 256 metacells; needs POT). By default, the better
-        one of the first two in a trial (``"links"`` without a trial), and geometry if there are no links.
+        Basis of the first matching: ``"links"`` (the linked features), ``"diagonal"`` (singular vectors of their
+        product) or ``"geometry"`` (fused Gromov–Wasserstein of 256 metacells; needs POT). By default, the better of the
+        first two in a trial (``"links"`` without a trial), or geometry without links.
     rounds
-        Largest number of rounds.
+        Maximum number of rounds.
     held_out
-        Share of the links that trial runs leave out; with 0, as without links, there is no trial and all rounds are
-        made.
+        Share of the links that trial runs leave out. If it is 0, or without links, there is no trial and all rounds are
+        run.
     link_share
         Weight of the linked features in the similarity after the first round.
     n_components
-        Number of components; by default the number that is beyond chance, at most 15, see `count_components`.
+        Number of components; by default the number with correlations beyond chance, at most 15, see `count_components`.
     n_pcs
         Number of principal components of each modality.
     n_neighbors
@@ -250,12 +250,13 @@ def cca(
     ridge
         Added to the diagonal of covariances, as a share of their mean.
     n_metacells
-        With more cells than this, metacells of equal size are matched instead of cells; they come from repeated halving
-        along the longest direction. Covariances within a modality and scores still use all cells. This limits
-        everything that grows with the square of the number of cells: 4,096 metacells make matrices of 64 MB.
+        Maximum number of cells to match one by one. If there are more, metacells of equal size are matched instead;
+        they come from repeated halving along the longest direction. Covariances within a modality and scores still use
+        all cells. This limits all cost that grows with the square of the number of cells: 4,096 metacells make matrices
+        of 64 MB.
     correspondence
-        A correspondence to use instead of matching. With pairs, the result is an upper bound; with labels, it is
-        supervised.
+        A correspondence to use instead of matching. If it comes from pairs, the result is an upper bound; if it comes
+        from labels, it is supervised.
     seed
         Seed of principal components, trial and shuffles.
 
@@ -268,7 +269,7 @@ def cca(
     ------
     ValueError
         If a modality does not exist, an argument is out of range, both modalities hold the same measurements, there are
-        fewer cells than components, or no linked feature is left that varies.
+        fewer cells than components, or every linked feature is constant.
 
     References
     ----------
@@ -338,7 +339,7 @@ def cca(
 
 
 def scores_table(scores: np.ndarray, cells: pd.Index) -> pd.DataFrame:
-    """Scores as a linkage returns them: each cell has length one."""
+    """Scores as in a linkage: each cell has length one."""
     return pd.DataFrame(unit_rows(scores), cells, [f"cc{i + 1}" for i in range(scores.shape[1])])
 
 
@@ -351,16 +352,16 @@ def _check(mosaic: Mosaic, modalities: tuple[str, str]) -> None:
 
 
 def _refuse_same(first: Side, second: Side) -> None:
-    """Refuse one matrix under two names, whatever the order of its rows and columns."""
+    """Refuse the same matrix under two names, in any order of rows and columns."""
     x, y = np.sort(first.data.scale), np.sort(second.data.scale)
     if len(first.cells) == len(second.cells) and x.shape == y.shape and np.allclose(x, y, rtol=1e-3):
         raise ValueError(
-            f"modalities {first.name!r} and {second.name!r} hold the same measurements; give two different modalities"
+            f"modalities {first.name!r} and {second.name!r} hold the same measurements; choose two different ones"
         )
 
 
 def _varying(links: Links, mosaic: Mosaic, first: Side, second: Side) -> Links:
-    """The links whose features both vary."""
+    """The links for which both features vary."""
     columns = links.positions(mosaic)
     varies = np.isfinite(first.data.scale[columns[0]]) & np.isfinite(second.data.scale[columns[1]])
     if not varies.any():
@@ -376,7 +377,7 @@ def _varying(links: Links, mosaic: Mosaic, first: Side, second: Side) -> Links:
 
 
 def _linked(links: Links | None, mosaic: Mosaic, first: Side, second: Side) -> tuple[np.ndarray, np.ndarray]:
-    """Linked features of the metacells, weighted and with positive sign; no column without links."""
+    """Linked features of the metacells, weighted and with positive sign; no columns if there are no links."""
     if links is None:
         return np.zeros((len(first.means), 0)), np.zeros((len(second.means), 0))
     columns = links.positions(mosaic)

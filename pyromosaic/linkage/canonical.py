@@ -30,7 +30,7 @@ class Canonical:
         return Canonical((first[:, :n_components], second[:, :n_components]), self.correlations[:n_components])
 
     def rotated(self, covariances: np.ndarray) -> np.ndarray:
-        """Cross-covariances of variables as those of the canonical variables."""
+        """Cross-covariances of variables, transformed to those of the canonical variables."""
         first, second = self.coefficients
         return first.T @ covariances @ second
 
@@ -41,12 +41,12 @@ class Canonical:
 
 @checked
 def canonical_correlation(x: np.ndarray, y: np.ndarray, pi: Correspondence, ridge: Weight = 0.2) -> Canonical:
-    r"""Fit canonical variables of two modalities whose cells correspond softly.
+    r"""Fit canonical variables of two modalities whose cells have a soft correspondence.
 
     With :math:`C_{xx}, C_{yy}` the covariances of all cells and :math:`C_{xy} = X^T \Pi Y - (X^T \Pi 1)(1^T \Pi Y)`,
-    the singular value decomposition :math:`C_{xx}^{-1/2} C_{xy} C_{yy}^{-1/2} = U \,\mathrm{diag}(\rho) V^T` gives
-    the coefficients :math:`C_{xx}^{-1/2} U` and :math:`C_{yy}^{-1/2} V`. With true pairs this is ordinary canonical
-    correlation analysis; a correspondence without information, the product of its marginals, gives :math:`\rho = 0`.
+    the singular value decomposition :math:`C_{xx}^{-1/2} C_{xy} C_{yy}^{-1/2} = U \,\mathrm{diag}(\rho) V^T` gives the
+    coefficients :math:`C_{xx}^{-1/2} U` and :math:`C_{yy}^{-1/2} V`. With true pairs this is ordinary canonical
+    correlation analysis; an uninformative correspondence, the product of its marginals, gives :math:`\rho = 0`.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ def ridged(values: np.ndarray, ridge: float) -> np.ndarray:
 
 
 def canonical_variables(within: Sequence[np.ndarray], between: np.ndarray) -> Canonical:
-    """Canonical variables of the covariances within two modalities and between them."""
+    """Canonical variables from the covariances within two modalities and between them."""
     first, second = map(_inverse_root, within)
     u, correlations, vt = np.linalg.svd(first @ between @ second, full_matrices=False)
     sign = np.sign(u[np.abs(u).argmax(axis=0), np.arange(u.shape[1])])
@@ -122,7 +122,7 @@ def shuffled_covariances(
 
 @checked
 def count_components(canonical: Canonical, null: np.ndarray, level: Share = 0.05) -> int:
-    """Number of leading components whose correlation is beyond chance.
+    """Number of leading components whose correlation is higher than by chance.
 
     Component k is compared with the largest correlation in shuffled data after components 1 to k - 1 are removed
     (Winkler et al., "Permutation inference for canonical correlation analysis", NeuroImage 2020).
@@ -139,7 +139,7 @@ def count_components(canonical: Canonical, null: np.ndarray, level: Share = 0.05
     Returns
     -------
     int
-        Number of components, from 0 to all.
+        Number of components, from 0 to the number of all.
 
     Examples
     --------
@@ -161,10 +161,10 @@ def count_components(canonical: Canonical, null: np.ndarray, level: Share = 0.05
 def crossfit_correlations(
     x: np.ndarray, y: np.ndarray, pi: Correspondence, ridge: Weight = 0.2, seed: Seed = 0
 ) -> np.ndarray:
-    """Canonical correlations in cells that the coefficients have not seen.
+    """Canonical correlations in cells that were not used to estimate the coefficients.
 
     Both modalities are split into halves. Coefficients from the correspondence within one half are evaluated with the
-    correspondence within the other half, in both directions.
+    correspondence within the other half, and vice versa.
 
     Parameters
     ----------
@@ -210,5 +210,5 @@ def _inverse_root(covariance: np.ndarray) -> np.ndarray:
 
 
 def _by_content(values: np.ndarray) -> np.ndarray:
-    """An order by the measurements, so that draws do not depend on the order of the cells."""
+    """Order of cells by their measurements, so that draws do not depend on the order of the rows."""
     return np.lexsort(values.T)

@@ -16,17 +16,17 @@ from pyromosaic.linkage.preprocess import group_means
 
 @dataclass(frozen=True)
 class Correspondence:
-    r"""How much each cell of one modality corresponds to each cell of another: a matrix :math:`\Pi` with sum one.
+    r"""Soft correspondence of the cells of two modalities: a nonnegative matrix :math:`\Pi` with sum one.
 
-    Cells of a group (a metacell) share their correspondence equally, so a data set of any size needs only the matrix
-    between groups: :math:`\Pi_{ij}` is ``plan[g, h] / (size of g · size of h)`` with i in g and j in h.
+    Cells of a group (a metacell) share their correspondence equally. Therefore a data set of any size needs only the
+    matrix between groups: :math:`\Pi_{ij}` is ``plan[g, h] / (size of g · size of h)`` for i in g and j in h.
 
     Parameters
     ----------
     plan
-        Correspondence of groups, array or sparse, shape (groups of the first, groups of the second).
+        Correspondence of groups, array or sparse, shape (groups of the first modality, groups of the second).
     groups
-        Group of each cell, for both modalities.
+        Group of each cell, for each modality.
     """
 
     plan: Any
@@ -45,7 +45,7 @@ class Correspondence:
         Parameters
         ----------
         first, second
-            Rows of the two cells of each pair.
+            Row numbers of the two cells of each pair.
         shape
             Number of cells of each modality.
         """
@@ -59,7 +59,7 @@ class Correspondence:
         Parameters
         ----------
         first, second
-            Label of each cell; cells without one, or with one that the other modality lacks, are left out.
+            Label of each cell; cells without a label, or whose label the other modality lacks, are left out.
         """
         labels = pd.Index(pd.Series(first).dropna().unique()).intersection(pd.Index(pd.Series(second).dropna()))
         groups = tuple(labels.get_indexer(pd.Index(cells)) % (len(labels) + 1) for cells in (first, second))
@@ -74,7 +74,7 @@ class Correspondence:
         return np.asarray(self.plan.sum(axis=1)).ravel(), np.asarray(self.plan.sum(axis=0)).ravel()
 
     def means(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean of cells' values over each group, for both modalities."""
+        """Mean of the cells' values over each group, for both modalities."""
         n, m = self.plan.shape
         return group_means(self.groups[0], x, n), group_means(self.groups[1], y, m)
 
@@ -85,7 +85,7 @@ class Correspondence:
         return (self.plan.T @ x).T @ y - np.outer(first @ x, second @ y)
 
     def draw(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Draw n pairs of cells with probabilities from the correspondence: rows of the first and of the second."""
+        """Draw n pairs of cells with probabilities from the correspondence: row numbers in both modalities."""
         plan = sparse.csr_array(self.plan)
         cumulative = np.cumsum(plan.data, dtype=np.float64)
         chosen = np.searchsorted(cumulative, rng.random(n) * cumulative[-1], side="right")
@@ -97,14 +97,14 @@ class Correspondence:
 
 
 def _members(groups: np.ndarray, chosen: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A random cell of each chosen group."""
+    """Draw one cell from each chosen group."""
     size = np.bincount(groups)
     first = np.cumsum(size) - size
     return np.argsort(groups, kind="stable")[first[chosen] + (rng.random(len(chosen)) * size[chosen]).astype(np.intp)]
 
 
 def cosine(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Cosine similarity of all rows, shape (rows of x, rows of y), in single precision because it may be large."""
+    """Cosine similarity of all pairs of rows, shape (rows of x, rows of y), in single precision to save memory."""
     x, y = unit_rows(x).astype(np.float32), unit_rows(y).astype(np.float32)
     return x @ y.T
 
@@ -123,32 +123,32 @@ def transport(
     reach: Length = 2.0,
     n_iterations: Count = 100,
 ) -> np.ndarray:
-    """Entropic optimal transport on one minus the similarity: a soft matching of similar cells.
+    """Entropic optimal transport with cost 1 - similarity: a soft matching of similar cells.
 
-    The entropy is relative to the product of the weights, so that splitting a cell into two changes nothing.
+    The entropy is relative to the product of the weights, so that splitting a cell into two has no effect.
 
     Parameters
     ----------
     similarity
-        Similarity of all cells, at most 1.
+        Similarity of all pairs of cells, at most 1.
     weights
-        Weight of each cell of both modalities.
+        Weight of each cell, for both modalities.
     epsilon
-        Entropy, on the scale of the similarity; smaller values give a harder matching.
+        Weight of the entropy, on the scale of the similarity; smaller values give a harder matching.
     reach
-        Cost (times the divergence) of deviating from the weights, on the scale of the similarity: cells that are unlike
-        all cells of the other modality get less weight. Infinity gives balanced transport, in which every cell has its
+        Cost (times the divergence) of deviating from the weights, on the scale of the similarity: cells unlike all
+        cells of the other modality get less weight. Infinity gives balanced transport, in which every cell keeps its
         full weight.
     n_iterations
-        Sinkhorn steps.
+        Number of Sinkhorn steps.
 
     Returns
     -------
     numpy.ndarray
-        The plan, with the shape of `similarity`; if balanced, its row and column sums are the weights.
+        The transport plan, with the shape of `similarity`; if balanced, its row and column sums are the weights.
     """
     balanced = np.isinf(reach)
-    # Balanced, the scaling of a row undoes any factor: let its best have kernel 1, so that no row vanishes.
+    # Balanced transport rescales rows anyway: set each row's largest kernel to 1, so that no row underflows.
     best = similarity.max(axis=1, keepdims=True) if balanced else 1.0
     kernel = np.exp((similarity - best) / epsilon)
     power = 1.0 if balanced else reach / (reach + epsilon)
@@ -165,21 +165,21 @@ def transport(
 def mutual_nearest(
     similarity: np.ndarray, weights: tuple[np.ndarray, np.ndarray], *, k: Count = 30
 ) -> sparse.csr_array:
-    """Pairs of cells that are among the k most similar of each other, with equal weights.
+    """Pairs of cells that are among each other's k most similar cells, with equal weights.
 
     Parameters
     ----------
     similarity
-        Similarity of all cells, shape (n, m).
+        Similarity of all pairs of cells, shape (n, m).
     weights
-        Weight of each cell of both modalities; not used, because all pairs have equal weights.
+        Weight of each cell, for both modalities; not used, because all pairs have equal weights.
     k
-        Two cells are a pair if each is among the k most similar cells of the other.
+        Two cells are a pair if each is among the k cells most similar to the other.
 
     Returns
     -------
     scipy.sparse.csr_array
-        1 where cells are a pair, shape (n, m).
+        1 for pairs, shape (n, m).
 
     Examples
     --------
@@ -204,21 +204,21 @@ def mutual_nearest(
 def assignment(
     similarity: np.ndarray, weights: tuple[np.ndarray, np.ndarray], *, keep: Share = 0.8
 ) -> sparse.csr_array:
-    """One-to-one matching with the largest total similarity; the best share of the pairs is kept.
+    """One-to-one matching with the largest total similarity; only the most similar pairs are kept.
 
     Parameters
     ----------
     similarity
-        Similarity of all cells, shape (n, m).
+        Similarity of all pairs of cells, shape (n, m).
     weights
-        Weight of each cell of both modalities; not used, because all matched cells have equal weights.
+        Weight of each cell, for both modalities; not used, because all matched cells have equal weights.
     keep
-        Share of the matched pairs that is kept, the most similar ones.
+        Share of the matched pairs to keep, the most similar first.
 
     Returns
     -------
     scipy.sparse.csr_array
-        1 where cells are matched, shape (n, m).
+        1 for matched cells, shape (n, m).
     """
     rows, columns = linear_sum_assignment(similarity, maximize=True)
     value = similarity[rows, columns]
@@ -228,21 +228,21 @@ def assignment(
 
 @checked
 def diagonal(x: np.ndarray, y: np.ndarray, n_components: Count = 15) -> tuple[np.ndarray, np.ndarray]:
-    """Cells of two modalities in the space of the singular vectors of ``x @ y.T``, without forming that product.
+    """Coordinates of cells on the singular vectors of ``x @ y.T``, computed without forming that product.
 
-    This is canonical correlation with both covariances taken as diagonal (Butler et al., Nature Biotechnology 2018).
+    This is canonical correlation analysis with diagonal covariances (Butler et al., Nature Biotechnology 2018).
 
     Parameters
     ----------
     x, y
         Standardised linked features, cells × links.
     n_components
-        Number of singular vectors, at most one for each link.
+        Number of singular vectors, at most the number of links.
 
     Returns
     -------
     tuple of numpy.ndarray
-        Left and right singular vectors; each row has length one.
+        Left and right singular vectors; each row is scaled to length one.
     """
     n_links = x.shape[1]
     basis = x @ np.random.default_rng(0).standard_normal((n_links, min(n_components + 10, n_links)))
@@ -262,9 +262,9 @@ def gromov_wasserstein(
     *,
     geometry: Share = 0.5,
 ) -> np.ndarray:
-    """Match cells whose distances to all others are alike: fused Gromov–Wasserstein transport.
+    """Match cells with similar distances to all other cells: fused Gromov–Wasserstein transport.
 
-    Without links, only the geometry of the cells says what corresponds, up to its symmetries: two cell types that are
+    Without links, cells are matched only by the geometry of the data, up to its symmetries: two cell types that are
     equally far from the others cannot be distinguished.
 
     Parameters
@@ -272,16 +272,16 @@ def gromov_wasserstein(
     x, y
         Principal components of a few hundred metacells of each modality.
     weights
-        Weight of each metacell of both modalities.
+        Weight of each metacell, for both modalities.
     similarity
-        Similarity of the metacells by their linked features; None if there are no links.
+        Similarity of the metacells in their linked features; None if there are no links.
     geometry
         Weight of the distances in the cost, relative to `similarity`.
 
     Returns
     -------
     numpy.ndarray
-        The plan, shape (rows of x, rows of y), whose row and column sums are the weights.
+        The transport plan, shape (rows of x, rows of y); its row and column sums are the weights.
 
     Raises
     ------
@@ -292,7 +292,7 @@ def gromov_wasserstein(
         import ot
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "a start from geometry needs POT, which is not installed; run pip install 'pyromosaic[linkage]'"
+            "matching by geometry needs POT, which is not installed; run pip install 'pyromosaic[linkage]'"
         ) from error
     distances = [squareform(pdist(values)) for values in (x, y)]
     first, second = (d / d.mean() for d in distances)

@@ -1,4 +1,4 @@
-"""Measurements made comparable: normalised, standardised within batch, reduced and smoothed; sparse stays sparse."""
+"""Preprocessing: normalise, standardise within batch, reduce and smooth measurements; sparse data stay sparse."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from pyromosaic.neighbors import nearest
 
 
 def group_means(groups: np.ndarray, values: Any, n_groups: int) -> Any:
-    """Mean of the rows of each group, shape (n_groups, columns); zero for an empty group, sparse if `values` is."""
+    """Mean of the rows in each group, shape (n_groups, columns); zero for an empty group, sparse if `values` is."""
     size = np.bincount(groups, minlength=n_groups)
     rows = np.arange(len(groups))
     return sparse.csr_array((1 / size[groups], (groups, rows)), shape=(n_groups, len(groups))) @ values
@@ -59,18 +59,18 @@ class Standardised:
 
 @dataclass(frozen=True)
 class Standardiser:
-    """How one modality was normalised and standardised, to apply it to new cells.
+    """Normalisation and standardisation of one modality, to apply to new cells.
 
     Parameters
     ----------
     name, features
-        Name of the modality and of its features.
+        Names of the modality and of its features.
     transform
         See `pyromosaic.data.Traits`.
     target
-        Counts to which each cell is normalised, if the transform does that.
+        Total count to which each cell is normalised, if the transform does that.
     batches
-        Names of the batches; one empty name if there are none.
+        Names of the batches; one empty name if there are no batches.
     mean, scale
         As in `Standardised`.
     """
@@ -91,7 +91,7 @@ class Standardiser:
         values = _transformed(modality, cells, transform, target)
         batches, batch = _batches(modality, cells)
         mean = _dense(group_means(batch, values, len(batches)))
-        # E[x²] - E[x]² by batch, summed: a batch's mean does not count as variation.
+        # E[x²] - E[x]² within each batch, summed: differences between batch means do not count as variation.
         square = (
             values**2
             if isinstance(values, np.ndarray)
@@ -106,12 +106,12 @@ class Standardiser:
         return self, Standardised(values, batch, mean, scale)
 
     def apply(self, modality: Modality, cells: np.ndarray) -> Standardised:
-        """Standardise new cells; a batch that was not seen before gets its own mean.
+        """Standardise new cells; a batch that was not seen before is centred at its own mean.
 
         Raises
         ------
         ValueError
-            If the features differ from those that were seen before.
+            If the features differ from those of the first cells.
         """
         if modality.schema.features != self.features:
             raise ValueError(
@@ -128,25 +128,25 @@ class Standardiser:
 
 
 def _batches(modality: Modality, cells: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
-    """Names of the batches of these cells and the number of each cell's batch."""
+    """Names of the batches of these cells, and each cell's batch number."""
     key = modality.spec.batch_key
     if key is None:
         return ("",), np.zeros(len(cells), dtype=np.intp)
-    known = np.array([*modality.schema.categories[key], "unknown"], dtype=object)  # code -1 is the last
+    known = np.array([*modality.schema.categories[key], "unknown"], dtype=object)  # code -1 indexes the last
     codes, unique = pd.factorize(modality.codes[cells, 0], sort=True)
     return tuple(known[unique]), codes
 
 
 def _transformed(modality: Modality, cells: np.ndarray, transform: str, target: float) -> Any:
-    """Measurements on the scale that is standardised: CSR where they are sparse and the transform keeps zeros."""
+    """Transformed measurements before standardising: CSR if they are sparse and the transform keeps zeros."""
     values = modality.read(cells)
     if transform == "centred_log_ratio":
-        # Proteins are few and counted in nearly every cell, so their zeros are not worth keeping.
+        # Proteins are few and detected in nearly every cell: sparse storage saves nothing.
         values = np.log1p(_dense(values))
         return values - values.mean(axis=1, keepdims=True)
     if transform == "as_is" and isinstance(values, np.ndarray):
         return values
-    values = sparse.csr_array(values, dtype=np.float32)  # reading has copied already
+    values = sparse.csr_array(values, dtype=np.float32)  # already a copy
     if transform == "as_is":
         return values
     if transform == "open":
@@ -166,7 +166,7 @@ def _dense(values: Any) -> np.ndarray:
 def principal_components(data: Standardised, n_components: int, seed: int) -> np.ndarray:
     """Loadings of the leading principal components by randomised subspace iteration, shape (p, n_components).
 
-    The random start is in the space of features, so the order of the cells does not matter.
+    The random start is in the space of features, so that the order of the cells does not matter.
     """
     n_features = data.values.shape[1]
     basis = np.random.default_rng(seed).standard_normal((n_features, min(n_components + 10, n_features)))
@@ -178,19 +178,19 @@ def principal_components(data: Standardised, n_components: int, seed: int) -> np
 
 
 def metacells(x: np.ndarray, at_most: int) -> np.ndarray:
-    """Group cells into metacells of equal size, by halving groups along their longest direction.
+    """Group cells into metacells of equal size, by repeatedly halving groups along their longest direction.
 
     Parameters
     ----------
     x
         Principal components, cells × components.
     at_most
-        Largest number of groups; with fewer cells, each cell is a group.
+        Maximum number of groups; with fewer cells, each cell is a group.
 
     Returns
     -------
     numpy.ndarray
-        Group of each cell; it depends on the measurements, not on the order of the cells.
+        Group of each cell; it depends on the measurements but not on the order of the cells.
     """
     if len(x) <= at_most:
         return np.arange(len(x))
@@ -210,7 +210,7 @@ def metacells(x: np.ndarray, at_most: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Smoother:
-    """Mean over nearest neighbours within a modality, mixed with a cell's own value.
+    """Smoothing by the mean over nearest neighbours within a modality and the cell's own value.
 
     Parameters
     ----------
@@ -225,7 +225,7 @@ class Smoother:
 
     @classmethod
     def fit(cls, x: np.ndarray, n_neighbors: int) -> "Smoother":
-        """Find the nearest neighbours by Euclidean distance of `x`, cells × components."""
+        """Find the nearest neighbours by Euclidean distance between rows of `x`, cells × components."""
         _, neighbors = nearest(x, n_neighbors)
         k = neighbors.shape[1]
         pointers = np.arange(len(x) + 1) * k

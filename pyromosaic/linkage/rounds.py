@@ -29,12 +29,12 @@ from pyromosaic.linkage.preprocess import (
 )
 
 Match = Callable[[np.ndarray, tuple[np.ndarray, np.ndarray]], Any]
-N_COARSE = 256  # metacells whose geometries are compared
+N_COARSE = 256  # metacells for matching by geometry
 
 
 @dataclass
 class Side:
-    """One modality during the linkage."""
+    """One of the two modalities of a linkage."""
 
     name: str
     cells: np.ndarray
@@ -54,7 +54,7 @@ class Side:
         if len(cells) <= n_pcs:
             raise ValueError(
                 f"modality {name!r} has {len(cells)} cell{'s' * (len(cells) != 1)}; {n_pcs} principal components need "
-                f"at least {n_pcs + 1} cells (lower n_pcs, or give more cells)"
+                f"at least {n_pcs + 1} cells (lower n_pcs, or use more cells)"
             )
         standardiser, data = Standardiser.fit(modality, cells)
         n_varying = int(np.isfinite(data.scale).sum())
@@ -73,22 +73,22 @@ class Side:
 
     @property
     def weights(self) -> np.ndarray:
-        """Share of the cells in each metacell."""
+        """Share of all cells in each metacell."""
         return np.bincount(self.groups) / len(self.groups)
 
 
 @dataclass
 class Pair:
-    """Two modalities between which cells are matched.
+    """Two modalities whose cells are matched.
 
     Parameters
     ----------
     sides
         The modalities.
     linked
-        Standardised linked features of the metacells, metacells × links each.
+        Standardised linked features of the metacells, each metacells × links.
     match
-        Function that matches cells by their similarity.
+        Function that matches cells given their similarity.
     link_share
         Weight of the linked features in similarities after the first round.
     ridge, n_components
@@ -107,7 +107,7 @@ class Pair:
         return self.correspondence(self.match(similarity, (self.sides[0].weights, self.sides[1].weights)))
 
     def correspondence(self, plan: Any) -> Correspondence:
-        """The correspondence of cells that follows from a plan between metacells."""
+        """Correspondence of cells from a transport plan between metacells."""
         return Correspondence(plan, (self.sides[0].groups, self.sides[1].groups))
 
     def by_links(self, chosen: np.ndarray, start: str) -> np.ndarray | None:
@@ -118,9 +118,9 @@ class Pair:
         return cosine(*diagonal(x, y, self.n_components)) if start == "diagonal" else cosine(x, y)
 
     def by_geometry(self, similarity: np.ndarray | None) -> Correspondence:
-        """Match coarse metacells by geometry, and by the similarity of metacells if there is one."""
+        """Match coarse metacells by geometry, and by the similarity of metacells if it is given."""
         coarse = [metacells(s.means, N_COARSE) for s in self.sides]
-        share = []  # of each metacell in its coarse one
+        share = []  # weight of each metacell within its coarse metacell
         for groups, side in zip(coarse, self.sides, strict=True):
             total = np.bincount(groups, side.weights)
             share.append(sparse.csr_array((side.weights / total[groups], (groups, np.arange(len(groups))))))
@@ -132,7 +132,7 @@ class Pair:
         return self.correspondence(share[0].T @ plan @ share[1])
 
     def rounds(self, chosen: np.ndarray, start: str) -> Iterator[tuple[Correspondence, Canonical]]:
-        """Match and correlate in rounds, with the chosen links."""
+        """Match and correlate in rounds, using the chosen links."""
         by_links = self.by_links(chosen, start)
         if by_links is None or start == "geometry":
             pi = self.by_geometry(by_links)
@@ -153,7 +153,7 @@ class Pair:
         return canonical_correlation(first, second, pi, self.ridge)
 
     def agreement(self, pi: Correspondence, chosen: np.ndarray) -> float:
-        """Mean correlation of the two features of the chosen links over matched cells."""
+        """Mean correlation over matched cells of the two features of the chosen links."""
         first, second = pi.marginals
         x, y = (linked[:, chosen] for linked in self.linked)
         x, y = x - first @ x, y - second @ y
@@ -161,7 +161,7 @@ class Pair:
         return float(np.mean(covariance / np.sqrt(np.maximum((first @ x**2) * (second @ y**2), 1e-12))))
 
     def trial(self, start: str, rounds: int, held_out: float, seed: int) -> list[float]:
-        """Agreement of links that were left out, after each round of a trial without them."""
+        """Agreement of the left-out links after each round of a trial without them."""
         n = self.linked[0].shape[1]
         left_out = np.random.default_rng(seed).permutation(n) < round(held_out * n)
         return [self.agreement(pi, left_out) for pi, _ in islice(self.rounds(~left_out, start), rounds)]

@@ -22,12 +22,12 @@ from pyromosaic.linkage.matching import Correspondence
 from pyromosaic.links import GuidanceGraph, Links
 from pyromosaic.program import Program
 
-#: For each modality the positions of its cells in the minibatch, shape (b,), and their values, shape (b, variables).
+#: For each modality, the positions of its cells in the minibatch, shape (b,), and their values, shape (b, variables).
 Views = Mapping[str, tuple[Tensor, Tensor]]
 
 
 class Curve(nn.Module):
-    """A linear map, plus a network with one hidden layer that starts at zero (no network if `n_hidden` is 0)."""
+    """A linear map plus a network with one hidden layer whose output starts at zero (no network if `n_hidden` is 0)."""
 
     def __init__(self, n_in: int, n_out: int, n_hidden: int) -> None:
         super().__init__()
@@ -47,13 +47,13 @@ class Curve(nn.Module):
 class VariationalCCAModel(Program):
     r"""The generative model.
 
-    A cell has a shared variable :math:`z \sim N(0, I)` and in each modality a private one, :math:`h \sim N(0, I)`. A
+    A cell has a shared variable :math:`z \sim N(0, I)` and, in each modality, a private one :math:`h \sim N(0, I)`. The
     modality measures :math:`x = f(z) + B h + e` with :math:`e \sim N(0, \mathrm{diag}(\sigma^2))`. Because h enters
     linearly, it is integrated out: :math:`x \mid z \sim N(f(z), B B^T + \mathrm{diag}(\sigma^2))`. It has the dimension
-    of x, so z does not have to explain variation that only one modality measures. With linear f this is probabilistic
-    canonical correlation analysis (Bach and Jordan, "A probabilistic interpretation of canonical correlation analysis",
-    2005); with networks it is deep (Wang et al., "Deep variational canonical correlation analysis", 2016, where private
-    variables go through the networks too).
+    of x, so that z does not have to explain variation that only one modality measures. With linear f this is
+    probabilistic canonical correlation analysis (Bach and Jordan, "A probabilistic interpretation of canonical
+    correlation analysis", 2005); with networks it is deep (Wang et al., "Deep variational canonical correlation
+    analysis", 2016, where private variables also pass through the networks).
 
     Parameters
     ----------
@@ -89,11 +89,11 @@ class VariationalCCAModel(Program):
 
 
 class VariationalCCAGuide(Program):
-    """The variational posterior: each modality is an expert on z; the experts and the prior are multiplied.
+    """The variational posterior: a product of the prior and of one expert on z per modality.
 
     Therefore a cell with both modalities has a narrower posterior than a cell with one. The family contains the exact
-    posterior of the linear model in canonical coordinates, and the bound is tightest there. Therefore the axes of z are
-    the canonical axes.
+    posterior of the linear model in canonical coordinates, where the bound is tightest. Therefore the axes of z are the
+    canonical axes.
 
     Parameters
     ----------
@@ -118,7 +118,7 @@ class VariationalCCAGuide(Program):
             pyro.sample("z", dist.Normal(loc, scale).to_event(1))
 
     def posterior(self, views: Views, n_cells: int) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of z given all that a cell has, each of shape (n_cells, latent)."""
+        """Mean and standard deviation of z given all modalities of a cell, each of shape (n_cells, latent)."""
         experts = {}
         for name, (rows, values) in views.items():
             loc, log_scale = self.encoders[name](values).chunk(2, dim=-1)
@@ -129,7 +129,7 @@ class VariationalCCAGuide(Program):
 def start(
     model: VariationalCCAModel, guide: VariationalCCAGuide, canonical: Canonical, covariances: Mapping[str, np.ndarray]
 ) -> None:
-    r"""Start at the maximum likelihood of the linear model, which has a closed form (Bach and Jordan 2005).
+    r"""Initialise at the maximum likelihood of the linear model, which has a closed form (Bach and Jordan 2005).
 
     With canonical coefficients A, correlations :math:`\rho` and a covariance C, the decoder is
     :math:`W = C A \,\mathrm{diag}(\sqrt\rho)`. The remaining covariance :math:`C - W W^T` is private variation and
@@ -140,7 +140,7 @@ def start(
     model, guide
         The programs to initialise.
     canonical
-        Canonical variables, as many as z has dimensions.
+        Canonical variables, one for each dimension of z.
     covariances
         Covariance within each modality.
     """
@@ -167,18 +167,18 @@ def _set(linear: nn.Linear, weight: np.ndarray, bias: np.ndarray) -> None:
 def minibatches(
     data: Mapping[str, Tensor], pi: Correspondence, noise: Mapping[str, Tensor], n: int, size: int, seed: int
 ) -> Iterator[tuple[Views, int]]:
-    """Minibatches in which half of the cells are corresponding pairs, and a quarter each has one modality alone.
+    """Minibatches: half of the cells are corresponding pairs, and a quarter comes from each modality alone.
 
     Parameters
     ----------
     data
         Variables of all cells of both modalities.
     pi
-        Their correspondence.
+        Correspondence of the cells.
     noise
         Standard deviation of the noise that is added to each variable.
     n, size
-        Number of minibatches, and of cells in each, a multiple of 4.
+        Number of minibatches, and of cells in each (a multiple of 4).
     seed
         Seed of the draws.
 
@@ -200,18 +200,18 @@ def minibatches(
 
 @dataclass
 class VariationalLinkage(Linkage):
-    """Two modalities in one space, by a generative model.
+    """Two modalities in the latent space of a generative model.
 
-    All other attributes are as in `Linkage`: which cells correspond (`correspondence`), how that was found
-    (`agreement`, `links`), and `crossfit` of the classical analysis.
+    All other attributes are as in `Linkage`: the correspondence (`correspondence`), how it was found (`agreement`,
+    `links`), and `crossfit` of the classical analysis.
 
     Parameters
     ----------
     scores
-        For each modality cells × components: posterior means of the shared variable z given that modality alone,
+        Cells × components for each modality: posterior means of the shared variable z given that modality alone,
         weighted by `shares`, each cell scaled to length one.
     correlations
-        Canonical correlations that the model implies.
+        Canonical correlations under the model.
     model, guide
         The programs.
     elbo
@@ -252,7 +252,7 @@ class VariationalLinkage(Linkage):
         Parameters
         ----------
         mosaic
-            Cells with one of the modalities or both, of the same features.
+            Cells with one or both of the modalities, with the same features.
 
         Returns
         -------
@@ -311,11 +311,11 @@ def variational_cca(
 ) -> VariationalLinkage:
     r"""Link two modalities by probabilistic canonical correlation analysis, linear or deep.
 
-    The correspondence of cells is found by `cca`, or given. The programs `VariationalCCAModel` and
+    The correspondence of cells comes from `cca`, unless it is given. The programs `VariationalCCAModel` and
     `VariationalCCAGuide` describe principal components, each divided by its standard deviation. They start from the
-    closed form of the linear model. Training then maximises the evidence lower bound over pairs of cells that are drawn
-    from the correspondence (half of each minibatch), and over all cells of each modality alone, regardless of pairs.
-    Therefore the posterior given one modality is learnt too.
+    closed form of the linear model. Training then maximises the evidence lower bound over pairs of cells drawn from the
+    correspondence (half of each minibatch), and over all cells of each modality alone, regardless of pairs. Therefore
+    the posterior given one modality is learnt too.
 
     Parameters
     ----------
@@ -323,19 +323,19 @@ def variational_cca(
         As in `cca`.
     n_hidden
         Number of hidden units of the networks that decoders and encoders have in addition to their linear maps; 0 for
-        the linear model. Networks help if pairs are known. A correspondence that was found without pairs has errors,
-        and networks learn these too.
+        the linear model. Networks help if pairs are known. A correspondence found without pairs has errors, which
+        networks also learn.
     ridge
         Variance of the noise that is added to the principal components in training, as a share of their mean variance.
         With linear decoders it acts like the ridge in `cca`.
     n_steps, batch_size, learning_rate
-        Number of steps of Adam, number of cells in a minibatch (a multiple of 4), and learning rate, which falls to 0
+        Number of Adam steps, number of cells in a minibatch (a multiple of 4), and learning rate, which falls to 0
         along a cosine.
     seed
-        Seed of `cca`, start values and minibatches. Minibatches depend on the order of the cells.
+        Seed of `cca`, initial values and minibatches. Minibatches depend on the order of the cells.
     **matching
-        Further arguments of `cca`: ``correspondence`` (with true pairs the result is an upper bound, with labels it is
-        supervised), ``n_components`` (dimension of z), ``n_pcs``, and how cells are matched.
+        Further arguments of `cca`: ``correspondence`` (the result is an upper bound with true pairs, and supervised
+        with labels), ``n_components`` (dimension of z), ``n_pcs``, and the options of matching.
 
     Returns
     -------
@@ -417,14 +417,14 @@ def train(
     learning_rate: float,
     n_steps: int,
 ) -> np.ndarray:
-    """Maximise the evidence lower bound by Adam, with a rate that falls to 0 along a cosine.
+    """Maximise the evidence lower bound by Adam, with a learning rate that falls to 0 along a cosine.
 
     Returns
     -------
     numpy.ndarray
         The bound at each step, in nats per cell.
     """
-    from pyromosaic.train import minimise  # beside Lightning, which is slow to import
+    from pyromosaic.train import minimise  # imports Lightning, which is slow
 
     bound = TraceMeanField_ELBO()
     losses = (bound.differentiable_loss(model, guide, *minibatch) for minibatch in minibatches)

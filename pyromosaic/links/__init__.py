@@ -1,7 +1,7 @@
-"""Linked features: which feature of one modality says something about which feature of another.
+"""Linked features: pairs of features of different modalities that carry information about each other.
 
-A `GuidanceGraph` holds all links of all modalities, `Links` those of two of them. What takes links takes either, or a
-table.
+A `GuidanceGraph` holds all links between all modalities, `Links` those between two of them. Functions that need links
+accept either, or a table.
 """
 
 from pyromosaic.links.graph import GuidanceGraph, links_of

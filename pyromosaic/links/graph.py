@@ -1,8 +1,8 @@
-"""Guidance graphs: which features of different modalities are linked, with which sign and how surely.
+"""Guidance graphs: which features of different modalities are linked, with which sign and confidence.
 
 Nodes are the features of all modalities. An edge links two features. Its weight in (0, 1] is the confidence of the
-link; its sign is 1 if both features rise together, and -1 if one falls when the other rises (DiagVI; Cao and Gao, GLUE,
-Nature Biotechnology 2022).
+link; its sign is 1 if both features increase together, and -1 if one decreases as the other increases (DiagVI; Cao and
+Gao, GLUE, Nature Biotechnology 2022).
 """
 
 import warnings
@@ -21,14 +21,14 @@ from pyromosaic.data import Mosaic, Schema
 from pyromosaic.data.tables import in_order
 from pyromosaic.links.pairs import Links, check_strength, links_by_overlap, links_from_table
 
-FEW = 20  # linked features of a modality below which its graph is thin
+FEW = 20  # warn if a modality has fewer linked features
 
 
 @dataclass(frozen=True, eq=False)
 class GuidanceGraph:
-    """A checked guidance graph.
+    """A validated guidance graph.
 
-    Make one with `from_names`, `from_table`, `from_edges`, `from_data`, `from_overlap`, `from_matrix` or
+    Build one with `from_names`, `from_table`, `from_edges`, `from_data`, `from_overlap`, `from_matrix` or
     `from_linkage`.
 
     Parameters
@@ -36,7 +36,7 @@ class GuidanceGraph:
     features
         Names of the features by modality; nodes are numbered consecutively, modality after modality.
     edges
-        Nodes of each edge, shape (2, E); every edge occurs once, without self loops.
+        Nodes of each edge, shape (2, E); every edge occurs once, and there are no self loops.
     weight
         Confidence of each edge, in (0, 1].
     sign
@@ -94,9 +94,7 @@ class GuidanceGraph:
         )
         if (table["signs"] > 1).any():
             names = self.names[table.loc[table["signs"] > 1, ["i", "j"]].to_numpy()[0]]
-            raise ValueError(
-                f"the edge between {names[0]!r} and {names[1]!r} is given with both signs; give it one sign"
-            )
+            raise ValueError(f"the edge between {names[0]!r} and {names[1]!r} has both signs; choose one")
         object.__setattr__(self, "edges", table[["i", "j"]].to_numpy(dtype=np.int64).T)
         object.__setattr__(self, "weight", table["weight"].to_numpy(dtype=np.float32))
         object.__setattr__(self, "sign", table["sign"].to_numpy(dtype=np.float32))
@@ -160,7 +158,7 @@ class GuidanceGraph:
             counts = ", ".join(f"{count} of {len(self.features[name])} {name} features" for name, count in thin.items())
             warnings.warn(f"the guidance graph has few links: it links {counts}", stacklevel=2)
 
-    # Ways in
+    # Constructors
 
     @classmethod
     def from_names(cls, data: Mosaic | Schema) -> "GuidanceGraph":
@@ -181,7 +179,7 @@ class GuidanceGraph:
         pairs = [pair for rows in nodes.groupby(nodes).groups.values() for pair in combinations(rows, 2)]
         if not pairs:
             raise ValueError(
-                f"the modalities {_words(features)} have no feature names in common; give links, e.g. as a table"
+                f"the modalities {_words(features)} have no feature names in common; pass links, e.g. as a table"
             )
         return cls(features, np.array(pairs).T, np.ones(len(pairs)), np.ones(len(pairs)))
 
@@ -246,7 +244,7 @@ class GuidanceGraph:
         weight: Any = 1.0,
         sign: Any = 1.0,
     ) -> "GuidanceGraph":
-        """Give edges one by one, within or between modalities, each with its weight and sign.
+        """Make edges one by one, within or between modalities, each with its weight and sign.
 
         Parameters
         ----------
@@ -280,7 +278,7 @@ class GuidanceGraph:
 
     @classmethod
     def from_data(cls, data: Mosaic | Schema, graph: Any) -> "GuidanceGraph":
-        """Use a ready graph of PyTorch Geometric.
+        """Use an existing graph of PyTorch Geometric.
 
         Parameters
         ----------
@@ -289,7 +287,7 @@ class GuidanceGraph:
         graph
             `torch_geometric.data.Data` with ``edge_index``, and ``edge_weight`` and ``edge_sign`` if they are not 1.
             Nodes are the features of the modalities, one modality after the other in the order of the data, unless
-            ``<modality>_indices`` say which nodes are the features of a modality.
+            ``<modality>_indices`` assign nodes to the features of a modality.
 
         Raises
         ------
@@ -298,12 +296,12 @@ class GuidanceGraph:
         """
         features = _features(data)
         if getattr(graph, "edge_index", None) is None:
-            raise ValueError("a ready graph needs an edge_index of shape (2, edges); found none")
+            raise ValueError("a graph of PyTorch Geometric needs an edge_index of shape (2, edges); found none")
         edges = np.asarray(graph.edge_index)
         n = sum(map(len, features.values()))
         if graph.num_nodes is not None and graph.num_nodes > n:
             raise ValueError(
-                f"the graph has {graph.num_nodes} nodes, but the data have {n} features; give one node per feature"
+                f"the graph has {graph.num_nodes} nodes, but the data have {n} features; it needs one node per feature"
             )
         position = np.arange(n)
         given = {k: np.asarray(i) for k in features if (i := getattr(graph, f"{k}_indices", None)) is not None}
@@ -353,18 +351,18 @@ class GuidanceGraph:
     def from_matrix(
         cls, data: Mosaic | Schema, a: str, b: str, matrix: Any, *, weighted: bool = False
     ) -> "GuidanceGraph":
-        """Link features of two modalities where a matrix is not 0: negative entries are negative links.
+        """Link features of two modalities where a matrix is not 0; negative entries are negative links.
 
         Parameters
         ----------
         data
             The registered data, or their schema.
         a, b
-            The modalities of the rows and columns of the matrix, in their order of features.
+            The modalities of the rows and of the columns, which are in the order of their features.
         matrix
-            Dense or sparse, features of `a` × features of `b`; a table is matched by its names.
+            Dense or sparse, features of `a` × features of `b`; a table is matched by its row and column names.
         weighted
-            Whether the absolute values are weights; if not, all weights are 1.
+            Whether absolute values are used as weights; otherwise all weights are 1.
 
         Raises
         ------
@@ -391,14 +389,14 @@ class GuidanceGraph:
 
     @classmethod
     def from_linkage(cls, data: Mosaic | Schema, linkage: Any, level: float = 0.05) -> "GuidanceGraph":
-        """Link the features of two modalities that correlate beyond chance over cells matched without known links.
+        """Link features of two modalities that correlate beyond chance over cells matched without known links.
 
         Parameters
         ----------
         data
             The registered data, or their schema.
         linkage
-            The `pyromosaic.linkage.Linkage` that `cca` found.
+            The `pyromosaic.linkage.Linkage` from `cca`.
         level
             See `pyromosaic.linkage.Linkage.feature_links`; the weight of an edge is the absolute correlation.
         """
@@ -407,13 +405,13 @@ class GuidanceGraph:
         return cls.from_table(data, table.assign(weight=size, sign=np.sign(table["correlation"])))
 
     def merge(self, other: "GuidanceGraph") -> "GuidanceGraph":
-        """The edges of both graphs; an edge in both has the larger weight."""
+        """The edges of both graphs; an edge in both keeps the larger weight."""
         if self.features != other.features:
             raise ValueError("graphs with different features cannot be merged; build both from the same data")
         both = ((self.edges, other.edges), (self.weight, other.weight), (self.sign, other.sign))
         return GuidanceGraph(self.features, *(np.concatenate(parts, axis=-1) for parts in both))
 
-    # Keeping
+    # Saving
 
     def to_json(self) -> dict[str, list[Any]]:
         """Edges, weights and signs as plain lists; the names of features are in the schema."""
@@ -426,8 +424,8 @@ class GuidanceGraph:
         Parameters
         ----------
         graph
-            A `GuidanceGraph`, `Links`, a table for `from_table`, what `to_json` gave, a `torch_geometric.data.Data`, or
-            None for `from_names`.
+            A `GuidanceGraph`, `Links`, a table for `from_table`, the output of `to_json`, a
+            `torch_geometric.data.Data`, or None for `from_names`.
         data
             The registered data, or their schema.
 
@@ -452,14 +450,12 @@ class GuidanceGraph:
                 "pandas.DataFrame, torch_geometric.data.Data, or None for equal names"
             )
         if graph.features != _features(data):
-            raise ValueError(
-                "the guidance graph was made for other features; build it from the data that you give to the model"
-            )
+            raise ValueError("the guidance graph was made for other features; build it from the data of the model")
         return graph
 
 
 def links_of(links: pd.DataFrame | Links | GuidanceGraph, mosaic: Mosaic, modalities: tuple[str, str]) -> Links:
-    """The links of two modalities in whatever form they are given; raises as `links_from_table` does."""
+    """The links of two modalities, given in any form; raises as `links_from_table` does."""
     if isinstance(links, Links):
         return links
     return links_from_table(mosaic, modalities, links if isinstance(links, pd.DataFrame) else links.links(*modalities))
@@ -482,7 +478,7 @@ def _several(entry: Any) -> list[str]:
 
 
 def _find(features: Mapping[str, tuple[str, ...]], ends: list[tuple[str, str]], drop_absent: bool) -> np.ndarray:
-    """Nodes of ``(modality, feature)`` pairs; -1 for absent ones, if they are to be dropped."""
+    """Nodes of ``(modality, feature)`` pairs; -1 for absent features, if these are to be dropped."""
     node = {(k, f): i for i, (k, f) in enumerate((k, f) for k, names in features.items() for f in names)}
     nodes = np.array([node.get((modality, str(feature)), -1) for modality, feature in ends], dtype=np.int64)
     if (nodes < 0).any() and not drop_absent:

@@ -1,4 +1,4 @@
-"""Links of two modalities: from a table, by name, or by where features lie on the genome."""
+"""Links of two modalities: from a table, by name, or by genomic position."""
 
 import re
 import warnings
@@ -11,13 +11,13 @@ from pyromosaic.accepted import Whole, checked
 from pyromosaic.data import Mosaic
 from pyromosaic.data.tables import words
 
-#: Which strand a gene is on, in the words of GTF files and of BioMart; 0 where it is not known.
+#: Strand of a gene, as written in GTF files and BioMart; 0 if it is unknown.
 STRANDS = {"+": 1, "1": 1, "+1": 1, "-": -1, "-1": -1, ".": 0, "0": 0, "": 0, "*": 0, "?": 0}
 
 
 @dataclass(frozen=True)
 class Links:
-    """Pairs of linked features of two modalities.
+    """Linked features of two modalities, in pairs.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def links_from_table(mosaic: Mosaic, modalities: tuple[str, str], table: pd.Data
     Returns
     -------
     Links
-        The links whose features are both in the mosaic, each pair once; the others are counted.
+        The links whose features are both in the mosaic, each pair once; all others are counted.
 
     Raises
     ------
@@ -110,23 +110,23 @@ def links_from_table(mosaic: Mosaic, modalities: tuple[str, str], table: pd.Data
 
 
 def check_strength(weight: np.ndarray, sign: np.ndarray) -> None:
-    """See that weights and signs of links are in range.
+    """Check that weights and signs of links are in range.
 
     Raises
     ------
     ValueError
-        With the first that is not.
+        If one is not; the message names the first.
 
     Examples
     --------
     >>> check_strength(np.array([0.5, 1.0]), np.array([1, -1]))
     """
     for name, values, fits, accepted in (
-        ("weight", weight, (weight > 0) & (weight <= 1), "above 0 and up to 1"),
+        ("weight", weight, (weight > 0) & (weight <= 1), "above 0 and at most 1"),
         ("sign", sign, np.isin(sign, (-1, 1)), "1 or -1"),
     ):
         if not fits.all():
-            raise ValueError(f"the {name} of a link is {accepted}; found {values[~fits][0]:g}")
+            raise ValueError(f"the {name} of a link must be {accepted}; found {values[~fits][0]:g}")
 
 
 def links_by_name(mosaic: Mosaic, modalities: tuple[str, str]) -> Links:
@@ -188,13 +188,13 @@ def links_by_overlap(mosaic: Mosaic, modalities: tuple[str, str], genes: pd.Data
     Raises
     ------
     ValueError
-        If a modality or a column does not exist, the name of a region or the position of a gene is not a coordinate,
-        a strand is none, or nothing overlaps.
+        If a modality or a column does not exist, the name of a region or the position of a gene is not a coordinate, a
+        strand is invalid, or nothing overlaps.
 
     Warns
     -----
     UserWarning
-        If the strand of genes is not known.
+        If the strand of some genes is unknown.
 
     Examples
     --------
@@ -236,12 +236,12 @@ def links_by_overlap(mosaic: Mosaic, modalities: tuple[str, str], genes: pd.Data
         bad = located["strand"].isna().to_numpy()
         raise ValueError(
             f"the strand of gene {known.index[bad][0]!r} is {str(known['strand'][bad].iloc[0])!r}; accepted: '+' and "
-            "'-', or 1 and -1, or '.' where it is not known"
+            "'-', or 1 and -1, or '.' if it is unknown"
         )
     n_unknown = int((located["strand"] == 0).sum())
     if n_unknown:
         warnings.warn(
-            f"the strand of {n_unknown} of {len(located)} genes is not known; they are linked by their body, without a "
+            f"the strand of {n_unknown} of {len(located)} genes is unknown; they are linked by their body, without a "
             "promoter",
             stacklevel=2,
         )

@@ -1,6 +1,6 @@
 """Measures of an integration: alignment, mixing, imputation and calibration.
 
-Plain functions from arrays to numbers, the same for every model and for its peers. None of them draws random numbers.
+Plain functions that turn arrays into numbers, the same for every model and method. None of them draws random numbers.
 
 =================  =====================================================================================
 alignment          :func:`foscttm`, :func:`neighbor_rank_distance`, :func:`label_transfer_accuracy`,

@@ -1,4 +1,4 @@
-"""What the measures accept: each check returns the array to work with or says in one sentence what is wrong."""
+"""Input checks of the metrics: each returns the array to work with, or raises an error that says what is wrong."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,9 +12,9 @@ from pyromosaic.data.tables import in_order, warn_of_not_known, words
 
 
 def aligned(names: Sequence[str], *tables: Any, axes: Sequence[str] = ("rows", "columns")) -> tuple[Any, ...]:
-    """Return tables as arrays in the order of the first, by names of rows and columns where both have names.
+    """Return tables as arrays, with rows and columns in the order of the first table wherever both have names.
 
-    Pandas objects and AnnData have names; lists and arrays have none, and are taken as they are.
+    Pandas objects and AnnData have names; lists and arrays have none and keep their order.
     """
     arranged = []
     for what, table in zip(names, tables, strict=True):
@@ -30,7 +30,7 @@ def aligned(names: Sequence[str], *tables: Any, axes: Sequence[str] = ("rows", "
 
 
 def _without_modality(table: Any) -> Any:
-    """A table whose rows are named by the cell alone, where all names begin or end with one modality's."""
+    """Return a table without the modality in its row names, if all names begin or end with the same modality."""
     if isinstance(table, pd.DataFrame) and len(table):
         names = table.index.astype(str)
         head, tail = str(names[0]).partition(":")[0] + ":", ":" + str(names[0]).rpartition(":")[2]
@@ -51,12 +51,12 @@ def _names(table: Any, axis: int) -> pd.Index | None:
 
 
 def as_finite(values: ArrayLike, name: str) -> NDArray[np.floating]:
-    """Return a non-empty real array; float32 stays float32, all else becomes float64."""
+    """Return a non-empty real array; float32 stays float32, other types become float64."""
     array = np.asarray(values)
     if array.dtype.kind not in "fiub":
-        raise ValueError(f"`{name}` has dtype {array.dtype}; real numbers are needed.")
+        raise ValueError(f"`{name}` has dtype {array.dtype}; expected real numbers.")
     if array.size == 0:
-        raise ValueError(f"`{name}` has shape {array.shape} and so no entries; at least one is needed.")
+        raise ValueError(f"`{name}` has shape {array.shape}; expected at least one entry.")
     if array.dtype != np.float32:
         array = array.astype(np.float64, copy=False)
     n_bad = array.size - np.count_nonzero(np.isfinite(array))
@@ -69,14 +69,14 @@ def as_latent(values: ArrayLike, name: str) -> NDArray[np.float64]:
     """Return latents, cells by dimensions, in double precision so that distances keep their order."""
     latent = as_finite(values, name)
     if latent.ndim != 2:
-        raise ValueError(f"`{name}` has shape {latent.shape}; latents are a matrix of cells by dimensions.")
+        raise ValueError(f"`{name}` has shape {latent.shape}; expected a matrix of cells by dimensions.")
     return latent.astype(np.float64, copy=False)
 
 
 def as_latent_pair(
     x: ArrayLike, y: ArrayLike, names: tuple[str, str] = ("x", "y")
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return two sets of latents of one space, refusing one matrix given twice."""
+    """Return two sets of latents of one space; refuse the same matrix passed twice."""
     x, y = aligned(names, x, y, axes=("columns",))
     first, second = as_latent(x, names[0]), as_latent(y, names[1])
     if first.shape[1] != second.shape[1]:
@@ -85,9 +85,7 @@ def as_latent_pair(
             "both must lie in the same latent space."
         )
     if np.array_equal(first, second):
-        raise ValueError(
-            f"`{names[0]}` and `{names[1]}` are the same matrix; the same matrix on both sides is not an alignment."
-        )
+        raise ValueError(f"`{names[0]}` and `{names[1]}` are the same matrix; pass the latents of two modalities.")
     return first, second
 
 
@@ -98,7 +96,7 @@ def as_copies(x: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDArray[
     if len(first) != len(second):
         raise ValueError(
             f"`x` has {len(first)} rows and `y` has {len(second)}; row i of both must be the same cell, "
-            "so both need the same number of rows."
+            "therefore both need the same number of rows."
         )
     if len(first) < 2:
         raise ValueError("`x` and `y` have 1 row; at least two cells are needed to compare distances.")
@@ -106,25 +104,23 @@ def as_copies(x: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDArray[
 
 
 def as_labels(labels: Any, n_cells: int, name: str) -> NDArray[np.object_]:
-    """Return one label a cell, none missing."""
+    """Return one label per cell, none missing."""
     array = np.asarray(labels, dtype=object)
     if array.ndim == 2 and array.shape[1] == 1 and isinstance(labels, pd.DataFrame):
         array = array[:, 0]
     if array.shape != (n_cells,):
-        raise ValueError(f"`{name}` has shape {array.shape}; {n_cells} cells need one label each.")
+        raise ValueError(f"`{name}` has shape {array.shape}; expected one label for each of {n_cells} cells.")
     n_missing = np.count_nonzero(pd.isna(array))
     if n_missing:
-        raise ValueError(
-            f"`{name}` lacks the label of {n_missing} of {n_cells} cells; leave out cells without a label."
-        )
+        raise ValueError(f"`{name}` has no label for {n_missing} of {n_cells} cells; leave out cells without a label.")
     warn_of_not_known(words(pd.Series(array)), f"`{name}`")
     return array
 
 
 def as_sparse(values: Any, name: str) -> sparse.csr_array:
-    """Return a finite matrix, cells by features, dense or sparse before, as CSR without stored zeros."""
+    """Return a finite matrix, cells by features, dense or sparse, as CSR without stored zeros."""
     if len(np.shape(values)) != 2 or 0 in np.shape(values):
-        raise ValueError(f"`{name}` has shape {np.shape(values)}; a matrix of cells by features is needed.")
+        raise ValueError(f"`{name}` has shape {np.shape(values)}; expected a matrix of cells by features.")
     if not sparse.issparse(values):
         values = as_finite(values, name)
     matrix = sparse.csr_array(values, copy=True)
@@ -139,7 +135,7 @@ def as_counts(values: Any, name: str) -> sparse.csr_array:
     """Return a matrix of counts, cells by features, as CSR without stored zeros."""
     matrix = as_sparse(values, name)
     if matrix.nnz and matrix.data.min() < 0:
-        raise ValueError(f"`{name}` goes down to {matrix.data.min():g}; counts must not be negative.")
+        raise ValueError(f"`{name}` has the value {matrix.data.min():g}; counts must not be negative.")
     return matrix
 
 
@@ -147,8 +143,7 @@ def check_same_shape(first: Any, second: Any, names: tuple[str, str]) -> None:
     """Refuse two arrays whose entries do not correspond."""
     if first.shape != second.shape:
         raise ValueError(
-            f"`{names[0]}` has shape {first.shape} and `{names[1]}` has shape {second.shape}; "
-            "both need the same shape, entry by entry."
+            f"`{names[0]}` has shape {first.shape} and `{names[1]}` has shape {second.shape}; both need the same shape."
         )
 
 

@@ -1,4 +1,4 @@
-"""Alignment: whether the modalities' latents of the same cells, or of the same kinds of cells, meet."""
+"""Alignment: whether the latents of the modalities agree, for the same cells or for cells of the same type."""
 
 from typing import Any, NamedTuple
 
@@ -27,9 +27,9 @@ def foscttm(
             \big[\lVert x_i - y_j \rVert < \lVert x_i - y_i \rVert\big] +
             \big[\lVert x_j - y_i \rVert < \lVert x_i - y_i \rVert\big] \Big),
 
-    where an equal distance counts one half, so that a latent space that has collapsed to a point scores as chance
-    and not as perfect. The divisor is the number of *other* cells (some authors divide by n), which makes 0 perfect,
-    exactly 0.5 chance and 1 the worst.
+    where an equal distance counts one half, so that a latent space that has collapsed to a point scores as chance and
+    not as perfect. The divisor is the number of *other* cells (some authors divide by n). Therefore 0 is perfect, 0.5
+    is exactly chance and 1 is the worst.
 
     Parameters
     ----------
@@ -38,24 +38,24 @@ def foscttm(
     per_cell
         Return :math:`f_i` of each cell instead of their mean.
     block_size
-        Rows whose distances are held at a time; memory is `block_size` times the number of cells. The result does
-        not depend on it.
+        Number of rows whose distances are in memory at a time (times the number of cells). It does not change the
+        result.
 
     Returns
     -------
     float or numpy.ndarray
-        The mean over cells, or one value a cell.
+        The mean over cells, or one value per cell.
 
     Raises
     ------
     ValueError
-        If the shapes differ, an entry is not finite, there are fewer than two cells, or `x` and `y` are the very
-        same matrix: that measures no alignment.
+        If the shapes differ, an entry is not finite, there are fewer than two cells, or `x` and `y` are the same
+        matrix, which measures no alignment.
 
     Notes
     -----
-    Distances are Euclidean over all dimensions. The measure is due to Liu et al., "Jointly embedding multiple
-    single-cell omics measurements", WABI 2019.
+    Distances are Euclidean over all dimensions. The measure is from Liu et al., "Jointly embedding multiple single-cell
+    omics measurements", WABI 2019.
 
     Examples
     --------
@@ -84,25 +84,25 @@ def neighbor_rank_distance(
     normalized: bool = True,
     block_size: Count = 512,
 ) -> float:
-    r"""How many neighbours lie between the two copies of a cell.
+    r"""Mean rank distance: how many neighbours lie between the two copies of a cell.
 
     A cell measured with two modalities and split into two unpaired copies has two latents in one space. Its rank
-    distance is the smallest K with each copy among the K nearest neighbours of the other. Neighbours are sought
-    among *all* latents of that space: both copies of every cell, and the cells that were never split (`others`).
+    distance is the smallest K for which each copy is among the K nearest neighbours of the other. Neighbours come from
+    *all* latents of that space: both copies of every cell, and the cells that were never split (`others`).
 
     Parameters
     ----------
     x, y
         Latents of the two copies, cells by dimensions; row i of both is the same cell.
     others
-        Latents of all further cells of the space, such as those that stayed paired. They count as neighbours and
-        have no rank distance of their own.
+        Latents of all other cells in the space, such as those that stayed paired. They count as neighbours but have no
+        rank distance.
     normalized
-        Return :math:`(K - 1) / (K_{max} - 1)`, with :math:`K_{max}` the number of possible neighbours, `2 n - 1` and
-        the number of others: 0 when the copies are each other's nearest neighbour, 1 when they are each other's
-        farthest. False: return K.
+        Return :math:`(K - 1) / (K_{max} - 1)`, where :math:`K_{max}` is the number of possible neighbours, `2 n - 1`
+        plus the number of others: 0 if the copies are each other's nearest neighbour, 1 if they are each other's
+        farthest. If False, return K.
     block_size
-        Rows whose distances are held at a time; the result does not depend on it.
+        Number of rows whose distances are in memory at a time. It does not change the result.
 
     Returns
     -------
@@ -112,13 +112,13 @@ def neighbor_rank_distance(
     Raises
     ------
     ValueError
-        If the shapes differ, an entry is not finite, there are fewer than two cells, or `x` and `y` are the very
-        same matrix.
+        If the shapes differ, an entry is not finite, there are fewer than two cells, or `x` and `y` are the same
+        matrix.
 
     Notes
     -----
     From the MultiVI paper (Ashuach et al., Nature Methods 2023), main text and Methods, "Neighbor rank distance
-    calculation": the larger of the two one-sided ranks. Latents exactly as far as the other copy count one half.
+    calculation": the larger of the two one-sided ranks. Latents at the same distance as the other copy count one half.
     Copies paired at random score above 1/2, because the larger rank counts: up to 2/3, the mean of the larger of two
     independent uniform numbers.
 
@@ -153,12 +153,12 @@ def _closer_than_match(
     block_size: int,
     itself: NDArray[np.intp] | None = None,
 ) -> NDArray[np.float64]:
-    """Count for each latent the candidates closer than its match, ties one half, itself left out."""
+    """Count, for each latent, the other candidates that are closer than its match; ties count one half."""
     check_number(block_size, "block_size", np.iinfo(np.int64).max, "rows at a time")
     closer = np.empty(len(latent))
     for start in range(0, len(latent), block_size):
         rows = slice(start, start + block_size)
-        # Coordinate differences, not the expanded square: equal pairs then have equal distances, bit by bit.
+        # Coordinate differences, not the expanded square, so that equal pairs have exactly equal distances.
         distance = cdist(latent[rows], candidates, "sqeuclidean")
         if itself is not None:
             np.put_along_axis(distance, itself[rows, None], np.inf, axis=1)
@@ -179,9 +179,9 @@ class LabelTransfer(NamedTuple):
     """
 
     x_to_y: float
-    """Share of `y` cells that get their own label from `x` cells."""
+    """Share of `y` cells whose label is predicted correctly from `x` cells."""
     y_to_x: float
-    """Share of `x` cells that get their own label from `y` cells."""
+    """Share of `x` cells whose label is predicted correctly from `y` cells."""
 
 
 @checked
@@ -192,18 +192,18 @@ def label_transfer_accuracy(
     query_labels: Any,
     n_neighbors: Count = 1,
 ) -> float:
-    """Share of query cells whose own label is the one their reference neighbours vote for.
+    """Share of query cells whose label wins the vote of their nearest reference neighbours.
 
     Parameters
     ----------
     reference, query
-        Latents of the labelled cells and of the cells to label, cells by dimensions of one latent space.
+        Latents of the labelled cells and of the cells to label, cells by dimensions, in one latent space.
     reference_labels, query_labels
-        One label a cell, none missing. A query label that no reference cell has can only be wrong.
+        One label per cell, none missing. A query label that no reference cell has is always counted as wrong.
     n_neighbors
-        Reference cells that vote, by Euclidean distance. The default is the nearest one alone, as published
-        accuracies of scMODAL and of linkage by canonical correlation are measured; scMODAL's own helper takes 20
-        (by cosine). Labels with equal votes: the one of the nearest neighbour among them.
+        Number of nearest reference cells that vote, by Euclidean distance. The default of 1 is how the published
+        accuracies of scMODAL and of linkage by canonical correlation were measured; the function in the scMODAL package
+        uses 20 (by cosine). If labels tie, the one of the nearest neighbour among them wins.
 
     Returns
     -------
@@ -213,8 +213,8 @@ def label_transfer_accuracy(
     Raises
     ------
     ValueError
-        If the latents differ in dimensions, are the very same matrix or are not finite, a cell has no label, or
-        there are fewer reference cells than neighbours.
+        If the latents have different dimensions, are the same matrix or are not finite, a cell has no label, or there
+        are fewer reference cells than neighbours.
 
     Examples
     --------
@@ -245,11 +245,11 @@ def label_transfer_both_ways(
     Parameters
     ----------
     x, y
-        Latents of the two modalities' cells, cells by dimensions; the cells need not be the same.
+        Latents of the cells of two modalities, cells by dimensions; the cells may differ.
     x_labels, y_labels
-        One label a cell.
+        One label per cell.
     n_neighbors
-        Cells of the other modality that vote.
+        Number of cells of the other modality that vote.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Calibration: whether the model knows how wrong it may be."""
+"""Calibration: whether the stated uncertainty of a model matches its errors."""
 
 import numpy as np
 import pandas as pd
@@ -9,26 +9,26 @@ from pyromosaic.metrics._checks import aligned, as_finite, check_number, check_s
 
 
 def interval_coverage(truth: ArrayLike, lower: ArrayLike, upper: ArrayLike) -> float:
-    """Share of held-out values inside their predicted intervals, ends included.
+    """Share of held-out values inside their predicted intervals, including the ends.
 
     Parameters
     ----------
     truth
         Held-out values, any shape.
     lower, upper
-        Ends of the interval of each value, such as the 5 % and 95 % quantiles of posterior predictive draws; the
-        shape of `truth`.
+        Ends of the interval of each value, such as the 5 % and 95 % quantiles of posterior predictive draws; same shape
+        as `truth`.
 
     Returns
     -------
     float
-        Coverage from 0 to 1. Intervals meant to hold 90 % of values are calibrated when it is 0.9; for counts, whose
-        quantiles are whole numbers, it lies at or above that.
+        Coverage from 0 to 1. Intervals of level 90 % are calibrated if it is 0.9; for counts, whose quantiles are whole
+        numbers, it is 0.9 or more.
 
     Raises
     ------
     ValueError
-        If the shapes differ, an entry is not finite or a lower end lies above its upper end.
+        If the shapes differ, an entry is not finite, or a lower end is above its upper end.
 
     Examples
     --------
@@ -43,34 +43,34 @@ def interval_coverage(truth: ArrayLike, lower: ArrayLike, upper: ArrayLike) -> f
     n_reversed = np.count_nonzero(lower > upper)
     if n_reversed:
         raise ValueError(
-            f"`lower` is above `upper` in {n_reversed} of {truth.size} intervals; lower <= upper is needed."
+            f"`lower` is above `upper` in {n_reversed} of {truth.size} intervals; lower <= upper is required."
         )
     return float(np.mean((lower <= truth) & (truth <= upper)))
 
 
 @checked
 def reliability_curve(confidence: ArrayLike, correct: ArrayLike, n_bins: Count = 15) -> pd.DataFrame:
-    """How often the model is right when it claims a given confidence.
+    """How often predictions are right, by their stated confidence.
 
     Parameters
     ----------
     confidence
-        Claimed probabilities in [0, 1], any shape: of the predicted label, or of an imputed detection.
+        Stated probabilities in [0, 1], any shape: of the predicted label, or of an imputed detection.
     correct
-        Whether it came true (boolean or 0 and 1), the shape of `confidence`.
+        Whether each prediction was right (boolean, or 0 and 1); same shape as `confidence`.
     n_bins
-        Bins of equal width over (0, 1]; a confidence on an edge belongs to the bin below it, 0 to the first.
+        Number of bins of equal width over (0, 1]. A confidence on an edge belongs to the bin below, 0 to the first bin.
 
     Returns
     -------
     pandas.DataFrame
-        One row a bin: ``lower`` and ``upper`` edge, mean ``confidence``, ``accuracy`` and number ``n`` of predictions;
-        NaN means in an empty bin. Calibrated: accuracy equals confidence in every row.
+        One row per bin: ``lower`` and ``upper`` edge, mean ``confidence``, ``accuracy`` and number ``n`` of
+        predictions; the means of an empty bin are NaN. For a calibrated model, accuracy equals confidence in every row.
 
     Raises
     ------
     ValueError
-        If the shapes differ, a confidence lies outside [0, 1], or `correct` has other values than 0 and 1.
+        If the shapes differ, a confidence is outside [0, 1], or `correct` has values other than 0 and 1.
 
     Examples
     --------
@@ -98,7 +98,7 @@ def reliability_curve(confidence: ArrayLike, correct: ArrayLike, n_bins: Count =
 
 @checked
 def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, n_bins: Count = 15) -> float:
-    r"""Mean gap between confidence and accuracy.
+    r"""Mean absolute difference between confidence and accuracy.
 
     .. math::
 
@@ -137,24 +137,24 @@ def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, n_bins
 
 @checked
 def error_by_uncertainty(error: ArrayLike, uncertainty: ArrayLike, n_bins: Count = 10) -> pd.DataFrame:
-    """Mean squared error of predictions from the most to the least certain.
+    """Mean squared error of predictions, from the most to the least certain.
 
     Parameters
     ----------
     error
-        Imputed minus held-out value, any shape; it is squared here.
+        Imputed minus held-out values, any shape; they are squared here.
     uncertainty
-        What the model says of each, such as the standard deviation over posterior draws; the shape of `error`.
+        Uncertainty of each prediction, such as the standard deviation over posterior draws; same shape as `error`.
     n_bins
-        Bins of about equally many predictions, cut at quantiles of the uncertainty. Equal uncertainties stay
-        together, so that many ties leave fewer bins.
+        Number of bins, cut at quantiles of the uncertainty, with about the same number of predictions each. Equal
+        uncertainties stay in one bin, so that many ties leave fewer bins.
 
     Returns
     -------
     pandas.DataFrame
-        One row a bin, most certain first: mean ``uncertainty``, mean ``squared_error`` and number ``n`` of predictions.
-        An honest model's error grows from row to row; if the uncertainty is a standard deviation of an unbiased
-        prediction, ``squared_error`` is the mean squared uncertainty.
+        One row per bin, most certain first: mean ``uncertainty``, mean ``squared_error`` and number ``n`` of
+        predictions. If the uncertainty is informative, the error increases from row to row; if it is the standard
+        deviation of an unbiased prediction, ``squared_error`` is the mean squared uncertainty.
 
     Raises
     ------
@@ -164,7 +164,7 @@ def error_by_uncertainty(error: ArrayLike, uncertainty: ArrayLike, n_bins: Count
 
     Notes
     -----
-    The curve behind the MultiVI paper's figure of error against uncertainty (Ashuach et al., Nature Methods 2023,
+    This is the curve in the MultiVI paper's figure of error against uncertainty (Ashuach et al., Nature Methods 2023,
     Fig. 4c).
 
     Examples
@@ -179,7 +179,7 @@ def error_by_uncertainty(error: ArrayLike, uncertainty: ArrayLike, n_bins: Count
     error, uncertainty = as_finite(error, "error"), as_finite(uncertainty, "uncertainty")
     check_same_shape(error, uncertainty, ("error", "uncertainty"))
     if np.min(uncertainty) < 0:
-        raise ValueError(f"`uncertainty` goes down to {np.min(uncertainty):g}; it must not be negative.")
+        raise ValueError(f"`uncertainty` has the value {np.min(uncertainty):g}; it must not be negative.")
     check_number(n_bins, "n_bins", error.size, "the number of predictions")
     edges = np.quantile(uncertainty, np.linspace(0, 1, n_bins + 1), method="inverted_cdf")
     means = _means_by_bin(uncertainty, edges, {"uncertainty": uncertainty, "squared_error": error**2})
@@ -189,7 +189,7 @@ def error_by_uncertainty(error: ArrayLike, uncertainty: ArrayLike, n_bins: Count
 def _means_by_bin(
     values: NDArray[np.floating], edges: NDArray[np.floating], columns: dict[str, NDArray[np.floating]]
 ) -> pd.DataFrame:
-    """Average the columns in the bins (lower, upper] of `values` that are not empty; the first holds its lower edge."""
+    """Average the columns in the non-empty bins (lower, upper] of `values`; the first bin includes its lower edge."""
     bins = np.searchsorted(edges[1:-1], values.ravel(), side="left")
     groups = pd.DataFrame({name: column.ravel().astype(np.float64) for name, column in columns.items()}).groupby(bins)
     return groups.mean().assign(n=groups.size())

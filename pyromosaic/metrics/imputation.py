@@ -1,4 +1,4 @@
-"""Imputation: how close imputed values come to the measurements that were held out."""
+"""Imputation: how close imputed values are to held-out measurements."""
 
 from typing import Any, Literal
 
@@ -24,19 +24,19 @@ def imputation_spearman(
     Parameters
     ----------
     truth
-        Held-out values, cells by features, dense or scipy sparse (which stays sparse). Give expression on the scale
-        of the imputed values: :func:`scale_by_library` when these are free of library size, or the smoothed truth of
+        Held-out values, cells by features, dense or scipy sparse (which stays sparse). Pass expression on the scale of
+        the imputed values: from :func:`scale_by_library` if these do not depend on library size, or smoothed by
         :func:`smooth_by_neighbors`.
     imputed
         Imputed values of the same cells and features.
     per
-        ``"all"``: one correlation over all entries, which mostly rewards knowing which features are abundant.
-        ``"feature"``: one a feature, over cells: the harder question. ``"cell"``: one a cell, over features.
+        ``"all"``: one correlation over all entries, which mostly reflects which features are abundant. ``"feature"``:
+        one per feature, over cells, which is harder. ``"cell"``: one per cell, over features.
 
     Returns
     -------
     float or numpy.ndarray
-        One number, or one a feature or cell; NaN where either side is constant.
+        One number, or one per feature or cell; NaN where either side is constant.
 
     Raises
     ------
@@ -45,8 +45,8 @@ def imputation_spearman(
 
     Notes
     -----
-    Equal values share their mean rank. Only the nonzero entries of the truth are ranked one by one: its zeros are
-    one big tie, and what is correlated is each rank's excess over theirs.
+    Ties share their mean rank. Only the nonzero entries of the truth are ranked individually: its zeros are one tie,
+    and the correlation uses each rank's excess over theirs.
 
     Examples
     --------
@@ -99,18 +99,18 @@ def imputation_auprc(truth: Any, probability: ArrayLike) -> float:
     truth
         Held-out counts, cells by features, dense or scipy sparse; an entry above 0 is a detection.
     probability
-        Imputed probability (or any score that grows with it) of the same cells and features.
+        Imputed probability (or any score that increases with it) of the same cells and features.
 
     Returns
     -------
     float
-        Average precision: the mean of the precisions at each score, weighted by the recall gained there. Scores without
-        information give the share of detections.
+        Average precision: the mean of the precisions at each score, weighted by the increase in recall. Uninformative
+        scores give the share of detections.
 
     Raises
     ------
     ValueError
-        If the shapes differ, an entry is not finite or negative counts are given, or nothing was detected.
+        If the shapes differ, an entry is not finite, counts are negative, or nothing was detected.
 
     Examples
     --------
@@ -140,7 +140,7 @@ def scale_by_library(counts: Any, total: Positive = 1e4) -> sparse.csr_array:
     Returns
     -------
     scipy.sparse.csr_array
-        The scaled counts as a CSR array; a cell without counts stays without.
+        The scaled counts as a CSR array; a cell without counts keeps zeros.
 
     Raises
     ------
@@ -170,21 +170,21 @@ def smooth_by_neighbors(
     n_components: Count = 30,
     n_neighbors: Count = 50,
 ) -> NDArray[np.float32]:
-    """Average held-out measurements over similar cells: a truth with less noise, made without the model under test.
+    """Average held-out measurements over similar cells, as a less noisy truth that does not depend on a model.
 
     Parameters
     ----------
     counts
         Counts, cells by features, dense or scipy sparse.
     method
-        ``"pca"`` for expression: similar by the principal components of log1p of library-scaled counts; averaged are
-        the library-scaled counts (to 10,000 a cell). ``"lsi"`` for accessibility: similar by latent semantic
-        indexing (TF-IDF of the binarised counts, then a truncated singular value decomposition); averaged are the
-        binarised counts, so that values are shares of neighbours in which the region is open.
+        ``"pca"`` for expression: average library-scaled counts (10,000 per cell) over cells with similar principal
+        components of their log1p. ``"lsi"`` for accessibility: average binarised counts over cells similar in latent
+        semantic indexing (TF-IDF of the binarised counts, then a truncated singular value decomposition); the values
+        are shares of neighbours in which the region is open.
     n_components
-        Components in which neighbours are sought.
+        Number of components in which distances are computed.
     n_neighbors
-        Neighbours averaged, by Euclidean distance. The cell itself is not among them: its own noise stays out.
+        Number of neighbours to average, by Euclidean distance. The cell itself is left out, and with it its noise.
 
     Returns
     -------
@@ -200,8 +200,8 @@ def smooth_by_neighbors(
     Notes
     -----
     From the MultiVI paper (Ashuach et al., Nature Methods 2023), Methods, "Expression smoothing" and "KNN-based
-    estimate of accessibility". Term frequencies are weighted by the smoothed inverse document frequency and each
-    cell's vector is scaled to length one, which takes sequencing depth out; the paper leaves the variant open.
+    estimate of accessibility". Term frequencies are weighted by the smoothed inverse document frequency, and each
+    cell's vector is scaled to length one to remove sequencing depth; the paper does not specify the variant.
 
     Examples
     --------
@@ -213,7 +213,7 @@ def smooth_by_neighbors(
     if method not in ("pca", "lsi"):
         raise ValueError(f"`method` is {method!r}; 'pca' (expression) or 'lsi' (accessibility) is accepted.")
     counts = as_counts(counts, "counts")
-    check_number(n_components, "n_components", min(counts.shape) - 1, "fewer than cells and than features")
+    check_number(n_components, "n_components", min(counts.shape) - 1, "fewer than cells and features")
     check_number(n_neighbors, "n_neighbors", counts.shape[0] - 1, "the number of other cells")
     # ARPACK finds the leading components without making sparse counts dense; its fixed seed only sets the start.
     if method == "pca":

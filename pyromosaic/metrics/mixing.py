@@ -1,4 +1,4 @@
-"""Mixing: whether a cell's neighbours come from all modalities (mixed) and are of its own kind (pure)."""
+"""Mixing: whether a cell's neighbours come from all modalities (mixed) and have the same label (pure)."""
 
 from typing import Any
 
@@ -13,16 +13,16 @@ from pyromosaic.metrics.neighbors import nearest_neighbors
 
 @checked
 def label_purity(latent: ArrayLike, labels: Any, n_neighbors: Count = 15) -> float:
-    """Mean share of a cell's nearest neighbours that carry the cell's own label.
+    """Mean share of a cell's nearest neighbours that have the same label as the cell.
 
     Parameters
     ----------
     latent
         Latents, cells by dimensions.
     labels
-        One label a cell, such as its type; none missing.
+        One label per cell, such as its type; none missing.
     n_neighbors
-        Neighbours of each cell by Euclidean distance, itself left out.
+        Number of neighbours of each cell by Euclidean distance, without the cell itself.
 
     Returns
     -------
@@ -47,29 +47,29 @@ def label_purity(latent: ArrayLike, labels: Any, n_neighbors: Count = 15) -> flo
 
 @checked
 def modality_enrichment(latent: ArrayLike, groups: Any, n_neighbors: Count = 15) -> float:
-    r"""How much more often than by chance a cell's neighbours come from its own modality.
+    r"""How much more often than by chance a cell's neighbours come from the same modality.
 
     .. math::
 
         \frac{1}{n} \sum_i s_i \Big/ \sum_l p_l^2,
 
-    with :math:`s_i` the share of cell i's neighbours in its own group and :math:`p_l` the share of group l among
-    all cells.
+    where :math:`s_i` is the share of cell i's neighbours in its group and :math:`p_l` the share of group l among all
+    cells.
 
     Parameters
     ----------
     latent
         Latents of all cells of all groups, cells by dimensions.
     groups
-        One group a cell: its modality, its pattern of present modalities, its batch or its condition.
+        One group per cell: its modality, its pattern of present modalities, its batch or its condition.
     n_neighbors
-        Neighbours of each cell by Euclidean distance, itself left out. The paper names no number; 15 is the size of
-        neighbourhood that single-cell graphs are usually built with.
+        Number of neighbours of each cell by Euclidean distance, without the cell itself. The paper gives no number; 15
+        is the usual neighbourhood size of single-cell graphs.
 
     Returns
     -------
     float
-        1 when mixed; :math:`1 / \sum_l p_l^2` when no cell has a neighbour of another group (2 for two equal groups).
+        1 if mixed; :math:`1 / \sum_l p_l^2` if no cell has a neighbour of another group (2 for two equal groups).
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Exact nearest neighbours, shared by the measures that look at a cell's neighbourhood."""
+"""Exact nearest neighbours, for all metrics that use a cell's neighbourhood."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,17 +15,17 @@ def nearest_neighbors(
     Parameters
     ----------
     reference
-        Latents among which neighbours are sought, cells by dimensions.
+        Latents among which to search, cells by dimensions.
     n_neighbors
-        Neighbours of each cell.
+        Number of neighbours of each cell.
     query
-        Latents of the cells that seek neighbours. Left out: the reference cells themselves, each without itself.
+        Latents of the cells whose neighbours to find; by default the reference cells, each without itself.
 
     Returns
     -------
     numpy.ndarray
-        Row numbers, query cells by `n_neighbors`. Cells at exactly the same distance come in the order in which the
-        tree meets them, which depends on the input alone.
+        Row numbers, query cells by `n_neighbors`. Cells at exactly the same distance come in the order of the search
+        tree, which depends only on the input.
 
     Raises
     ------
@@ -40,6 +40,6 @@ def nearest_neighbors(
     n_candidates = len(reference) - (query is None)
     limit = "the number of cells" if query is not None else "the number of other cells"
     check_number(n_neighbors, "n_neighbors", n_candidates, limit)
-    # A tree takes coordinate differences; scikit-learn's brute search expands the square, which loses digits far from
-    # the origin and leaves ties to rounding and to the number of threads.
+    # A tree uses coordinate differences; scikit-learn's brute-force search expands the square, which loses digits far
+    # from the origin and makes ties depend on rounding and on the number of threads.
     return nearest(reference, n_neighbors, query, algorithm="kd_tree")[1]

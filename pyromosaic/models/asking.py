@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
 from torch import Tensor
@@ -13,11 +12,9 @@ from torch import Tensor
 from pyromosaic.accepted import Count, Level, Positive, Seed, Share, checked
 from pyromosaic.data import Mosaic, measured
 from pyromosaic.models.base import TrainedModel
-from pyromosaic.tasks import AtMean, Estimate, compare_groups, contrasts, draws, estimate, inference_mode
+from pyromosaic.tasks import AtMean, Estimate, answers, compare_groups, contrasts, estimate, inference_mode
 from pyromosaic.tasks.differential import Delta, Mode
 from pyromosaic.tasks.question import Cells, Question, check_size, first_of, portions, unit_size
-
-CHUNK_ENTRIES = 20_000_000  # draws × cells × features in memory at once
 
 
 class Asking(TrainedModel):
@@ -487,12 +484,4 @@ class Asking(TrainedModel):
 
     def _answers(self, question: Question) -> Iterator[Tensor]:
         """Draws of the requested quantity, chunk by chunk of cells, each of shape (draws, cells, features)."""
-        mosaic, modality = self._data(question.data), question.modality
-        index, columns = mosaic.find(question.cells), self._features(modality, question.features)
-        question.check(mosaic, index)
-        wanted = torch.from_numpy(columns).to(self._device)
-        size = max(1, CHUNK_ENTRIES // (self.schema[modality].n_features * (question.n_samples or 1)))
-        with inference_mode(self.model, self.guide, seed=question.seed):
-            for part in portions(index, min(size, 1024)):
-                minibatch = question.minibatch(mosaic, part).to(self._device)
-                yield draws(self.model, self.guide, minibatch, question, wanted)
+        return answers(self.model, self.guide, self._data(question.data), question, self._device)

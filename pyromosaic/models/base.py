@@ -12,6 +12,7 @@ import pandas as pd
 import pyro
 import torch
 from pyro import poutine
+from torch import nn
 from torch.utils.data import DataLoader
 
 from pyromosaic.accepted import Count, Part, Positive, Seed, Weight, Whole, checked
@@ -98,7 +99,8 @@ class TrainedModel:
         Raises
         ------
         TypeError
-            If ``self.model`` or ``self.guide`` is not there at the end, or is no `pyromosaic.program.Program`.
+            If ``self.model`` or ``self.guide`` is not there at the end, is no `pyromosaic.program.Program`, or holds
+            modules in a dictionary.
         """
         self.mosaic = self.arranged(data) if isinstance(data, Mosaic) else None
         self.schema = data.schema if isinstance(data, Mosaic) else data
@@ -118,6 +120,13 @@ class TrainedModel:
                         f"{type(self).__name__} builds self.{part}, a pyromosaic.program.Program, inside "
                         f"`with self.construction(data, seed)`; found {type(found).__name__}"
                     )
+                for name, value in vars(found).items():
+                    if isinstance(value, dict) and any(isinstance(each, nn.Module) for each in value.values()):
+                        if not name.startswith("_"):
+                            raise TypeError(
+                                f"self.{part}.{name} is a dictionary of modules, whose parameters are not found; make "
+                                "it a pyromosaic.program.Slots"
+                            )
             self.guide.match(self.model)
         if self.mosaic is not None:
             with torch.no_grad():
@@ -192,7 +201,10 @@ class TrainedModel:
             for part in portions(index):
                 encode = None if modality is None else (modality,)
                 minibatch = to_predict(mosaic, part, (), encode).to(self._device)
-                found = poutine.trace(self.guide).get_trace(minibatch).nodes[site]
+                nodes = poutine.trace(self.guide).get_trace(minibatch).nodes
+                if site not in nodes:
+                    raise ValueError(f"the guide has no site {site!r}; model and guide sample it for every cell")
+                found = nodes[site]
                 values.append((found["value"] if sample else found["fn"].mean)[..., 0, :].cpu().numpy())
         return np.concatenate(values)
 

@@ -1,4 +1,4 @@
-"""An adversary that predicts from the latent variable by which modalities or in which batch a cell was measured."""
+"""An adversary that predicts from the latent variable which modalities a cell has, or its batch."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -17,25 +17,25 @@ from pyromosaic.posterior import Posterior
 
 
 class Adversary(Penalty):
-    """Cross-entropy of a classifier's prediction with a uniform distribution over the wrong classes of a cell.
+    """Cross-entropy between a classifier's prediction and a uniform distribution over the wrong classes of a cell.
 
-    A classifier with two layers learns to predict from a draw of z which modalities a cell has, or its batch. The
-    penalty trains the encoders to mislead it (MultiVI, Methods: domain adaptation). No gradient of the penalty reaches
-    the classifier, and no gradient of the classifier's loss reaches anything else. Both are factors of the guide,
+    A two-layer classifier learns to predict from a draw of z which modalities a cell has, or its batch. The penalty
+    trains the encoders to mislead it (MultiVI, Methods: domain adaptation). No gradient of the penalty reaches the
+    classifier, and no gradient of the classifier's loss reaches anything else. Both are factors of the guide,
     ``penalty/adversary`` and ``penalty/adversary_classifier``. The second is the cross-entropy of the prediction with
-    the truth. It says how well the classes can be distinguished; if they cannot, it is the entropy of the class
+    the true class. It shows how well the classes can be distinguished; if they cannot, it is the entropy of the class
     proportions.
 
     Parameters
     ----------
     schema, n_latent
-        The model's modalities, and width of its latent space; left out where this is the option of a model.
+        The model's modalities, and the width of its latent space; leave both out in an option of a model.
     target
-        ``"pattern"``: which modalities the cell has; ``"batch"``: its batch, by name over all modalities.
+        ``"pattern"``: which modalities the cell has; ``"batch"``: its batch, matched by name across modalities.
     weight
         Factor of the penalty in the loss; 1 in the paper.
     warms_up
-        Whether it is also multiplied by the weight of the divergences, which rises during training.
+        Whether it is also multiplied by the weight of the divergences, which increases during training.
     n_hidden
         Width of the two layers of the classifier.
     learning_rate
@@ -92,7 +92,7 @@ class Adversary(Penalty):
         return classes
 
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
-        """The penalty, a scalar, for draws of the posteriors; 0 while all cells seen are of one class.
+        """The penalty, a scalar, for draws from the posteriors; 0 if all cells seen so far are of one class.
 
         Parameters
         ----------
@@ -115,11 +115,11 @@ class Adversary(Penalty):
             entropies = -guess.masked_fill(~others, 0.0).sum(-1) / others.sum(-1).clamp_min(1)
             misled.append(entropies.sum() / len(minibatch))
             told.append(cross_entropy(self._guess(self.classifier(z.detach()), seen), own))
-        # In a guide a factor enters the ELBO with a minus.
+        # In a guide, a factor enters the ELBO with a minus sign.
         pyro.factor("penalty/adversary_classifier", minibatch.n_cells * torch.stack(told).mean(), has_rsample=True)
         return torch.stack(misled).sum()
 
     @staticmethod
     def _guess(logits: Tensor, seen: Tensor) -> Tensor:
-        """Log probabilities of the existing classes."""
+        """Log probabilities of the classes that occur."""
         return logits.masked_fill(~seen, -torch.inf).log_softmax(-1)

@@ -1,4 +1,4 @@
-"""Alignment of single cells by scores that are known before training, in one space for all modalities.
+"""Alignment of single cells by scores computed before training, in one space for all modalities.
 
 Scores come from linkage: canonical correlation between modalities, or linked features smoothed over neighbours. Cells
 of different modalities with similar scores are probably similar.
@@ -17,7 +17,7 @@ from pyromosaic.posterior import Posterior
 
 
 class Scores(nn.Module):
-    """Scores of the cells of a mosaic, looked up by the position of a cell; empty until they are set.
+    """Scores of the cells of a mosaic, indexed by cell position; empty until they are set.
 
     They are used only in training and are not saved.
     """
@@ -27,7 +27,7 @@ class Scores(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("values", torch.empty(0, 0), persistent=False)
-        self.mean_square = 1.0  # of a cell's scores, summed
+        self.mean_square = 1.0  # mean squared norm of a cell's scores
 
     def __bool__(self) -> bool:
         return len(self.values) > 0
@@ -53,7 +53,7 @@ class Anchors(Penalty):
     weight
         Factor of the penalty in the loss.
     scores
-        Scores of the cells; left out where this is the option of a model.
+        Scores of the cells; leave them out in an option of a model.
     n_neighbors
         Two cells are mutual neighbours if each is among the `n_neighbors` nearest of the other.
     """
@@ -69,7 +69,7 @@ class Anchors(Penalty):
         self.scores, self.n_neighbors = Scores() if scores is None else scores, n_neighbors
 
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
-        """The penalty, a scalar; 0 where no cells are mutual neighbours."""
+        """The penalty, a scalar; 0 if no cells are mutual neighbours."""
         total = next(iter(posteriors.values())).loc.new_zeros(())
         for a, b in combinations(posteriors.values(), 2):
             if not self.scores:
@@ -81,7 +81,7 @@ class Anchors(Penalty):
 
 
 def mutual_neighbors(x: Tensor, y: Tensor, n_neighbors: int) -> Tensor:
-    """Which rows of (n, c) and (m, c) are mutual nearest neighbours by cosine similarity: shape (n, m), 0 or 1.
+    """Indicator of mutual nearest neighbours by cosine similarity among rows of (n, c) and (m, c): shape (n, m).
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ def mutual_neighbors(x: Tensor, y: Tensor, n_neighbors: int) -> Tensor:
     Returns
     -------
     Tensor
-        1 where cells are mutual neighbours.
+        1 for mutual neighbours, 0 otherwise.
     """
     similarity = nn.functional.normalize(x, dim=-1) @ nn.functional.normalize(y, dim=-1).T
     n, m = similarity.shape
@@ -106,15 +106,15 @@ class Pull(Penalty):
     """Squared distance between the posterior means and the scores, relative to the mean square of the scores.
 
     It is the mean over cells, summed over modalities. Modalities that share less have smaller scores; dividing by the
-    mean square makes the pull equally strong for all.
+    mean square makes the pull equally strong for all modalities.
 
     Parameters
     ----------
     weight
         Factor of the penalty in the loss.
     scores
-        Scores of the cells, at most as many as there are latent dimensions: they pull the first ones. Left out where
-        this is the option of a model.
+        Scores of the cells, at most as many as latent dimensions; they act on the first dimensions. Leave them out in
+        an option of a model.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Labels as guidance: a classifier on the latent space."""
+"""Supervision by labels: a classifier on the latent space."""
 
 from collections.abc import Mapping
 
@@ -22,9 +22,9 @@ class Classifier(Penalty):
     Parameters
     ----------
     weight
-        What it is multiplied by.
+        Factor of the penalty in the loss.
     labels, n_latent
-        The labels, and width of the latent space; left out where this is the option of a model.
+        The labels, and the width of the latent space; leave both out in an option of a model.
 
     Examples
     --------
@@ -55,7 +55,7 @@ class Classifier(Penalty):
         self.register_buffer("temperature", torch.ones(()))
 
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
-        """The penalty, a scalar; 0 where no label is known."""
+        """The penalty, a scalar; 0 if no label is known."""
         total = next(iter(posteriors.values())).loc.new_zeros(())
         labels = self.labels(minibatch)
         for q in posteriors.values():
@@ -69,10 +69,10 @@ class Classifier(Penalty):
         return torch.softmax(self.logits(z) / self.temperature, dim=-1)
 
     def calibrate(self, z: Tensor, known: Tensor) -> None:
-        """Choose the temperature by cells with known labels that were not used in training.
+        """Choose the temperature on cells with known labels that were not used in training.
 
-        It is the temperature from 1/4 to 4 under which their labels are most likely (Guo et al., On calibration of
-        modern neural networks, ICML 2017).
+        It is the temperature between 1/4 and 4 that maximises the likelihood of their labels (Guo et al., On
+        calibration of modern neural networks, ICML 2017).
         """
         temperatures = torch.logspace(-2, 2, 41, base=2.0, device=z.device)
         entropies = [cross_entropy(self.logits(z) / t, known) for t in temperatures]

@@ -24,7 +24,7 @@ class CohortMMD(MMD):
     weight
         Factor of the penalty in the loss.
     n_cells
-        Number of cells of each cohort that are compared, the first of the minibatch.
+        Number of cells of each cohort to compare, the first in the minibatch.
     """
 
     name = "cohort_mmd"
@@ -57,14 +57,14 @@ class Dependence(Penalty):
 
     It is 0 for independent representations, and 1 for representations with the same geometry. Kernels are Gaussian;
     their squared width is the mean squared distance, through which no gradient flows. Under the prior of the model,
-    background and salient variables are independent; the penalty asks the same of their posteriors.
+    background and salient variables are independent; the penalty favours posteriors with the same property.
 
     Parameters
     ----------
     weight
         Factor of the penalty in the loss.
     n_cells
-        Number of cells that are used, the first of the minibatch; time grows with its square.
+        Number of cells to use, the first in the minibatch; time grows with its square.
 
     References
     ----------

@@ -1,4 +1,4 @@
-"""Latent cycle: a cell that is decoded in another modality and encoded again should return to its place."""
+"""Latent cycle: a cell that is decoded in another modality and encoded again should keep its latent value."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,10 +27,10 @@ class Cycle(Penalty):
     schema
         The modalities.
     encoders, decoders, likelihoods
-        Those of guide and model, by modality. If a likelihood has a method ``seen(predictors)``, it returns the
-        expected measurements as an encoder sees them.
+        Encoders of the guide, and decoders and likelihoods of the model, by modality. If a likelihood has a method
+        ``seen(predictors)``, it returns the expected measurements as an encoder sees them.
     n_private
-        Dimension of the private latent variables, which are set to 0 for decoding.
+        Dimension of the private latent variables, which are set to 0 in decoding.
     """
 
     name = "cycle"
@@ -51,7 +51,7 @@ class Cycle(Penalty):
         self.encoders, self.decoders, self.likelihoods = dict(encoders), dict(decoders), dict(likelihoods)
 
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
-        """The penalty, a scalar, of two modalities."""
+        """The penalty, a scalar, for two modalities."""
         (a, q), (b, r) = posteriors.items()
         return (q.loc - self.there(b, q.loc)).square().mean() + (r.loc - self.there(a, r.loc)).square().mean()
 

@@ -16,8 +16,9 @@ from pyromosaic.posterior import Posterior
 class Jeffreys(Penalty):
     """Symmetric Kullback-Leibler divergence between the posteriors of every pair of modalities that a cell has.
 
-    It is ``KL(q_1 || q_2) + KL(q_2 || q_1)``, summed over latent dimensions and pairs, averaged over the cells of the
-    minibatch (MultiVI, Methods).
+    It is ``KL(q_1
+    q_2) + KL(q_2
+    q_1)``, summed over latent dimensions and pairs, and averaged over the cells of the minibatch (MultiVI, Methods).
 
     Parameters
     ----------
@@ -28,7 +29,7 @@ class Jeffreys(Penalty):
     name = "jeffreys"
 
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
-        """The penalty, a scalar; 0 when no cell of the minibatch has two modalities."""
+        """The penalty, a scalar; 0 if no cell of the minibatch has two modalities."""
         total = next(iter(posteriors.values())).loc.new_zeros(())
         for a, b in in_common(posteriors):
             difference, variance_a, variance_b = (a.loc - b.loc).square(), a.scale.square(), b.scale.square()
@@ -41,7 +42,7 @@ class MeanDistance(Penalty):
     """Euclidean distance between the posterior means of every pair of modalities that a cell has.
 
     It is summed over pairs and averaged over the cells of the minibatch. The reference implementation of MultiVI uses
-    it in place of `Jeffreys`, under the name of a maximum mean discrepancy, which it is not; see `MMD` for that.
+    it in place of `Jeffreys` and calls it a maximum mean discrepancy, which it is not; see `MMD`.
 
     Parameters
     ----------
@@ -52,7 +53,7 @@ class MeanDistance(Penalty):
     name = "mean_distance"
 
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
-        """The penalty, a scalar; 0 when no cell of the minibatch has two modalities."""
+        """The penalty, a scalar; 0 if no cell of the minibatch has two modalities."""
         total = next(iter(posteriors.values())).loc.new_zeros(())
         for a, b in in_common(posteriors):
             total = total + torch.linalg.vector_norm(a.loc - b.loc, dim=-1).sum()
@@ -60,7 +61,7 @@ class MeanDistance(Penalty):
 
 
 def in_common(posteriors: Mapping[str, Posterior]) -> Iterator[tuple[Posterior, Posterior]]:
-    """Every pair of modalities, each with its posteriors of the cells that have both."""
+    """Every pair of modalities, with the posteriors of the cells that have both."""
     for a, b in combinations(posteriors.values(), 2):
         in_a = torch.isin(a.rows, b.rows, assume_unique=True)
         in_b = torch.isin(b.rows, a.rows, assume_unique=True)
@@ -82,7 +83,7 @@ class MMD(Penalty):
     weight
         Factor of the penalty in the loss.
     n_cells
-        Number of cells of each modality that are compared, the first of the minibatch; time grows with its square.
+        Number of cells of each modality to compare, the first in the minibatch; time grows with its square.
 
     References
     ----------
@@ -90,7 +91,7 @@ class MMD(Penalty):
     """
 
     name = "mmd"
-    warms_up = True  # representations that are made alike before they say anything stay that way
+    warms_up = True  # uninformative representations aligned early stay uninformative
 
     @checked
     def __init__(self, weight: Weight = 1.0, n_cells: Count = 256) -> None:

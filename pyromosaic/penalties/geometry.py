@@ -16,18 +16,18 @@ LIKENESS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"alignment": kerne
 
 
 class Geometry(Penalty):
-    """Minus the similarity of two kernels between the cells of a modality, of measurements and of posterior means.
+    """Negative similarity of two kernels between the cells of a modality: of measurements and of posterior means.
 
     It is summed over modalities. Measurements are compared as the encoders see them. Distances come from inner
-    products, so no matrix is larger than cells × cells.
+    products, so that no matrix is larger than cells × cells.
 
     Parameters
     ----------
     weight
         Factor of the penalty in the loss.
     encoders
-        The encoders of the guide, whose ``scaling`` prepares the measurements; None uses those of the guide that gets
-        the penalty.
+        Encoders of the guide, whose ``scaling`` prepares the measurements; None uses those of the guide to which the
+        penalty is added.
     likeness
         ``"alignment"`` (`kernel_alignment`), ``"cosine"`` (`row_cosine`) as in scMODAL, or a function of (cells,
         features) and (cells, latent).
@@ -56,11 +56,11 @@ class Geometry(Penalty):
         super().__init__(weight)
         self.encoders, self.found = dict(encoders or {}), encoders is None  # the guide owns their parameters
         if isinstance(likeness, str) and likeness not in LIKENESS:
-            raise ValueError(f"there is no likeness {likeness!r}; accepted: {', '.join(map(repr, LIKENESS))}")
+            raise ValueError(f"unknown likeness {likeness!r}; accepted: {', '.join(map(repr, LIKENESS))}")
         self.likeness = LIKENESS[likeness] if isinstance(likeness, str) else likeness
 
     def attach(self, modalities: Mapping[str, Any]) -> None:
-        """Take the guide's encoders, unless others were given."""
+        """Use the guide's encoders, unless others were given."""
         if self.found:
             self.encoders = {name: part.encoder for name, part in modalities.items()}
 

@@ -1,4 +1,4 @@
-"""Gaussian kernels between cells: how far apart two samples are, how alike two representations of one sample."""
+"""Gaussian kernels between cells: distance between two samples, similarity of two representations of one sample."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def squared_distances(x: Tensor) -> Tensor:
 
 
 def _distances(x: Tensor) -> Tensor:
-    """The same by inner products, which leave a rounding error on the diagonal."""
+    """Squared distances by inner products, which leave a rounding error on the diagonal."""
     squares = x.square().sum(-1)
     return torch.addmm(squares.unsqueeze(-1) + squares, x, x.T, alpha=-2).clamp_min(0.0)
 
@@ -35,12 +35,12 @@ def discrepancy(x: Tensor, y: Tensor) -> Tensor:
     Parameters
     ----------
     x, y
-        The two samples, shapes (n, d) and (m, d), each of two points at least.
+        The two samples, shapes (n, d) and (m, d), each of at least two points.
 
     Returns
     -------
     Tensor
-        A scalar, about 0 for samples of one distribution; it may be negative.
+        A scalar, about 0 for samples from one distribution; it may be negative.
 
     Examples
     --------
@@ -51,7 +51,7 @@ def discrepancy(x: Tensor, y: Tensor) -> Tensor:
     """
     pooled = torch.cat([x, y])
     distances = _distances(pooled)
-    width = distances.detach().mean().clamp_min(1e-12)  # representations may all be the same
+    width = distances.detach().mean().clamp_min(1e-12)  # all representations may be equal
     kernel: Tensor = _FourKernels.apply(distances, width)
     n, m = len(x), len(y)
     within = torch.block_diag(x.new_ones(n, 1), y.new_ones(m, 1))
@@ -60,14 +60,14 @@ def discrepancy(x: Tensor, y: Tensor) -> Tensor:
 
 
 class _FourKernels(torch.autograd.Function):
-    """Sum of Gaussian kernels of four widths, and its derivative by the squared distances, formed together."""
+    """Sum of Gaussian kernels of four widths and its derivative with respect to the squared distances."""
 
     @staticmethod
     def forward(ctx: Any, distances: Tensor, width: Tensor) -> Tensor:
         kernel = torch.exp(distances / -width)
         total, slope = kernel.clone(), kernel.clone()
         for power in (2, 4, 8):
-            kernel.square_()  # the kernel of half the squared width
+            kernel.square_()  # kernel with half the squared width
             total.add_(kernel)
             slope.add_(kernel, alpha=power)
         ctx.save_for_backward(slope.div_(-width))
@@ -81,17 +81,18 @@ class _FourKernels(torch.autograd.Function):
 
 
 def row_cosine(x: Tensor, z: Tensor, ceiling: float = 0.975) -> Tensor:
-    """Mean cosine of the rows of two Gaussian kernels, each at most `ceiling` (scMODAL; Wang et al. 2025).
+    """Mean cosine between the rows of two Gaussian kernels, each at most `ceiling` (scMODAL; Wang et al. 2025).
 
-    The squared widths are the numbers of columns. In many standardised dimensions all distances are about equal and
-    every row is above the ceiling, whatever z: it guards against collapse, and little else. See `kernel_alignment`.
+    The squared widths are the numbers of columns. In many standardised dimensions, all distances are about equal and
+    every row is above the ceiling for any z. Therefore it prevents collapse, and does little else. See
+    `kernel_alignment`.
 
     Parameters
     ----------
     x, z
         Two representations of the same cells, shapes (n, p) and (n, q).
     ceiling
-        No gradient flows through rows that are more alike.
+        No gradient flows through rows with a larger cosine.
 
     Returns
     -------
@@ -111,8 +112,8 @@ def row_cosine(x: Tensor, z: Tensor, ceiling: float = 0.975) -> Tensor:
 def kernel_alignment(x: Tensor, z: Tensor) -> Tensor:
     """Correlation of two Gaussian kernels over pairs of different cells, centred for every cell.
 
-    The squared widths are the mean squared distance, through which no gradient flows. 0 on average for representations
-    that have nothing to do with each other, 1 for the same up to scale, rotation and shift; 0 with fewer than four
+    The squared widths are the mean squared distance, through which no gradient flows. It is 0 on average for unrelated
+    representations, and 1 for representations that are equal up to scale, rotation and shift; 0 with fewer than four
     cells.
 
     Parameters
@@ -143,10 +144,10 @@ def kernel_alignment(x: Tensor, z: Tensor) -> Tensor:
 
 
 def dependence(x: Tensor, z: Tensor) -> Tensor:
-    """Centred kernel alignment with every pair of cells, a cell and itself among them: never below 0.
+    """Centred kernel alignment over all pairs of cells, including each cell with itself; never below 0.
 
-    As `kernel_alignment`, but biased: in n cells representations that have nothing to do with each other have about
-    1 / n more than 0. 0 with fewer than three cells.
+    As `kernel_alignment`, but biased: for n cells, unrelated representations have a value of about 1 / n above 0. It is
+    0 with fewer than three cells.
 
     Parameters
     ----------
@@ -176,12 +177,12 @@ def dependence(x: Tensor, z: Tensor) -> Tensor:
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of two centred kernels, which may have collapsed."""
+    """Cosine of two centred kernels; 0 for a collapsed one."""
     return (a * b).sum() / (a.square().sum() * b.square().sum()).clamp_min(1e-24).sqrt()
 
 
 def _centred(x: Tensor) -> Tensor:
-    """Gaussian kernel between all rows, without self-similarity's offset: rows and columns sum to zero."""
+    """Gaussian kernel between all rows, centred: rows and columns sum to zero."""
     distances = _distances(x)
     kernel = torch.exp(-distances / distances.detach().mean().clamp_min(1e-12))
     return kernel - kernel.mean(0) - kernel.mean(1, keepdim=True) + kernel.mean()

@@ -1,4 +1,4 @@
-"""Penalties between two modalities, summed over pairs of modalities; and an adversary for each pair."""
+"""Penalties between two modalities, summed over pairs of modalities, and an adversary for each pair."""
 
 from collections.abc import Mapping
 
@@ -14,16 +14,16 @@ from pyromosaic.posterior import Posterior
 
 
 class Pairs(Penalty):
-    """Sum of a penalty over pairs of modalities: a chain, or all.
+    """Sum of a penalty over consecutive or all pairs of modalities.
 
     Parameters
     ----------
     weight
         Factor of the sum in the loss.
     penalties
-        The penalty of each pair of modalities, all of one kind; their own weights are not used.
+        The penalty of each pair of modalities, all of one class; their weights are ignored.
     warms_up
-        Whether it is also multiplied by the weight of the divergences, which rises during training.
+        Whether it is also multiplied by the weight of the divergences, which increases during training.
     """
 
     @checked
@@ -33,7 +33,7 @@ class Pairs(Penalty):
         self.name = next(iter(penalties.values())).name
 
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
-        """The sum, a scalar, over the pairs for which both modalities are in the minibatch."""
+        """The sum, a scalar, over the pairs whose modalities are both in the minibatch."""
         total = next(iter(posteriors.values())).loc.new_zeros(())
         for pair, penalty in zip(self.pairs, self.penalties, strict=True):
             if all(name in posteriors for name in pair):
@@ -42,20 +42,20 @@ class Pairs(Penalty):
 
 
 class Discriminator(Penalty):
-    """Adversary of two modalities: a network predicts from a draw of z whether the cell is of the first modality.
+    """Adversary of two modalities: a network predicts from a draw of z whether the cell has the first modality.
 
     Its loss is the cross-entropy ``mean softplus(-D(z_1)) + mean softplus(D(z_2))``, which is ``2 log 2`` if it cannot
-    distinguish the modalities. The penalty is minus this loss (the minimax form), and only trains the encoders
-    (scMODAL; Wang et al. 2025). At every training step, the network first takes `n_steps` steps on the minibatch.
+    distinguish the modalities. The penalty is minus this loss (the minimax form) and trains only the encoders (scMODAL;
+    Wang et al. 2025). At every training step, the network first takes `n_steps` steps on the minibatch.
 
     Parameters
     ----------
     weight
         Factor of the penalty in the loss.
     n_latent
-        Width of the latent space; left out where this is the option of a model.
+        Width of the latent space; leave it out in an option of a model.
     n_hidden
-        Width of the two hidden layers; as the option of a model by default the model's.
+        Width of the two hidden layers; in an option of a model, the width of the model by default.
     n_steps
         Number of steps of the network for each step of the encoders.
     learning_rate, weight_decay
@@ -112,7 +112,7 @@ class Discriminator(Penalty):
         own.zero_grad()
 
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
-        """The penalty, a scalar, of draws from the posteriors of two modalities."""
+        """The penalty, a scalar, for draws from the posteriors of two modalities."""
         first, second = (q.loc + q.scale * torch.randn_like(q.scale) for q in posteriors.values())
         if self.training and torch.is_grad_enabled():
             self.learn(first.detach(), second.detach())

@@ -1,7 +1,7 @@
 """Penalties on posteriors; a guide adds each as one named `pyro.factor`.
 
-A penalty is a function of the posteriors and says nothing about how the data are generated. Therefore it is part of the
-guide: the model stays a proper joint density, and prior or posterior predictive samples and held-out likelihoods never
+A penalty is a function of the posteriors and does not describe how the data are generated. Therefore it is part of the
+guide: the model stays a proper joint density, and prior and posterior predictive samples and held-out likelihoods never
 contain it.
 """
 
@@ -30,11 +30,11 @@ class Penalty(Described):
     weight
         Factor of the penalty in the loss.
     n_cells
-        Number of cells of each population that are used, the first of the (shuffled) minibatch; None for all.
+        Number of cells to use from each population, the first in the (shuffled) minibatch; None for all.
     """
 
     name: str
-    warms_up = False  # whether it is multiplied by the weight of the divergences, which rises during training
+    warms_up = False  # whether it is multiplied by the weight of the divergences, which increases during training
 
     @checked
     def __init__(self, weight: Weight = 1.0, n_cells: Count | None = None) -> None:
@@ -42,10 +42,10 @@ class Penalty(Described):
         self.weight, self.n_cells = weight, n_cells
 
     def attach(self, modalities: Mapping[str, Any]) -> None:
-        """Get the parts of the guide for each modality, if the penalty uses them."""
+        """Receive the parts of the guide for each modality, if the penalty uses them."""
 
     def __call__(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Any:
-        """The penalty for the cells that are used."""
+        """The penalty for the cells in use."""
         if self.n_cells is not None:
             posteriors = {name: q.of(slice(self.n_cells)) for name, q in posteriors.items()}
         return super().__call__(posteriors, minibatch)
@@ -55,7 +55,7 @@ P = TypeVar("P", bound=Penalty)
 
 
 def chosen(option: str, given: Any, kind: type[P], **known: Any) -> P:
-    """The penalty that an option of a model stands for: its weight, or the penalty with more of its arguments.
+    """The penalty that an option of a model stands for: given as a weight, or as a penalty with more arguments.
 
     Parameters
     ----------
@@ -66,12 +66,12 @@ def chosen(option: str, given: Any, kind: type[P], **known: Any) -> P:
     kind
         Class of the penalty.
     **known
-        What the model knows, for arguments that were left out.
+        Values from the model for arguments that were left out.
 
     Raises
     ------
     ValueError
-        If it is neither a number nor such a penalty.
+        If it is neither a number nor a penalty of this class.
 
     Examples
     --------
@@ -82,12 +82,12 @@ def chosen(option: str, given: Any, kind: type[P], **known: Any) -> P:
     if isinstance(given, kind):
         return given.completed(**known) if known else given
     if not isinstance(given, Real):
-        raise ValueError(f"{option} is a weight or a pyromosaic.penalties.{kind.__name__}; found {given!r}")
+        raise ValueError(f"{option} must be a weight or a pyromosaic.penalties.{kind.__name__}; found {given!r}")
     return kind(weight=float(given), **known)
 
 
 def with_given(defaults: Sequence[Any], given: Sequence[Any]) -> list[Any]:
-    """The default penalties of a model and those of the user, which replace defaults of the same name.
+    """The default penalties of a model and the user's, which replace defaults of the same name.
 
     Examples
     --------
@@ -109,7 +109,7 @@ def check_distinct(penalties: Sequence[Any]) -> None:
 
 
 def attached(penalties: Iterable[Any], modalities: Mapping[str, Any]) -> nn.ModuleList:
-    """The penalties as a part of a guide with these modalities.
+    """The penalties as a part of a guide for these modalities.
 
     Examples
     --------
@@ -123,7 +123,7 @@ def attached(penalties: Iterable[Any], modalities: Mapping[str, Any]) -> nn.Modu
     for penalty in owned:
         if not getattr(penalty, "complete", True):
             raise ValueError(
-                f"{type(penalty).__name__} takes {' and '.join(penalty.needed)}, unless it is given as the option of a "
+                f"{type(penalty).__name__} takes {' and '.join(penalty.needed)}, unless it is passed as an option of a "
                 "model that has one"
             )
         penalty.attach(modalities)
@@ -133,7 +133,7 @@ def attached(penalties: Iterable[Any], modalities: Mapping[str, Any]) -> nn.Modu
 def apply(
     penalties: Iterable[Any], posteriors: Mapping[str, Posterior], minibatch: Minibatch, kl_weight: float
 ) -> None:
-    """Add each penalty to the guide, scaled from the mean over the minibatch to all cells; outside every plate.
+    """Add each penalty to the guide, scaled from the minibatch mean to all cells; call it outside every plate.
 
     Parameters
     ----------
@@ -144,7 +144,7 @@ def apply(
     minibatch
         The cells.
     kl_weight
-        Weight of the divergences; penalties that warm up are multiplied by it.
+        Weight of the divergences, which multiplies penalties that warm up.
 
     Examples
     --------
@@ -165,5 +165,5 @@ def apply(
         if penalty.weight:
             weight = penalty.weight * (kl_weight if penalty.warms_up else 1.0)
             value = weight * minibatch.n_cells * penalty(posteriors, minibatch)
-            # In a guide a factor enters the ELBO with a minus.
+            # In a guide, a factor enters the ELBO with a minus sign.
             pyro.factor(f"penalty/{penalty.name}", value, has_rsample=True)

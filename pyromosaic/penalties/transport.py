@@ -15,11 +15,11 @@ from pyromosaic.posterior import Posterior
 
 
 class Sinkhorn(Penalty):
-    """Debiased unbalanced Sinkhorn divergence between modalities, sum over pairs, or from a reference (DiagVI).
+    """Debiased unbalanced Sinkhorn divergence between modalities, summed over pairs or from a reference (DiagVI).
 
     It compares the posterior means of the cells that have one modality with those of the cells that have the other.
-    Mass may stay unmatched at a cost. Therefore cell types with different proportions, or in one modality only, are not
-    forced together.
+    Mass may stay unmatched at a cost. Therefore cell types that differ in proportion, or occur in one modality only,
+    are not forced together.
 
     Parameters
     ----------
@@ -38,9 +38,9 @@ class Sinkhorn(Penalty):
         overlap where means do not.
     reference
         Modality to which all others are aligned; None aligns all pairs. With a reference, the cost grows with the
-        number of modalities, not of pairs, and a modality that is hard to align pulls only on the reference.
+        number of modalities, not of pairs, and a modality that is hard to align affects only the reference.
     n_cells
-        Number of cells of each modality that are compared, the first of the minibatch; time grows with its square.
+        Number of cells of each modality to compare, the first in the minibatch; time grows with its square.
 
     References
     ----------
@@ -49,7 +49,7 @@ class Sinkhorn(Penalty):
     """
 
     name = "sinkhorn"
-    warms_up = True  # representations are first to say something
+    warms_up = True  # aligned early, representations stay uninformative
 
     @checked
     def __init__(
@@ -66,7 +66,7 @@ class Sinkhorn(Penalty):
         self.p, self.blur, self.reach, self.sampled, self.reference = p, blur, reach, sampled, reference
 
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
-        """The penalty, a scalar; 0 with a single modality, or without the reference."""
+        """The penalty, a scalar; 0 with a single modality, or if the reference is absent."""
         points = {k: torch.normal(q.loc, q.scale) if self.sampled else q.loc for k, q in posteriors.items()}
         total = next(iter(points.values())).new_zeros(())
         for a, b in combinations(points, 2):
@@ -80,8 +80,8 @@ def sinkhorn_divergence(
 ) -> Tensor:
     """Debiased unbalanced Sinkhorn divergence of two samples, (n, d) and (m, d); see `Sinkhorn`.
 
-    With an adaptive blur, nothing is copied from the device: the divergence is homogeneous, so the points are divided
-    by the blur and compared at blur 1, and the result is multiplied by ``blur^p``.
+    With an adaptive blur, nothing is copied from the device: the divergence is homogeneous, so that the points can be
+    divided by the blur, compared at blur 1, and the result multiplied by ``blur^p``.
 
     Parameters
     ----------
@@ -108,12 +108,12 @@ def sinkhorn_divergence(
     with torch.no_grad():
         cost = torch.cdist(x, y).square().mean() / 2 if p == 2 else torch.cdist(x, y).mean()
         unit = (0.5 * cost).clamp_min(1e-12) ** (1 / p)
-    # This blur is long: begun there, transport is as exact as annealed from afar, in fewer rounds.
+    # This blur is large: starting at it is as exact as annealing from a larger one, in fewer iterations.
     return unit**p * _divergence(x / unit, y / unit, p, 1.0, reach or 3.0, diameter=1.0)
 
 
 def _divergence(x: Tensor, y: Tensor, p: int, blur: float, reach: float, diameter: float | None) -> Tensor:
-    from geomloss import SamplesLoss  # slow to import
+    from geomloss import SamplesLoss  # imports slowly
 
     loss: Any = SamplesLoss(
         "sinkhorn",

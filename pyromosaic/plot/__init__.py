@@ -1,6 +1,6 @@
 """Figures: embeddings, imputed against measured values, training curves, and checks.
 
-Every function draws on the given axes, or on new ones, and returns them. It changes none of its arguments.
+Every function draws on the given axes, or on new ones, and returns them. It does not change its arguments.
 """
 
 from pyromosaic.plot.cells import embedding, history, imputation, overview, umap

@@ -1,7 +1,7 @@
 """Figures of cells and of training."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,9 +16,6 @@ from numpy.typing import ArrayLike
 
 from pyromosaic.metrics import imputation_spearman
 from pyromosaic.metrics._checks import aligned
-
-if TYPE_CHECKING:
-    pass
 from pyromosaic.plot.style import COUNT_TICKS, PALETTE, UNKNOWN, axes_of, distinct_colours
 
 
@@ -52,7 +49,7 @@ def umap(latent: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """
     from umap import UMAP
 
-    # One thread, as a seed asks for.
+    # With a seed, UMAP uses one thread.
     layout = UMAP(n_neighbors=min(15, len(latent) - 1), random_state=seed, n_jobs=1)
     return pd.DataFrame(layout.fit_transform(latent.to_numpy()), latent.index, ["UMAP 1", "UMAP 2"])
 
@@ -140,7 +137,7 @@ def imputation(
     title
         Title of the panel.
     unit
-        Unit of both.
+        Unit of both axes.
 
     Returns
     -------
@@ -149,8 +146,8 @@ def imputation(
 
     Notes
     -----
-    Both axes have the scale log(1 + value), or a linear scale if a value is negative or none is above 1. On the line,
-    imputed and measured values are equal. Colour shows the number of entries, on a logarithmic scale.
+    Both axes have the scale log(1 + value), or are linear if a value is negative or none is above 1. On the line,
+    imputed and measured values are equal. Colour shows the number of entries on a logarithmic scale.
 
     Examples
     --------
@@ -190,7 +187,7 @@ def imputation(
 
 
 def history(history: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Evidence lower bound per cell over the epochs, for training and (if there are any) validation cells.
+    """Evidence lower bound per cell by epoch, for training cells and, if there are any, validation cells.
 
     Parameters
     ----------
@@ -217,7 +214,7 @@ def history(history: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = axes_of(ax)
     names = [name for name in ("train_elbo", "validation_elbo") if name in history]
     for name, colour in zip(names, PALETTE, strict=False):
-        curve = history[name].dropna()  # validation cells are not looked at in every epoch
+        curve = history[name].dropna()  # validation cells are not evaluated in every epoch
         ax.plot(curve.index, curve, "." if len(curve) == 1 else "-", color=colour, label=name.removesuffix("_elbo"))
     tail = history[names].to_numpy()[len(history) // 10 :]
     low, high = np.nanmin(tail), np.nanmax(tail)
@@ -246,7 +243,7 @@ def overview(
     colours
         Values by which to colour the cells, one panel each; the names are the titles.
     imputed
-        For each title one panel: held-out values, imputed values and their unit; see `imputation`.
+        Held-out values, imputed values and their unit for each title, one panel each; see `imputation`.
     training
         The ``history`` of a model.
 
@@ -268,7 +265,7 @@ def overview(
     """
     n_columns = max(len(colours), len(imputed) + 1, 2)
     layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1)
-    # Inside the context a notebook's choice to show figures would be made, and forgotten with the context.
+    # Outside the context, which on leaving would undo a notebook's choice to show figures.
     figure = plt.figure(figsize=(4.4 * n_columns, 8), layout=layout)
     with plt.rc_context({"font.size": 10, "axes.titlesize": 12, "legend.fontsize": 10}):
         above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]

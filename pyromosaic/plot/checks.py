@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pyromosaic.checks import PredictiveCheck, Ranks
 from pyromosaic.plot.style import PALETTE, UNKNOWN, axes_of, distinct_colours
 
-#: Axes of the statistics of a `PredictiveCheck`: what is shown, and whether it is spaced by its logarithm.
+#: Axes of the statistics of a `PredictiveCheck`: label, and whether the axis is logarithmic.
 STATISTICS: Mapping[str, tuple[str, bool]] = {
     "mean": ("mean of a feature (counts)", True),
     "variance": ("variance of a feature (counts²)", True),
@@ -45,7 +45,7 @@ def predictive(check: "PredictiveCheck", modality: str, statistic: str, ax: Axes
     -----
     Each dot is a feature (or pair, or quantile): its observed value, and the mean over the draws with their 90 %
     interval. Triangles are observed values outside their intervals; a correct model has about one in ten. On the line,
-    both are equal.
+    observed and drawn values are equal.
 
     Examples
     --------

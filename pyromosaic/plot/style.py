@@ -1,18 +1,12 @@
-"""Colours and axes of all figures."""
-
-from typing import TYPE_CHECKING
+"""Colours and axes for all figures."""
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
-if TYPE_CHECKING:
-    pass
-
-
-#: Colours of up to 20 categories, each as far as can be from those before it, from white and from `UNKNOWN`, for
-#: normal sight and under simulated protanopia, deuteranopia and tritanopia. The first six are those of Okabe and Ito.
+#: Colours of up to 20 categories, each as different as possible from earlier ones, from white and from `UNKNOWN`, for
+#: normal vision and under simulated protanopia, deuteranopia and tritanopia. The first six are from Okabe and Ito.
 PALETTE = (
     *("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#730d2f", "#480d95", "#0d0dea", "#9df26a"),
     *("#84516a", "#b70d15", "#847bf2", "#8cbf8c", "#1e4062", "#c8159d", "#2f622f", "#ea0dd0", "#730db7", "#ea626a"),

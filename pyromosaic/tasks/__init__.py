@@ -1,15 +1,16 @@
-"""What every trained model can do, written once against its Pyro program."""
+"""Methods of every trained model, written once for its Pyro program."""
 
 from pyromosaic.program import AtMean
 from pyromosaic.tasks.differential import compare, compare_groups, contrasts, estimate_delta
 from pyromosaic.tasks.inference import inference_mode
-from pyromosaic.tasks.prediction import Estimate, draws, estimate
+from pyromosaic.tasks.prediction import Estimate, answers, draws, estimate
 from pyromosaic.tasks.question import Question
 
 __all__ = [
     "AtMean",
     "Estimate",
     "Question",
+    "answers",
     "compare",
     "compare_groups",
     "contrasts",

@@ -1,9 +1,9 @@
-"""Differential expression, accessibility and protein: what differs between two groups of cells, and how surely.
+"""Differential expression, accessibility and protein: how two groups of cells differ, and with what probability.
 
-Values are compared in pairs of cells, one of each group, each cell with a posterior draw of its own (Lopez et al., Deep
+Values are compared in pairs of cells, one from each group, each with an independent posterior draw (Lopez et al., Deep
 generative modeling for single-cell transcriptomics, 2018; Boyeau et al., An empirical Bayes method for differential
-expression analysis of single cells with deep generative models, 2023). The differences among the cells of a group
-count as uncertainty: a feature is found if it differs between most cells of the two groups.
+expression analysis of single cells with deep generative models, 2023). Differences among the cells of a group count as
+uncertainty: a feature is called if it differs between most cells of the two groups.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,12 +21,12 @@ from pyromosaic.data.traits import EffectScale
 Scale = EffectScale
 Mode = Literal["change", "vanilla"]
 Delta = Positive | Literal["default"] | None
-#: Posterior draws, one for each of some cells (repeats are draws of their own), from cell numbers, the batch to decode
-#: for (None: the cell's own) and a seed; shape (cells, features).
+#: Posterior draws, one for each of some cells (repeated cells get independent draws), given cell numbers, the batch to
+#: decode for (None: the cell's batch) and a seed; shape (cells, features).
 Draw = Callable[[np.ndarray, str | None, int], np.ndarray]
 
 DELTAS = {"log2": 0.25, "difference": 0.05}
-LEAST_DELTAS = {"log2": 0.1, "difference": 0.02}  # where the threshold is estimated
+LEAST_DELTAS = {"log2": 0.1, "difference": 0.02}  # lower limits of estimated thresholds
 PREFIXES = {"log2": "lfc", "difference": "difference"}
 PORTION = 1000  # pairs drawn at once
 BLOCK = 5_000_000  # pairs × features summarised at once
@@ -34,7 +34,7 @@ CHUNK = 4096  # cells read at once
 
 
 class Contrast(NamedTuple):
-    """Two groups of cells: their names, and the numbers of their cells."""
+    """Two groups of cells: their names and cell numbers."""
 
     group1: str
     group2: str
@@ -54,38 +54,38 @@ def compare(
     scale: Scale = "log2",
     fdr: Level = 0.05,
 ) -> pd.DataFrame:
-    """Compare two groups of cells by pairs of draws, feature by feature.
+    """Compare two groups of cells, feature by feature, by pairs of draws.
 
     The effect in a pair is ``log2((first + pseudocount) / (second + pseudocount))`` or ``first - second``. A feature
-    has changed if the effect lies beyond delta on the same side of zero in most pairs.
+    has changed if the effect is beyond delta on the same side of zero in most pairs.
 
     Parameters
     ----------
     first, second
-        Draws from the two groups, each pairs × features; row k of one is paired with row k of the other.
+        Draws from the two groups, pairs × features each; row k of one is paired with row k of the other.
     features
-        Names of the features; by default their numbers.
+        Names of the features; their numbers by default.
     mode
         ``"change"``: the probability that the effect is at least delta, or that it is at most -delta, whichever is
-        larger. ``"vanilla"``: the probability that the first is larger than the second, whatever the difference.
+        larger. ``"vanilla"``: the probability that the first value is larger than the second, by any amount.
     delta
-        Smallest effect that counts. By default 0.25 as a log2 fold change and 0.05 as a difference. None estimates it
+        Smallest effect that counts; by default 0.25 for a log2 fold change and 0.05 for a difference. None estimates it
         (`estimate_delta`).
     pseudocount
-        Added to both sides of a fold change; effects on values well below it vanish.
+        Added to both sides of a fold change; values well below it have almost no effect.
     scale
         ``"log2"`` (fold change) or ``"difference"``.
     fdr
-        Share of false discoveries that is accepted among the features called.
+        Accepted share of false discoveries among the called features.
 
     Returns
     -------
     pandas.DataFrame
-        A row a feature, the surest first (among equals the one with the larger effect). ``probability`` as said under
-        `mode`; ``bayes_factor``, its natural log odds (negative in vanilla mode if the second is larger);
-        ``lfc_mean``, ``lfc_median``, ``lfc_sd``, ``lfc_low`` and ``lfc_high`` (5 % and 95 % quantiles) of the effect
-        over pairs, ``difference_...`` for differences; ``delta``, in change mode; ``is_significant``, the longest list
-        of which on average at most `fdr` are expected to be false (in vanilla mode: in direction).
+        One row per feature, the most certain first (ties by the size of the effect). ``probability`` as described under
+        `mode`; ``bayes_factor``, its natural log odds (negative in vanilla mode if the second is larger); ``lfc_mean``,
+        ``lfc_median``, ``lfc_sd``, ``lfc_low`` and ``lfc_high`` (5 % and 95 % quantiles) of the effect over pairs,
+        ``difference_...`` for differences; ``delta``, in change mode; ``is_significant``, the longest list with an
+        expected share of false discoveries (in vanilla mode: of wrong directions) of at most `fdr`.
 
     Raises
     ------
@@ -107,7 +107,8 @@ def compare(
     first, second = np.asarray(first), np.asarray(second)
     if first.ndim != 2 or first.shape != second.shape or first.size == 0:
         raise ValueError(
-            f"draws are paired, pairs × features, at least one of each; found shapes {first.shape} and {second.shape}"
+            "draws must have the same shape, pairs × features, at least one of each; "
+            f"found {first.shape} and {second.shape}"
         )
     names = np.arange(first.shape[1]) if features is None else list(features)
     if len(names) != first.shape[1]:
@@ -118,24 +119,24 @@ def compare(
 def effect(first: np.ndarray, second: np.ndarray, scale: Scale, pseudocount: float) -> np.ndarray:
     """Fold change or difference in each pair, as `compare` defines it."""
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
-        raise ValueError("draws to compare are finite numbers; found one that is not")
+        raise ValueError("draws to compare must be finite numbers; found one that is not")
     if scale == "difference":
         return first - second
     least = min(first.min(), second.min()) + pseudocount
     if pseudocount < 0 or least <= 0:
         raise ValueError(
-            f"fold changes need a pseudocount of at least 0 and values above 0 once it is added; found the pseudocount "
+            f"fold changes need a pseudocount of at least 0 and values above 0 after adding it; found the pseudocount "
             f"{pseudocount} and the value {least}"
         )
     return np.log2((first + pseudocount) / (second + pseudocount))
 
 
 def estimate_delta(effects: ArrayLike, scale: Scale = "log2") -> float:
-    """Smallest effect that counts, from the mean effects of all features.
+    """Smallest effect that counts, estimated from the mean effects of all features.
 
-    Features that decrease, stay and increase are taken for the components of a mixture of three normals; delta is 0.6
-    of the average distance of the outer two means from zero (Boyeau et al. 2023), and at least 0.1 as a log2 fold
-    change, 0.02 as a difference.
+    A mixture of three normals describes features that decrease, stay the same and increase. Delta is 0.6 times the
+    average distance of the two outer means from zero (Boyeau et al. 2023), and at least 0.1 for a log2 fold change or
+    0.02 for a difference.
 
     Parameters
     ----------
@@ -147,7 +148,7 @@ def estimate_delta(effects: ArrayLike, scale: Scale = "log2") -> float:
     Returns
     -------
     float
-        On the scale of the effects.
+        Delta, on the scale of the effects.
 
     Raises
     ------
@@ -165,7 +166,7 @@ def estimate_delta(effects: ArrayLike, scale: Scale = "log2") -> float:
 
     effects = np.asarray(effects, dtype=float)[:, None]
     if len(effects) < 3:
-        raise ValueError(f"delta can be estimated from 3 features or more, not from {len(effects)}; give a number")
+        raise ValueError(f"estimating delta needs at least 3 features; found {len(effects)}; pass a number instead")
     mixture = GaussianMixture(
         3,
         max_iter=1000,
@@ -180,7 +181,7 @@ def estimate_delta(effects: ArrayLike, scale: Scale = "log2") -> float:
 def decide(
     effects: np.ndarray, features: Sequence[Any] | np.ndarray, mode: Mode, delta: Delta, scale: Scale, fdr: float
 ) -> pd.DataFrame:
-    """Table of `compare` from the effects, pairs × features."""
+    """The table that `compare` returns, from the effects, pairs × features."""
     least: float = 0.0
     if mode == "change":
         if delta is None:
@@ -207,7 +208,7 @@ def decide(
 
 
 def _summary(effects: np.ndarray, mode: Mode, delta: float) -> np.ndarray:
-    """Probability, mean, median, standard deviation, 5 % and 95 % quantile over pairs, shape (6, features)."""
+    """Probability, mean, median, standard deviation, 5 % and 95 % quantiles over pairs, shape (6, features)."""
     if mode == "vanilla":
         probability = (effects > 0).mean(0) + 0.5 * (effects == 0).mean(0)
     else:
@@ -218,11 +219,11 @@ def _summary(effects: np.ndarray, mode: Mode, delta: float) -> np.ndarray:
 
 
 def effect_scale(schema: ModalitySchema) -> tuple[Scale, float]:
-    """Scale on which a modality is compared, and the pseudocount there.
+    """Scale on which a modality is compared, and its pseudocount.
 
-    RNA by the fold change of shares, with a pseudocount of one count in a hundred cells of median size; accessibility
-    and real values by their difference; other values (a protein's expected count in a cell of median size) by their
-    fold change with a pseudocount of 1. A likelihood of one's own says otherwise in its `pyromosaic.data.Traits`.
+    RNA is compared by fold changes of proportions, with a pseudocount of one count in a hundred cells of median size;
+    accessibility and real values by differences; other values (e.g. the expected count of a protein in a cell of median
+    size) by fold changes with a pseudocount of 1. A user's likelihood sets both in its `pyromosaic.data.Traits`.
     """
     traits = schema.spec.traits
     if traits.scale == "difference":
@@ -238,30 +239,30 @@ def contrasts(
     cells1: Sequence[str] | np.ndarray | pd.Index | pd.Series | None = None,
     cells2: Sequence[str] | np.ndarray | pd.Index | pd.Series | None = None,
 ) -> list[Contrast]:
-    """The groups to compare, by a column of `obs` or by their cells.
+    """The groups to compare, from a column of `obs` or from lists of cells.
 
     Parameters
     ----------
     mosaic
         The data.
     groupby
-        Column of `obs`; cells without a value take no part.
+        Column of `obs`; cells without a value are left out.
     group1, group2
-        Values in that column, compared as words. Without `group1` every group is compared with the rest in turn;
-        without `group2` the second group is the rest.
+        Values in that column, compared as strings. Without `group1`, each group in turn is compared with the rest;
+        without `group2`, the second group is the rest.
     cells1, cells2
-        Instead of these: names, numbers or masks; without `cells2` the second group is the rest.
+        Names, numbers or masks of cells instead of groups; without `cells2`, the second group is the rest.
 
     Returns
     -------
     list of Contrast
-        A pair of groups each: names, and numbers of the cells.
+        Pairs of groups, each with names and cell numbers.
 
     Raises
     ------
     ValueError
-        If groups are given in neither or both of these ways, a column or value does not exist, a group has no cell, or
-        the groups overlap.
+        If groups are defined in neither or both of these ways, a column or value does not exist, a group has no cell,
+        or the groups overlap.
 
     Examples
     --------
@@ -271,7 +272,7 @@ def contrasts(
     [('type0', 'rest', 30), ('type1', 'rest', 30)]
     """
     if (groupby is None) == (cells1 is None) or (cells1 is not None and (group1 is not None or group2 is not None)):
-        raise ValueError("groups are given either by groupby (with group1, group2) or by cells1 (with cells2)")
+        raise ValueError("define groups either by groupby (with group1, group2) or by cells1 (with cells2)")
     if cells1 is not None:
         first = np.unique(mosaic.find(cells1))
         rest = np.setdiff1d(np.arange(mosaic.n_cells), first)
@@ -279,7 +280,7 @@ def contrasts(
         chosen = [Contrast("cells1", "rest" if cells2 is None else "cells2", first, second)]
     else:
         if cells2 is not None or (group1 is None and group2 is not None):
-            raise ValueError("a second group needs a first one: group2 goes with group1, cells2 with cells1")
+            raise ValueError("a second group needs a first one: pass group1 with group2, and cells1 with cells2")
         column = mosaic.words(str(groupby))
         known, words = column.notna().to_numpy(), column.to_numpy()
         values = sorted(set(words[known]))
@@ -323,38 +324,38 @@ def compare_groups(
 ) -> pd.DataFrame:
     """Compare two groups of cells in one modality, by pairs of cells drawn with replacement.
 
-    Only the effects are held in memory, 4 bytes a pair and feature.
+    Only the effects are held in memory, 4 bytes per pair and feature.
 
     Parameters
     ----------
     contrast
         The groups.
     draw1, draw2
-        Posterior draws of either group's cells, of the features asked for.
+        Posterior draws for the cells of each group and the requested features.
     modality
-        The modality; it need not have been measured in any of the cells.
+        The modality; it may be missing in all of these cells.
     columns
-        Numbers of the features asked for; None for all.
+        Numbers of the requested features; None for all.
     mode, delta, fdr
         As in `compare`, on the scale and with the pseudocount of `effect_scale`.
     batch_correction
-        Decode both cells of a pair for the same batch, as many pairs for each batch of the modality; otherwise each
-        cell is decoded for its own.
+        Decode both cells of a pair for the same batch, with equally many pairs for each batch of the modality;
+        otherwise each cell is decoded for the batch it comes from.
     n_samples
         Number of pairs.
     seed
-        Seed of cells and draws.
+        Seed of pairs and draws.
 
     Returns
     -------
     pandas.DataFrame
-        As from `compare`, with ``comparison``, ``group1`` and ``group2`` before and what `observed` finds in either
-        group behind.
+        The table of `compare`, preceded by ``comparison``, ``group1`` and ``group2``, and followed by the columns of
+        `observed` for both groups.
 
     Raises
     ------
     ValueError
-        If an argument is out of range, or batches are to be corrected and the modality has none.
+        If an argument is out of range, or batch correction is requested for a modality without batches.
 
     Examples
     --------
@@ -372,11 +373,11 @@ def compare_groups(
     batches: tuple[str | None, ...] = (None,)
     if batch_correction:
         if schema.spec.batch_key is None:
-            raise ValueError(f"modality {modality.name!r} was registered without a batch_key: there is no batch effect")
+            raise ValueError(f"modality {modality.name!r} has no batch_key, and no batch effect to correct")
         batches = tuple(schema.categories[schema.spec.batch_key])
     columns = np.arange(schema.n_features) if columns is None else columns
     if len(columns) == 0:
-        raise ValueError("no feature was asked for; give one at least, or None for all")
+        raise ValueError("no feature was asked for; pass at least one, or None for all")
     scale, pseudocount = effect_scale(schema)
 
     sides = [
@@ -408,7 +409,7 @@ def compare_groups(
 
 
 def observed(modality: Modality, cells: np.ndarray, columns: np.ndarray) -> pd.DataFrame:
-    """What was measured in the cells of a group that have the modality.
+    """Measured values in the cells of a group that have the modality.
 
     Parameters
     ----------
@@ -420,8 +421,8 @@ def observed(modality: Modality, cells: np.ndarray, columns: np.ndarray) -> pd.D
     Returns
     -------
     pandas.DataFrame
-        Features × ``raw_mean``, ``nonzero_share`` and ``normalized_mean``, the mean after every cell was scaled to the
-        size of the median cell; NaN if none of the cells has the modality.
+        Features × ``raw_mean``, ``nonzero_share`` and ``normalized_mean``, the mean after every cell is scaled to the
+        median size; NaN if no cell has the modality.
     """
     cells = cells[modality.present[cells]]
     sums = np.zeros((3, modality.schema.n_features))

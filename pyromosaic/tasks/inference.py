@@ -10,14 +10,14 @@ from torch import nn
 
 @contextmanager
 def inference_mode(*modules: nn.Module, seed: int | None = None) -> Iterator[None]:
-    """No dropout, no gradients, no validation; with a seed, random numbers that leave the caller's stream alone.
+    """Turn off dropout, gradients and validation; with a seed, leave the caller's random numbers unchanged.
 
     Parameters
     ----------
     *modules
-        Put in evaluation mode, and back into theirs afterwards.
+        Modules to set to evaluation mode; their mode is restored afterwards.
     seed
-        Seed of PyTorch's random numbers; None draws from the caller's.
+        Seed of PyTorch's random numbers; None continues the caller's.
 
     Examples
     --------

@@ -1,7 +1,7 @@
-"""What a trained program says of a modality in any cell, measured or not."""
+"""Predictions of a trained program for a modality in any cell, measured or not."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,23 +10,27 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyromosaic.data import Minibatch
-from pyromosaic.laplace import weights_drawn
+from pyromosaic.data import Minibatch, Mosaic
+from pyromosaic.laplace import Weights, draw_weights, weights_set
 from pyromosaic.measurement import encoded_once, part_of
 from pyromosaic.program import AtMean
-from pyromosaic.tasks.question import Question
+from pyromosaic.tasks.inference import inference_mode
+from pyromosaic.tasks.question import Question, columns_of, portions
+
+ENTRIES = 60_000_000  # draws × cells × features in memory at once
+BLOCK = 4096  # columns of draws whose summaries a processor's cache holds
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A quantity of every cell and feature, over draws from the posterior.
+    """A quantity for every cell and feature, summarised over draws from the posterior.
 
     Parameters
     ----------
     mean, sd
         Mean and standard deviation over the draws, cells × features.
     quantiles
-        Quantiles over the draws by level, each cells × features.
+        Quantiles over the draws, by level; each cells × features.
 
     Examples
     --------
@@ -47,7 +51,7 @@ class Estimate:
 def run(
     model: nn.Module, guide: nn.Module, minibatch: Minibatch, latent_at_mean: bool, drawn: bool = False
 ) -> poutine.Trace:
-    """Trace of the model on latent values from the guide; what is to be predicted is at its mean, or `drawn`."""
+    """Trace of the model on latent values from the guide; the predicted modality is at its mean, or `drawn`."""
     with AtMean() if latent_at_mean else nullcontext():
         guide_trace = poutine.trace(guide).get_trace(minibatch)
     predicted = {*minibatch.decoded, *(f"{name}_size" for name in minibatch.decoded)}
@@ -55,7 +59,22 @@ def run(
         return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(minibatch)
 
 
-def draws(model: nn.Module, guide: nn.Module, minibatch: Minibatch, question: Question, columns: Tensor) -> Tensor:
+def drawn_weights(model: nn.Module, question: Question) -> list[Weights] | None:
+    """A draw of the decoder's weights for each draw of the answer, the same for all cells; None for trained weights."""
+    part = part_of(model, question.modality)
+    if not question.weights or question.n_samples is None or part is None:
+        return None
+    return [draw_weights(part.decoder, (question.seed << 20) + i) for i in range(question.n_samples)]
+
+
+def draws(
+    model: nn.Module,
+    guide: nn.Module,
+    minibatch: Minibatch,
+    question: Question,
+    columns: Tensor | None = None,
+    weights: Sequence[Weights] | None = None,
+) -> Tensor:
     """Independent posterior draws of a quantity for the cells of one minibatch.
 
     Parameters
@@ -63,11 +82,13 @@ def draws(model: nn.Module, guide: nn.Module, minibatch: Minibatch, question: Qu
     model, guide
         The Pyro program.
     minibatch
-        With the modality among those to be decoded.
+        The cells; the modality is among those to be decoded.
     question
-        What is asked of it. Draws of the decoder's weights are the same for any cells.
+        The question.
     columns
-        Numbers of the features that are wanted.
+        Numbers of the requested features; None for all.
+    weights
+        From `drawn_weights`.
 
     Returns
     -------
@@ -85,43 +106,73 @@ def draws(model: nn.Module, guide: nn.Module, minibatch: Minibatch, question: Qu
     >>> counts.shape
     torch.Size([2, 10, 3])
     """
-    values, value, part = [], question.value, part_of(model, question.modality)
-    at_mean = question.n_samples is None
+    value, part = question.value, part_of(model, question.modality)
+    at_mean, n_samples = question.n_samples is None, question.n_samples or 1
     with encoded_once(guide):
-        for i in range(question.n_samples or 1):
-            weights: AbstractContextManager[None] = nullcontext()
-            if question.weights and not at_mean and part is not None:
-                weights = weights_drawn(part.decoder, (question.seed << 20) + i)
-            with weights:
+        for i in range(n_samples):
+            with nullcontext() if weights is None or part is None else weights_set(part.decoder, weights[i]):
                 trace = run(model, guide, minibatch, latent_at_mean=at_mean, drawn=value is None)
             if question.modality not in trace.nodes:
                 raise ValueError(
-                    f"the model has no site {question.modality!r}: it does not explain that modality, for which it "
-                    "has a site of its name wherever the modality is in minibatch.decoded"
+                    f"the model has no site {question.modality!r}: it does not explain that modality; it needs a "
+                    "site with the modality's name if the modality is in minibatch.decoded"
                 )
             site = trace.nodes[question.modality]
-            values.append((site["value"] if value is None else value(site["fn"])).index_select(-1, columns))
-    return torch.stack(values)
+            answer = site["value"] if value is None else value(site["fn"])
+            answer = answer if columns is None else answer.index_select(-1, columns)
+            if i == 0:
+                values = answer.new_empty(n_samples, *answer.shape)
+            values[i] = answer
+    return values
+
+
+def answers(
+    model: nn.Module, guide: nn.Module, mosaic: Mosaic, question: Question, device: torch.device
+) -> Iterator[Tensor]:
+    """Draws of a quantity for all cells in question, some cells at a time, each of shape (draws, cells, features).
+
+    Parameters
+    ----------
+    model, guide
+        The Pyro program.
+    mosaic
+        The cells, and others.
+    question
+        The question. A draw of the decoder's weights serves all cells.
+    device
+        Device of the program.
+    """
+    index, name, schema = mosaic.find(question.cells), question.modality, mosaic.schema[question.modality]
+    columns = None
+    if question.features is not None:
+        columns = torch.from_numpy(columns_of(name, schema, question.features)).to(device)
+    question.check(mosaic, index)
+    size = max(1, ENTRIES // (schema.n_features * (question.n_samples or 1)))
+    with inference_mode(model, guide, seed=question.seed):
+        weights = drawn_weights(model, question)
+        for part in portions(index, min(size, 1024)):
+            minibatch = question.minibatch(mosaic, part).to(device)
+            yield draws(model, guide, minibatch, question, columns, weights)
 
 
 def estimate(
     chunks: Iterable[Tensor], cells: pd.Index, features: pd.Index, quantiles: Sequence[float] = ()
 ) -> Estimate:
-    """Mean, standard deviation and quantiles over draws, chunk of cells by chunk of cells.
+    """Mean, standard deviation and quantiles over draws, one chunk of cells at a time.
 
     Parameters
     ----------
     chunks
         Draws for consecutive groups of cells, each of shape (draws, cells, features).
     cells, features
-        Names.
+        Names of the cells and features.
     quantiles
         Levels between 0 and 1.
 
     Returns
     -------
     Estimate
-        Tables of cells × features; the standard deviation is 0 where there is a single draw.
+        Tables of cells × features; the standard deviation is 0 for a single draw.
 
     Raises
     ------
@@ -139,14 +190,25 @@ def estimate(
     """
     levels = list(quantiles)
     if any(not 0 <= q <= 1 for q in levels):
-        raise ValueError(f"quantiles lie between 0 and 1; found {levels}")
+        raise ValueError(f"quantiles must be between 0 and 1; found {levels}")
 
-    def summaries() -> Iterator[np.ndarray]:
-        for values in chunks:
-            sd = values.std(0) if len(values) > 1 else torch.zeros_like(values[0])
-            parts = [values.mean(0), sd, *(torch.quantile(values, q, dim=0) for q in levels)]
-            yield torch.stack(parts).cpu().numpy()
-
-    whole = np.concatenate(list(summaries()), axis=1)
-    frames = [pd.DataFrame(part, index=cells, columns=features) for part in whole]
+    parts = [_summary(values.cpu().numpy(), levels) for values in chunks]
+    frames = [pd.DataFrame(part, index=cells, columns=features) for part in np.concatenate(parts, axis=1)]
     return Estimate(frames[0], frames[1], dict(zip(levels, frames[2:], strict=True)))
+
+
+def _summary(values: np.ndarray, levels: Sequence[float]) -> np.ndarray:
+    """Mean, standard deviation and quantiles over the first axis; a sort is ten times as fast as numpy's quantiles."""
+    n, flat = len(values), values.reshape(len(values), -1)
+    summary = np.zeros((2 + len(levels), flat.shape[1]), dtype=values.dtype)
+    for start in range(0, flat.shape[1], BLOCK):
+        block, found = flat[:, start : start + BLOCK], summary[:, start : start + BLOCK]
+        block.mean(0, out=found[0])
+        if n > 1:
+            (block - block[0]).std(0, ddof=1, out=found[1])  # differences, so that equal draws have none
+        ordered = np.sort(block, axis=0) if levels else block
+        for level, quantile in zip(levels, found[2:], strict=True):
+            below, weight = divmod(level * (n - 1), 1)
+            low, high = ordered[int(below)], ordered[min(int(below) + 1, n - 1)]
+            quantile[:] = low + values.dtype.type(weight) * (high - low)
+    return summary.reshape(-1, *values.shape[1:])

@@ -1,4 +1,4 @@
-"""One question to a trained program, asked in one piece from the user's call to the trace that answers it."""
+"""A question to a trained program: one object from the user's call to the trace that answers it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Cells = Sequence[str] | np.ndarray | pd.Index | pd.Series | None
 
 
 def columns_of(name: str, schema: ModalitySchema, features: Cells) -> np.ndarray:
-    """Numbers of a modality's features, given by names or a mask; None for all.
+    """Numbers of a modality's features, from names or a mask; None for all.
 
     Raises
     ------
@@ -37,7 +37,7 @@ def columns_of(name: str, schema: ModalitySchema, features: Cells) -> np.ndarray
 
 
 def check_size(name: str, schema: ModalitySchema, library: float | None) -> None:
-    """Refuse a size to predict at that would have no effect."""
+    """Refuse a library size that would have no effect."""
     if library is not None and not schema.spec.traits.sized:
         raise ValueError(f"library has no effect on modality {name!r}, whose likelihood has no sizes; leave it out")
 
@@ -56,7 +56,7 @@ def first_of(schema: Schema, what: str, fits: Callable[[Traits], bool]) -> str:
 
 
 def portions(index: np.ndarray, size: int = 1024) -> Iterator[np.ndarray]:
-    """Numbers of cells, so many at a time.
+    """Numbers of cells, in blocks of at most this size.
 
     Examples
     --------
@@ -69,28 +69,28 @@ def portions(index: np.ndarray, size: int = 1024) -> Iterator[np.ndarray]:
 @checked
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a modality, in which cells, and under which conditions.
+    """A quantity of a modality, the cells to predict it in, and the conditions.
 
     Parameters
     ----------
     modality
         The modality.
     value
-        The quantity, from the modality's distribution; None for measurements drawn from it.
+        Function of the modality's distribution that returns the quantity; None for measurements drawn from it.
     cells, features
         Names (cells also by number or mask); None for all.
     encode
-        Modalities to infer from; None for all that a cell has.
+        Modalities to infer from; None for all modalities of a cell.
     batch
-        Batch to predict for; None for the cell's own.
+        Batch to predict for; None for the batch of each cell.
     library
-        Size of the cells to predict at; None for their own, or what the model expects.
+        Library size to predict at; None for the size of each cell, or the size that the model expects.
     n_samples
         Number of posterior draws; None for one evaluation at the mean of the posterior.
     weights
-        Whether each draw has a draw of the decoder's weights.
+        Whether each posterior draw includes a draw of the decoder's weights.
     data
-        Other cells than the training data.
+        Cells other than the training data.
     seed
         Seed of the draws.
 
@@ -120,10 +120,10 @@ class Question:
         if isinstance(self.encode, str):
             object.__setattr__(self, "encode", (self.encode,))
         if self.encode is not None and len(self.encode) == 0:
-            raise ValueError("there is no modality to infer from; give one at least, or None for all that a cell has")
+            raise ValueError("there is no modality to infer from; pass at least one, or None for all of a cell's")
 
     def check(self, mosaic: Mosaic, index: np.ndarray) -> None:
-        """Refuse modalities to infer from of which a cell has none."""
+        """Refuse the modalities to infer from if a cell has none of them."""
         if self.encode is not None:
             for name in self.encode:
                 mosaic.schema[name]
@@ -133,5 +133,5 @@ class Question:
                 raise ValueError(f"cell {cell!r} has none of the modalities to infer from: {', '.join(self.encode)}")
 
     def minibatch(self, mosaic: Mosaic, index: np.ndarray) -> Minibatch:
-        """Some of the cells, with the modality to predict."""
+        """Minibatch of some of the cells, with the modality to predict."""
         return to_predict(mosaic, index, (self.modality,), self.encode, self.batch, self.library)

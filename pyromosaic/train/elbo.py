@@ -8,17 +8,10 @@ from pyro.distributions import Delta, Unit
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceMeanField_ELBO
 from pyro.infer.util import is_validation_enabled
-from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
 from torch import Tensor
 from torch.distributions import kl_divergence
-
-
-class Sites(TraceMessenger):
-    """Effect handler: `pyro.poutine.trace` of the random variables alone, which takes less time."""
-
-    _pyro_post_param = None
 
 
 class MosaicELBO(TraceMeanField_ELBO):
@@ -29,8 +22,7 @@ class MosaicELBO(TraceMeanField_ELBO):
     The loss is that of `TraceMeanField_ELBO`: minus the log-likelihood of observed sites, plus the Kullback-Leibler
     divergence of latent sites (analytic where there is a formula), plus the factors of the guide. After each call
     `terms` maps every site to its part, detached, and `latent` those that are divergences to their weight
-    (`pyromosaic.program.weighted`); penalties are the
-    sites whose name begins with ``"penalty/"``.
+    (`pyromosaic.program.weighted`); penalties are the sites whose name begins with ``"penalty/"``.
 
     The analytic divergence of a latent site takes scale and mask from the guide alone. Therefore scales that differ
     between model and guide are refused while Pyro's validation is on.
@@ -61,8 +53,8 @@ class MosaicELBO(TraceMeanField_ELBO):
         return float(loss.detach())
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[poutine.Trace, poutine.Trace]:
-        guide_trace = Sites()(guide).get_trace(*args, **kwargs)
-        model_trace = Sites()(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
         if is_validation_enabled():
             check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
         return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyromosaic import __version__
 from pyromosaic.accepted import Positive, Weight, Whole, checked
 from pyromosaic.data import Minibatch
+from pyromosaic.program import unannounced
 from pyromosaic.train.elbo import MosaicELBO
 
 
@@ -137,13 +138,15 @@ class Plan(lightning.LightningModule):
     def training_step(self, minibatch: Minibatch, step: int) -> Tensor:
         """One step of stochastic variational inference."""
         weight = self.kl_weight()
-        loss: Tensor = self.objective(minibatch, weight) / minibatch.n_cells
+        with unannounced():
+            loss: Tensor = self.objective(minibatch, weight) / minibatch.n_cells
         # On an accelerator a look at the loss waits for the device, so it is not taken at every step.
         if (loss.device.type == "cpu" or step % 50 == 0) and not torch.isfinite(loss):
             sites = [name for name, term in self.elbo.terms.items() if not torch.isfinite(term)]
             raise NonFiniteLossError(
                 f"the loss is not finite in epoch {self.current_epoch}, at {', '.join(map(repr, sites))}; the "
-                "parameters are restored from the start of this epoch. Lower the learning rate, or set gradient_clip"
+                "parameters are restored from the start of this epoch. Lower the learning rate, or set gradient_clip; "
+                "if the first epoch fails, check the distributions of these sites for NaN and negative scales"
             )
         self._add("train", minibatch, loss.detach())
         return loss
@@ -156,7 +159,8 @@ class Plan(lightning.LightningModule):
 
     def validation_step(self, minibatch: Minibatch, step: int) -> None:
         """Evaluate the bound on cells that are not used in training."""
-        loss = self.objective(minibatch, 1.0) / minibatch.n_cells
+        with unannounced():
+            loss = self.objective(minibatch, 1.0) / minibatch.n_cells
         self._add("validation", minibatch, loss)
 
     def _add(self, part: str, minibatch: Minibatch, loss: Tensor) -> None:

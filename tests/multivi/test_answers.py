@@ -16,7 +16,7 @@ from pyromosaic import Mosaic, MultiVI, metrics
 from pyromosaic.data import measured
 from pyromosaic.program import AtMean
 from pyromosaic.sizes import Size
-from pyromosaic.tasks import Question
+from pyromosaic.tasks import Question, estimate
 
 # Asking
 
@@ -112,9 +112,20 @@ def test_posterior_predictive_has_the_models_moments(trained):
     assert set(np.unique(opened)) <= {0, 1}
 
 
+@pytest.mark.parametrize("n", [1, 2, 25])
+def test_summaries_of_draws_are_those_of_numpy(n, monkeypatch):
+    monkeypatch.setattr("pyromosaic.tasks.prediction.BLOCK", 7)
+    draws, levels = torch.randn(n, 9, 5) + 100.0, (0.0, 0.05, 0.5, 0.77, 1.0)
+    found = estimate([draws[:, :4], draws[:, 4:]], pd.RangeIndex(9), pd.RangeIndex(5), levels)
+    np.testing.assert_allclose(found.mean, draws.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(found.sd, draws.std(0) if n > 1 else np.zeros((9, 5)), rtol=1e-5)
+    for level in levels:
+        np.testing.assert_allclose(found.quantiles[level], np.quantile(draws, level, axis=0), rtol=1e-6)
+
+
 def test_chunks_of_cells_do_not_matter(trained, monkeypatch):
     whole = trained.get_normalized_expression("rna")
-    monkeypatch.setattr("pyromosaic.models.asking.CHUNK_ENTRIES", 30 * 7)
+    monkeypatch.setattr("pyromosaic.tasks.prediction.ENTRIES", 30 * 7)
     pd.testing.assert_frame_equal(trained.get_normalized_expression("rna"), whole, rtol=1e-4)
 
 
