@@ -7,7 +7,7 @@ decorator `checked` refuses all else. Numbers of numpy become Python's.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from inspect import isclass, signature
+from inspect import Parameter, isclass, signature
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -153,6 +153,8 @@ def _rule(annotation: Any) -> tuple[_Rule | None, bool]:
     if origin is Literal:
         return _choice(args), True
     if origin in (Union, UnionType):
+        if np.ndarray in args and any(get_origin(part) is Sequence for part in args):
+            return None, False  # names, numbers or a mask, which are looked up
         parts = [_rule(part) for part in args]
         rules = [rule for rule, _ in parts if rule is not None]
         return (_any_of(rules) if len(rules) == len(parts) else None), any(more for _, more in parts)
@@ -162,11 +164,24 @@ def _rule(annotation: Any) -> tuple[_Rule | None, bool]:
         return (_each(entry, kind) if entry is not None and more else None), more
     if origin is Callable:
         return _Rule(_callable, ("a class or function",)), True
-    if isclass(annotation) and annotation not in (object, str):  # words are looked up where they are known
-        module = issubclass(annotation, nn.Module)
-        own = module and annotation is not nn.Module
-        return _instance(annotation, f"{annotation.__name__}(...)" if own else f"a {annotation.__name__}"), module
+    if origin is tuple and Ellipsis not in args:
+        entries = [rule for rule, _ in map(_rule, args) if rule is not None]
+        return (_tuple(entries), True) if len(entries) == len(args) else (None, False)
+    if annotation is str:
+        return _instance(str, "text"), True
+    if isclass(annotation) and origin is None and annotation not in (Any, object, Parameter.empty):
+        made = issubclass(annotation, nn.Module) and annotation is not nn.Module
+        return _instance(annotation, f"{annotation.__name__}(...)" if made else f"a {annotation.__name__}"), True
     return None, False
+
+
+def _tuple(entries: Sequence[_Rule]) -> _Rule:
+    def take(value: Any) -> Any:
+        if not isinstance(value, tuple | list) or len(value) != len(entries):
+            raise ValueError
+        return tuple(entry.take(each) for entry, each in zip(entries, value, strict=True))
+
+    return _Rule(take, (f"{len(entries)} values, each {entries[0].says}",))
 
 
 def _callable(value: Any) -> Any:

@@ -48,6 +48,12 @@ def _balance(minibatch: Minibatch, weights: Mapping[str, float]) -> AbstractCont
     return balanced
 
 
+def scaled(by: float) -> AbstractContextManager[Any]:
+    """Log densities times a number, which may be 0: Pyro's ``scale`` refuses that."""
+    scale: AbstractContextManager[Any] = poutine.scale(scale=by) if by else poutine.mask(mask=False)
+    return scale
+
+
 @checked
 @dataclass(frozen=True)
 class Plates:
@@ -86,8 +92,7 @@ class Plates:
     @contextmanager
     def features(self) -> Iterator[None]:
         """Plate of the features (dim -1), inside that of the cells."""
-        scale = nullcontext() if self.data == 1 else poutine.scale(scale=self.data)
-        with scale, pyro.plate(f"{self.name}_features", self.n_features, dim=-1):
+        with scaled(self.data), pyro.plate(f"{self.name}_features", self.n_features, dim=-1):
             yield
 
 

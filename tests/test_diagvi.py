@@ -585,7 +585,7 @@ def test_bad_input_is_refused_in_one_sentence(mosaic, graph, data):
         ({"alignment": -1.0}, "alignment must be a number from 0 to 1e9 or Penalty\\(...\\); found -1"),
         ({"graph_weight": -1.0}, "graph_weight must be a number from 0 to 1e9; found -1"),
         ({"n_private": -1}, "n_private must be a whole number from 0 to 100,000; found -1"),
-        ({"alignment": "sinkhorn"}, "alignment is a weight or a pyromosaic.penalties.Sinkhorn; found 'sinkhorn'"),
+        ({"alignment": "sinkhorn"}, "alignment must be a number from 0 to 1e9 or Penalty\\(...\\); found 'sinkhorn'"),
     ]
     for options, sentence in cases:
         with pytest.raises(ValueError, match=sentence):

@@ -1,7 +1,7 @@
 """Calibration: whether the ranks of true values among a model's draws are uniform."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -201,7 +201,7 @@ def imputation_ranks(
     truth: "AnnData | pd.DataFrame",
     *,
     n_samples: Count = 199,
-    encode: list[str] | None = None,
+    encode: Sequence[str] | None = None,
     data: Mosaic | None = None,
     seed: Seed = 0,
 ) -> Ranks:

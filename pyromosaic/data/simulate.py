@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import sparse
 from scipy.special import expit
 
-from pyromosaic.accepted import Count, Seed, Width, checked
+from pyromosaic.accepted import Count, Positive, Seed, Share, Weight, Width, checked
 from pyromosaic.data.spec import LIKELIHOOD_BY_NAME, ModalitySpec
 from pyromosaic.data.tables import kept_apart
 
@@ -174,24 +174,24 @@ STORIES: Mapping[str, Callable[..., Story]] = {
 @checked
 def simulate(
     n_cells: Count = 1000,
-    modalities: Mapping[str, int] | None = None,
+    modalities: Mapping[str, Width] | None = None,
     *,
     likelihoods: Mapping[str, str] | None = None,
     patterns: Mapping[str, float] | Sequence[str] | None = None,
-    types: int | Sequence[float] | Mapping[str, Sequence[float]] = 5,
+    types: Width | Sequence[float] | Mapping[str, Sequence[float]] = 5,
     private: Mapping[str, Sequence[str]] | None = None,
     n_latent: Width = 5,
-    separation: float = 2.0,
-    n_batches: int = 2,
+    separation: Weight = 2.0,
+    n_batches: Width = 2,
     batch_effect: float = 0.3,
-    depth: float = 1.0,
-    links: Mapping[str, float] | None = None,
-    negative_links: float = 0.0,
-    treated: float | Mapping[str, float] = 0.0,
+    depth: Positive = 1.0,
+    links: Mapping[str, Share] | None = None,
+    negative_links: Share = 0.0,
+    treated: Share | Mapping[str, Share] = 0.0,
     treated_types: Sequence[float] | None = None,
-    n_responses: int = 2,
+    n_responses: Width = 2,
     n_salient: Width = 2,
-    affected: float = 0.2,
+    affected: Share = 0.2,
     effect: float = 1.0,
     keep_means: bool = True,
     seed: Seed = 0,
@@ -276,15 +276,9 @@ def simulate(
 
     modalities = dict({"rna": 300, "atac": 500, "adt": 30} if modalities is None else modalities)
     conditions = dict(treated) if isinstance(treated, Mapping) else {"treated": treated}
-    whole = {"n_cells": n_cells, "n_latent": n_latent, "n_batches": n_batches, "n_salient": n_salient}
-    whole |= {"n_responses": n_responses} | {f"modality {name!r}": n for name, n in modalities.items()}
-    for what, number in whole.items():
-        if not isinstance(number, int | np.integer) or number < 1:
-            raise ValueError(f"{what} takes a whole number from 1 upwards; found {number!r}")
-    _check("from 0 upwards", np.inf, separation=separation, depth=depth)
     _check("from 0 to 3", 3, batch_effect=batch_effect, effect=effect)  # logarithms: a factor of e^3
     all_treated = round(sum(conditions.values()), 9)
-    _check("from 0 to 1", 1, affected=affected, negative_links=negative_links, treated=all_treated)
+    _check("from 0 to 1", 1, treated=all_treated)
     if "control" in conditions:
         raise ValueError("'control' names the cells that are not treated; give the condition another name")
     chosen = _likelihoods(modalities, likelihoods or {})

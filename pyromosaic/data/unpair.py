@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from pyromosaic.accepted import Seed, Share, checked
+from pyromosaic.accepted import Seed, Share, Whole, checked
 from pyromosaic.data.mosaic import Mosaic
 from pyromosaic.data.tables import kept_apart
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 def _complete(mdata: "MuData") -> pd.Index:
     """Cells that have all modalities."""
+    if not hasattr(mdata, "mod"):
+        raise ValueError(f"mdata must be a MuData; found a {type(mdata).__name__}")
     return mdata.obs_names[np.all([mdata.obs_names.isin(a.obs_names) for a in mdata.mod.values()], axis=0)]
 
 
@@ -34,7 +36,7 @@ def _mudata(modalities: "dict[str, AnnData]", obs: pd.DataFrame, origin: Mapping
 
 
 @checked
-def hide(mdata: "MuData", n_hidden: Mapping[str, int], seed: Seed = 0) -> "tuple[MuData, dict[str, AnnData]]":
+def hide(mdata: "MuData", n_hidden: Mapping[str, Whole], seed: Seed = 0) -> "tuple[MuData, dict[str, AnnData]]":
     """Hide modalities of randomly chosen cells that have them all; no cell loses more than one.
 
     Parameters
@@ -65,12 +67,10 @@ def hide(mdata: "MuData", n_hidden: Mapping[str, int], seed: Seed = 0) -> "tuple
     >>> shown["adt"].n_obs, hidden["adt"].n_obs
     (1000, 200)
     """
-    for name, n in n_hidden.items():
+    complete = _complete(mdata)
+    for name in n_hidden:
         if name not in mdata.mod:
             raise ValueError(f"there is no modality {name!r}; found {', '.join(map(repr, mdata.mod))}")
-        if n < 0:
-            raise ValueError(f"modality {name!r}: the number of cells to hide is at least 0; found {n}")
-    complete = _complete(mdata)
     total = sum(n_hidden.values())
     if total > len(complete):
         raise ValueError(f"{total} cells are to lose a modality, but only {len(complete)} cells have all modalities")
@@ -115,8 +115,6 @@ def unpair(mdata: "MuData", share: Share, seed: Seed = 0) -> "MuData":
     >>> unpair(pbmc_mosaic(), 0.5).n_obs  # 400 of 800 complete cells are now two
     2000
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"the share of cells to unpair lies between 0 and 1; found {share}")
     complete = _complete(mdata)
     chosen = np.random.default_rng(seed).permutation(complete)[: round(share * len(complete))]
     copies = {}

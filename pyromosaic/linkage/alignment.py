@@ -80,6 +80,7 @@ class Linkage:
     _canonical: Canonical = field(repr=False)
     _reduced: "dict[str, tuple[Standardiser, np.ndarray, np.ndarray]]" = field(repr=False)
 
+    @checked
     def transform(self, mosaic: Mosaic) -> dict[str, pd.DataFrame]:
         """Scores of new cells.
 
@@ -165,6 +166,7 @@ class Linkage:
         return table.sort_values("correlation", key=np.abs, ascending=False, ignore_index=True)
 
 
+@checked
 def link_recovery(found: pd.DataFrame, held_out: Links) -> tuple[float, float]:
     """Precision and recall of inferred feature links, given known ones.
 

@@ -10,7 +10,7 @@ from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import pdist, squareform
 
-from pyromosaic.accepted import Count, Length, Positive, Share, Weight, checked
+from pyromosaic.accepted import Count, Length, Positive, Share, checked
 from pyromosaic.linkage.preprocess import group_means
 
 
@@ -260,7 +260,7 @@ def gromov_wasserstein(
     weights: tuple[np.ndarray, np.ndarray],
     similarity: np.ndarray | None = None,
     *,
-    geometry: Weight = 0.5,
+    geometry: Share = 0.5,
 ) -> np.ndarray:
     """Match cells with similar distances to all other cells: fused Gromov–Wasserstein transport.
 

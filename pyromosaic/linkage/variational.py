@@ -245,6 +245,7 @@ class VariationalLinkage(Linkage):
             scores[name] = scores_table(mean * self.shares, mosaic.obs_names[cells])
         return scores
 
+    @checked
     def posterior(self, mosaic: Mosaic) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Posterior of the shared variable z of each cell, given all of its modalities.
 

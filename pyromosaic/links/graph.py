@@ -438,7 +438,7 @@ class GuidanceGraph:
             return cls.from_names(data)
         if isinstance(graph, pd.DataFrame | Links):
             return cls.from_table(data, graph.pairs if isinstance(graph, Links) else graph)
-        if isinstance(graph, Mapping):
+        if isinstance(graph, Mapping) and set(graph) == {"edges", "weight", "sign"}:
             edges = np.array(graph["edges"], dtype=np.int64).reshape(2, -1)
             with warnings.catch_warnings(action="ignore"):  # the user was warned when the graph was made
                 return cls(_features(data), edges, np.array(graph["weight"]), np.array(graph["sign"]))

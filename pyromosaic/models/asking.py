@@ -26,8 +26,8 @@ class Asking(TrainedModel):
         modality: str | None = None,
         cells: Cells = None,
         *,
-        features: Sequence[str] | None = None,
-        batch: str | Sequence[str] | None = None,
+        features: Cells = None,
+        batch: object = None,
         library: Positive | None = None,
         n_samples: Count | None = None,
         data: Mosaic | None = None,
@@ -82,8 +82,8 @@ class Asking(TrainedModel):
         modality: str | None = None,
         cells: Cells = None,
         *,
-        features: Sequence[str] | None = None,
-        batch: str | Sequence[str] | None = None,
+        features: Cells = None,
+        batch: object = None,
         n_samples: Count | None = None,
         data: Mosaic | None = None,
         seed: Seed = 0,
@@ -132,8 +132,8 @@ class Asking(TrainedModel):
         modality: str | None = None,
         cells: Cells = None,
         *,
-        features: Sequence[str] | None = None,
-        batch: str | Sequence[str] | None = None,
+        features: Cells = None,
+        batch: object = None,
         factors: bool = False,
         n_samples: Count | None = None,
         data: Mosaic | None = None,
@@ -170,6 +170,7 @@ class Asking(TrainedModel):
         question = Question(modality, value, cells, features, None, None, None, n_samples, False, data, seed)
         return self._expected(question, batch)
 
+    @checked
     def get_cell_factors(self, cells: Cells = None, *, data: Mosaic | None = None) -> pd.DataFrame:
         """Factor by which the signal of each cell is multiplied.
 
@@ -212,6 +213,7 @@ class Asking(TrainedModel):
                     factors[name][1024 * i + view.rows.cpu().numpy()] = factor.cpu().numpy()
         return pd.DataFrame(factors, mosaic.obs_names[index])
 
+    @checked
     def get_region_factors(self, modality: str | None = None) -> pd.Series:
         """Factor of each region, between 0 and 1: it describes width and bias, and is the same for all cells.
 
@@ -244,9 +246,9 @@ class Asking(TrainedModel):
         modality: str,
         cells: Cells = None,
         *,
-        features: Sequence[str] | None = None,
-        encode: Sequence[str] | None = None,
-        batch: str | None = None,
+        features: Cells = None,
+        encode: str | Sequence[str] | None = None,
+        batch: object = None,
         library: Positive | None = None,
         n_samples: Count | None = 25,
         quantiles: Sequence[Share] = (0.05, 0.95),
@@ -300,9 +302,9 @@ class Asking(TrainedModel):
         modality: str,
         cells: Cells = None,
         *,
-        features: Sequence[str] | None = None,
-        encode: Sequence[str] | None = None,
-        batch: str | None = None,
+        features: Cells = None,
+        encode: str | Sequence[str] | None = None,
+        batch: object = None,
         library: Positive | None = None,
         n_samples: Count = 1,
         data: Mosaic | None = None,
@@ -343,7 +345,7 @@ class Asking(TrainedModel):
     @checked
     def differential(
         self,
-        groupby: str | None = None,
+        groupby: str | int | None = None,
         group1: object = None,
         group2: object = None,
         *,
@@ -356,7 +358,7 @@ class Asking(TrainedModel):
         batch_correction: bool = False,
         protein_foreground: bool = False,
         n_samples: Count = 5000,
-        features: Sequence[str] | None = None,
+        features: Cells = None,
         data: Mosaic | None = None,
         seed: Seed = 0,
     ) -> pd.DataFrame:
@@ -466,10 +468,9 @@ class Asking(TrainedModel):
             return lambda distribution: distribution.mean
         return self._likelihood(modality).normalized
 
-    def _expected(self, question: Question, batch: str | Sequence[str] | None) -> pd.DataFrame:
+    def _expected(self, question: Question, batch: object) -> pd.DataFrame:
         """Mean of a quantity over posterior draws and over batches, each batch with the same draws."""
-        several = isinstance(batch, Iterable) and not isinstance(batch, str)
-        batches: list[object] = list(batch) if several else [batch]  # type: ignore[arg-type]
+        batches: list[object] = list(batch) if isinstance(batch, Iterable) and not isinstance(batch, str) else [batch]
         if not batches:
             raise ValueError("the list of batches to average over is empty; name one, or give None for each cell's own")
         means = [self._estimate(replace(question, batch=b)).mean for b in batches]

@@ -1,7 +1,7 @@
 """Base of all models: a Pyro program with its data, built and trained."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from inspect import Parameter, signature
@@ -22,7 +22,7 @@ from pyromosaic.laplace import learn_weights
 from pyromosaic.measurement import part_of
 from pyromosaic.program import Program, check, check_names
 from pyromosaic.tasks import inference_mode
-from pyromosaic.tasks.question import columns_of, portions
+from pyromosaic.tasks.question import Cells, columns_of, portions
 from pyromosaic.train import Optimisation, Schedule, check_trainer, fit
 
 #: Options that have another name than in earlier versions, or are arguments of a part now.
@@ -68,7 +68,7 @@ class TrainedModel:
         """Record the options of the outermost constructor (e.g. of a subclass), to rebuild the model from them."""
         model = super().__new__(cls)
         model.options = _options(cls, args, kwargs)
-        for data in args[:1]:
+        for data in (*args[:1], *(value for name, value in kwargs.items() if name == "data")):
             if not isinstance(data, Mosaic | Schema):
                 raise ValueError(
                     f"{cls.__name__} takes a Mosaic, from Mosaic.from_mudata or Mosaic.from_anndata; found a "
@@ -362,7 +362,7 @@ class TrainedModel:
             self._fusion.meet(mosaic)
         return mosaic
 
-    def _features(self, modality: str, features: Sequence[str] | None) -> np.ndarray:
+    def _features(self, modality: str, features: Cells) -> np.ndarray:
         return columns_of(modality, self.schema[modality], features)
 
     def _likelihood(self, modality: str) -> Any:

@@ -35,6 +35,7 @@ from pyromosaic.penalties import (
     Wasserstein,
     apply,
     attached,
+    check_distinct,
     chosen,
     with_given,
 )
@@ -297,7 +298,7 @@ class ContrastiveVI(Contrasting):
         dropout: Rate = 0.1,
         input_dropout: Rate = 0.95,
         encode_covariates: bool = True,
-        library: str | Mapping[str, str] = "observed",
+        library: Literal["observed", "latent"] | Mapping[str, Literal["observed", "latent"]] = "observed",
         cohort_mmd: Weight | CohortMMD = 100.0,
         dependence: Weight | Dependence = 20.0,
         wasserstein: Weight | Wasserstein = 1.0,
@@ -371,6 +372,8 @@ class ContrastiveVI(Contrasting):
                 raise ValueError(
                     f"penalties compare {', '.join(map(repr, own_penalties))}; found {', '.join(map(repr, given))}"
                 )
+            used = {what: with_given(mine, given.get(what, ())) for what, mine in own_penalties.items()}
+            check_distinct([penalty for several in used.values() for penalty in several])
             self.guide = self.Guide(
                 parts,
                 {
@@ -385,7 +388,7 @@ class ContrastiveVI(Contrasting):
                     for name, _ in modalities
                 },
                 fusion_of(fusion, tuple(schema.modalities)),
-                {what: with_given(mine, given.get(what, ())) for what, mine in own_penalties.items()},
+                used,
                 left_out,
             )
 

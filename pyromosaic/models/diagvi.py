@@ -426,6 +426,7 @@ class DiagVI(Embedded):
 
     # Asking
 
+    @checked
     def predict_celltype(
         self, cells: Cells = None, *, modality: str | None = None, data: Mosaic | None = None
     ) -> pd.DataFrame:

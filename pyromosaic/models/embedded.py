@@ -1,6 +1,6 @@
 """Embeddings of features: their part in a program, and the methods about them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,14 +9,13 @@ import numpy as np
 import pandas as pd
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyromosaic.accepted import Count, checked
 from pyromosaic.data import Minibatch, View
 from pyromosaic.links import GuidanceGraph
-from pyromosaic.measurement import Measurement
-from pyromosaic.models.mosaic_model import MosaicModel
+from pyromosaic.measurement import Measurement, scaled
+from pyromosaic.models.mosaic_model import Cells, MosaicModel
 from pyromosaic.tasks import inference_mode
 
 
@@ -39,7 +38,7 @@ class Weights:
     def features(self, minibatch: Minibatch, n_features: int) -> Iterator[None]:
         """Plate of the feature embeddings; their divergence enters as the mean over features over their number."""
         scale = minibatch.n_cells * self.graph / n_features**2
-        with poutine.scale(scale=scale), pyro.plate("features", n_features, dim=-1):
+        with scaled(scale), pyro.plate("features", n_features, dim=-1):
             yield
 
 
@@ -68,6 +67,7 @@ class Embedded(MosaicModel):
     guide: Any
     graph: GuidanceGraph
 
+    @checked
     def get_feature_embeddings(self, modality: str | None = None) -> pd.DataFrame:
         """Posterior mean of the feature embeddings.
 
@@ -92,9 +92,7 @@ class Embedded(MosaicModel):
         return frame.loc[[modality]]
 
     @checked
-    def nearest_features(
-        self, modality: str, to: str, features: Sequence[str] | None = None, n_neighbors: Count = 5
-    ) -> pd.DataFrame:
+    def nearest_features(self, modality: str, to: str, features: Cells = None, n_neighbors: Count = 5) -> pd.DataFrame:
         """Features of another modality whose embeddings point in the same direction: candidates for regulatory links.
 
         Parameters

@@ -95,6 +95,7 @@ class Keeping(TrainedModel):
         replaced({directory / WEIGHTS: written, directory / DESCRIPTION: text})
 
     @classmethod
+    @checked
     def load(cls, directory: str | Path, data: Any = None, **objects: Any) -> Self:
         """Load a saved model; no code from the files is run.
 

@@ -170,7 +170,7 @@ class Locating(TrainedModel):
 
     @checked
     def transfer_labels(
-        self, key: str, modality: str, to: str, cells: Cells = None, *, n_neighbors: Count = 15
+        self, key: str | int, modality: str, to: str, cells: Cells = None, *, n_neighbors: Count = 15
     ) -> pd.DataFrame:
         """Transfer labels from cells of one modality to cells of another, by a vote of the nearest neighbours.
 
@@ -199,7 +199,8 @@ class Locating(TrainedModel):
         >>> model.transfer_labels("celltype", "rna", to="adt", n_neighbors=5).columns.tolist()
         ['prediction', 'confidence']
         """
-        labels = self._data(None).words(key)
+        self.schema[modality]
+        labels = self._data(None).words(str(key))
         known = labels.notna().to_numpy() & self._data(None).modalities[modality].present
         if not known.any():
             raise ValueError(f"no cell of modality {modality!r} has a value in column {key!r}")

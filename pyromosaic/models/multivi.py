@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import pandas as pd
 import pyro
@@ -240,7 +240,7 @@ class MultiVI(MosaicModel):
         input_dropout: Rate = 0.5,
         encode_covariates: bool = True,
         covariate_embedding: Dimensions = 0,
-        library: str | Mapping[str, str] = "observed",
+        library: Literal["observed", "latent"] | Mapping[str, Literal["observed", "latent"]] = "observed",
         fusion: str | Fusion = "mean",
         n_private: Dimensions | Mapping[str, Dimensions] = 0,
         private_kl: Weight = 2.0,
@@ -340,6 +340,7 @@ class MultiVI(MosaicModel):
                     stacklevel=2,
                 )
 
+    @checked
     def get_shared_share(self, cells: Cells = None, *, data: Mosaic | None = None) -> pd.Series:
         """Share of the information on each modality that comes from the shared latent variable z.
 

@@ -1,6 +1,5 @@
 """Methods about salient variables: by cell, by feature, and compared with the same cells without them."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -77,7 +76,7 @@ class Contrasting(MosaicModel):
         self,
         cells: Cells = None,
         *,
-        representation: str = "salient",
+        representation: Literal["salient", "background"] = "salient",
         as_target: bool = False,
         modality: str | None = None,
         sample: bool = False,
@@ -114,8 +113,6 @@ class Contrasting(MosaicModel):
         ValueError
             If the representation or a cell does not exist.
         """
-        if representation not in ("salient", "background"):
-            raise ValueError(f'representation must be "salient" or "background"; found {representation!r}')
         mosaic = self._data(data)
         index = self._having(mosaic, mosaic.find(cells), modality)
         if representation == "background":
@@ -126,6 +123,7 @@ class Contrasting(MosaicModel):
         columns = [f"{site}_{i}" for site, v in values.items() for i in range(v.shape[1])]
         return pd.DataFrame(np.concatenate(list(values.values()), axis=1), mosaic.obs_names[index], columns)
 
+    @checked
     def salient_information(self, cells: Cells = None, *, data: Mosaic | None = None) -> pd.Series:
         """Information in each salient dimension about target cells: mean divergence from prior to posterior, in nats.
 
@@ -204,7 +202,7 @@ class Contrasting(MosaicModel):
         delta: Delta = "default",
         fdr: Level = 0.05,
         n_samples: Count = 5000,
-        features: Sequence[str] | None = None,
+        features: Cells = None,
         data: Mosaic | None = None,
         seed: Seed = 0,
     ) -> pd.DataFrame:
@@ -258,7 +256,7 @@ class Contrasting(MosaicModel):
         delta: Positive | Literal["default"] = "default",
         fdr: Level = 0.05,
         n_samples: Count = 50,
-        features: Sequence[str] | None = None,
+        features: Cells = None,
         data: Mosaic | None = None,
         seed: Seed = 0,
     ) -> "CellEffects":
@@ -365,7 +363,7 @@ class Contrasting(MosaicModel):
         return found
 
     def _with_and_without(
-        self, modality: str, mosaic: Mosaic, cells: np.ndarray, features: Sequence[str] | None, seed: int
+        self, modality: str, mosaic: Mosaic, cells: np.ndarray, features: Cells, seed: int
     ) -> list[np.ndarray]:
         """One posterior draw of each cell, decoded with and without its salient variables: the same z in both."""
         value, size = self._compared(modality), unit_size(self.schema[modality])

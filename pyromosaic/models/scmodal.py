@@ -366,7 +366,7 @@ class ScModal(Linking):
                 raise ValueError(f"modality {name!r} has {n} cell{'s' * (n != 1)}; accepted: at least 2 to align")
 
     @checked
-    def train(self, n_epochs: Count = 150, *, callbacks: Iterable[Callback] = (), **options: Any) -> None:
+    def train(self, n_epochs: Count = 150, *, callbacks: Sequence[Callback] = (), **options: Any) -> None:
         """Find the scores by which cells are matched, then fit the parameters; see `MosaicModel.train`."""
         super().train(n_epochs, callbacks=[*callbacks, _Refresh(self)], **options)
 

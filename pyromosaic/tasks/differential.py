@@ -233,7 +233,7 @@ def effect_scale(schema: ModalitySchema) -> tuple[Scale, float]:
 
 def contrasts(
     mosaic: Mosaic,
-    groupby: str | None = None,
+    groupby: str | int | None = None,
     group1: object = None,
     group2: object = None,
     cells1: Sequence[str] | np.ndarray | pd.Index | pd.Series | None = None,

@@ -16,7 +16,7 @@ from pyromosaic.data.tables import find
 Cells = Sequence[str] | np.ndarray | pd.Index | pd.Series | None
 
 
-def columns_of(name: str, schema: ModalitySchema, features: Sequence[str] | None) -> np.ndarray:
+def columns_of(name: str, schema: ModalitySchema, features: Cells) -> np.ndarray:
     """Numbers of a modality's features, from names or a mask; None for all.
 
     Raises
@@ -107,8 +107,8 @@ class Question:
     modality: str
     value: Callable[[TorchDistribution], Tensor] | None = None
     cells: Cells = None
-    features: Sequence[str] | None = None
-    encode: Sequence[str] | None = None
+    features: Cells = None
+    encode: str | Sequence[str] | None = None
     batch: object = None
     library: Positive | None = None
     n_samples: Count | None = None

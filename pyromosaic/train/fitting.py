@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from inspect import signature
@@ -134,7 +134,7 @@ def fit(
     resume_from: str | os.PathLike[str] | None = None,
     progress_bar: bool = True,
     logger: Any = False,
-    callbacks: Iterable[Callback] = (),
+    callbacks: Sequence[Callback] = (),
     rows: list[dict[str, float]] | None = None,
     settings: Mapping[str, Any] | None = None,
     **trainer: Any,
