@@ -63,18 +63,18 @@ class Plates:
     ----------
     name, n_features
         Name of the modality, and its number of features.
-    data
+    likelihood_weight
         Weight of the likelihood.
-    private
-        Weight of the divergence of the private latent variable.
+    private_kl
+        Weight of the divergence of the private latent variable, relative to that of z.
     balanced
         Whether every modality has the same weight, however many cells have it.
     """
 
     name: str
     n_features: int
-    data: Weight = 1.0
-    private: Weight = 1.0
+    likelihood_weight: Weight = 1.0
+    private_kl: Weight = 1.0
     balanced: bool = False
 
     @contextmanager
@@ -85,14 +85,14 @@ class Plates:
         with poutine.scale(scale=scale), pyro.plate(f"{self.name}_cells", n, dim=-2):
             yield
 
-    def own(self, kl_weight: float) -> AbstractContextManager[Any]:
+    def private(self, kl_weight: float) -> AbstractContextManager[Any]:
         """Weight of the private latent variable."""
-        return weighted(kl_weight * self.private)
+        return weighted(kl_weight * self.private_kl)
 
     @contextmanager
     def features(self) -> Iterator[None]:
         """Plate of the features (dim -1), inside that of the cells."""
-        with scaled(self.data), pyro.plate(f"{self.name}_features", self.n_features, dim=-1):
+        with scaled(self.likelihood_weight), pyro.plate(f"{self.name}_features", self.n_features, dim=-1):
             yield
 
 
@@ -159,7 +159,7 @@ class Measurement(Part):
             view = view if self.size is None else self.size(shared, view)
             if self.n_private:
                 prior = dist.Normal(shared.new_zeros(len(view.rows), 1, self.n_private), 1.0).to_event(1)
-                with self.plates.own(kl_weight):
+                with self.plates.private(kl_weight):
                     own = pyro.sample(f"z_{self.plates.name}", prior)[..., 0, :]
             predictors = self.predictors(shared, own, view, *context)
             with self.plates.features():
@@ -271,7 +271,7 @@ class MeasurementGuide(Part):
                         "second dictionary that `encoded` returns"
                     )
                 q = alone(private, z.new_ones(len(minibatch)), self.n_private, view.rows)
-                with self.plates.own(kl_weight):
+                with self.plates.private(kl_weight):
                     latent = torch.cat([latent, pyro.sample(f"z_{name}", q)[..., 0, :]], dim=-1)
             if self.decoder is not None:
                 predictors, (likelihood,) = self.decoder(latent, view), self.owned_by_model

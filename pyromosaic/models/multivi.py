@@ -287,7 +287,7 @@ class MultiVI(MosaicModel):
             adversaries = [chosen("adversary", adversary, Adversary, **known)] if adversary else []
             size_encoders = {name: encode(schema[name], 1, n_hidden, 1, dropout, encode_covariates) for name in latent}
             inferring = decoders("posterior_predictors", decode)
-            plates = {name: Plates(name, m.n_features, private=private_kl) for name, m in modalities.items()}
+            plates = {name: Plates(name, m.n_features, private_kl=private_kl) for name, m in modalities.items()}
             self.model = self.Model(
                 complete(prior or StandardNormal(), n_latent=n_latent),
                 {
