@@ -20,6 +20,7 @@ LIKELIHOODS = ["nb", "zinb", "nb_mixture", "multinomial", "bernoulli", "normal",
 STORED = [np.array, sparse.csr_matrix, sparse.csc_matrix]
 
 
+@pytest.mark.filterwarnings("ignore:.*like counts")
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("store", STORED)
 def test_rows_of_zeros_are_no_measurement(likelihood, store):
@@ -49,6 +50,7 @@ def test_zeros_that_are_measured():
         Mosaic.from_anndata({"x": nothing}, {"x": "nb"} | {"x": ModalitySpec("nb", empty_cells="holes")})
 
 
+@pytest.mark.filterwarnings("ignore:.*like counts")
 @pytest.mark.parametrize("store", STORED)
 @pytest.mark.parametrize("likelihood", ["nb", "nb_mixture", "bernoulli", "normal"])
 def test_features_that_a_batch_did_not_measure(likelihood, store):
@@ -122,6 +124,7 @@ def test_a_matrix_is_known_again_however_it_is_read(tmp_path):
     on_disk.file.close()
 
 
+@pytest.mark.filterwarnings("ignore:.*like counts")
 def test_exposures_changed_after_registration_are_said():
     adata = make(names(30))
     adata.layers["n"] = adata.X + 1
