@@ -282,10 +282,10 @@ def _modality(
     _check_empty(name, spec, summary.empty, cells[present])
     if groups is not None and summary.detected is not None:
         _warn_unmeasured(name, summary.detected, np.bincount(groups, minlength=len(batches)), batches)
-    found = suspicion(matrix, rows[present], summary.totals, spec.data_kind, spec.traits.sized)
-    if found is not None and isinstance(spec.likelihood, str) and not spec.allow_non_integer:
+    looks = suspicion(matrix, rows[present], summary.totals, spec.data_kind, spec.traits.sized)
+    if looks is not None and isinstance(spec.likelihood, str) and not spec.allow_non_integer:
         warnings.warn(
-            f"modality {name!r}: {found}, and likelihood {spec.likelihood!r} is for "
+            f"modality {name!r}: {looks}, and likelihood {spec.likelihood!r} is for "
             f"{'raw counts' if spec.data_kind == 'count' else 'values on a continuous scale'}; if they are not, name "
             "the layer that holds them, or another likelihood",
             stacklevel=2,
