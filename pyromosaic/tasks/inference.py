@@ -12,7 +12,7 @@ from pyromosaic.threads import one_thread
 
 @contextmanager
 def inference_mode(*modules: nn.Module, seed: int | None = None) -> Iterator[None]:
-    """Turn off dropout, gradients, validation and other threads; with a seed, leave the caller's random numbers unchanged.
+    """Without dropout, gradients, validation, other threads; with a seed, leave the caller's random numbers unchanged.
 
     Parameters
     ----------
