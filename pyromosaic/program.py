@@ -23,6 +23,7 @@ from pyro.poutine.runtime import Message
 from torch import Tensor, nn
 
 from pyromosaic.data import Minibatch, Schema
+from pyromosaic.threads import one_thread
 
 
 class weighted(Messenger):
@@ -95,7 +96,7 @@ class Part(PyroModule):
     """
 
     def __init__(self, name: str = "") -> None:
-        with pyro.settings.context(module_local_params=True):
+        with one_thread, pyro.settings.context(module_local_params=True):
             super().__init__(name)
 
     def __getattr__(self, name: str) -> Any:
@@ -200,7 +201,7 @@ class Program(Part):
             # pyro.infer.SVI asks each parameter for the tensor to optimise, and plain ones do not answer in local mode.
             if not hasattr(parameter, "unconstrained"):
                 parameter.unconstrained = partial(_itself, parameter)
-        with pyro.settings.context(module_local_params=True):
+        with one_thread, pyro.settings.context(module_local_params=True):
             return super().__call__(*args, **kwargs)
 
 
@@ -352,7 +353,7 @@ def _library(file: str) -> bool:
 
 def _inspected(look: Inspection, program: Program, minibatch: Minibatch) -> SiteError | None:
     try:
-        with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False), look:
+        with one_thread, torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False), look:
             program(minibatch, 0.5)  # unlike 1, a site that leaves out the weight is seen
     except SiteError as error:
         return error

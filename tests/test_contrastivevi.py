@@ -532,7 +532,7 @@ def test_same_seed_same_numbers(mosaic):
 
 
 def test_questions_that_make_no_sense_are_refused(trained):
-    with pytest.raises(ValueError, match='"salient" or "background"'):
+    with pytest.raises(ValueError, match="'salient' or 'background'"):
         trained.get_latent_representation(representation="both")
     with pytest.raises(ValueError, match="none of the given cells is a target cell"):
         trained.salient_effect(np.flatnonzero(trained.mosaic.groups == 0))

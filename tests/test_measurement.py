@@ -274,7 +274,7 @@ def test_the_history_counts_private_divergences_once(kind, mosaic):
     found = {}
     for weight in (0.0, 1.0, 4.0):
         model = kind(mosaic, n_private=2, private_kl=weight, **linked, **SMALL)
-        model.train(1, learning_rate=0.0, gradient_clip=0.0, validation=0.0, batch_size=1000, **QUIET)
+        model.train(1, learning_rate=1e-12, gradient_clip=0.0, validation=0.0, batch_size=1000, **QUIET)
         found[weight] = model.history.iloc[0]
     assert found[1.0]["train_z_rna"] > 0 == found[0.0]["train_z_rna"]
     for column in ("train_z_rna", "train_z_adt", "train_elbo"):
@@ -331,7 +331,7 @@ def test_latent_sizes_mean_the_same_in_all_models(mosaic):
             nodes = pyro.poutine.trace(model.guide).get_trace(minibatch).nodes
             sites.append([name for name in nodes if name.endswith("_library")])
     assert sites == [["rna_library"]] * 2 + [["rna_library", "adt_library"]] * 2
-    with pytest.raises(ValueError, match='library must be "observed" or "latent"; found \'known\''):
+    with pytest.raises(ValueError, match="library must be .*known"):
         MultiVI(mosaic, library={"rna": "known"})
     with pytest.raises(KeyError, match="there is no modality 'atac'"):
         MultiVI(mosaic, library={"atac": "latent"})

@@ -613,7 +613,7 @@ def test_copies_are_checked(measure, x, y, message):
 
 @pytest.mark.parametrize("block_size", [0, -1, 2.5, True])
 def test_block_size_is_checked(block_size):
-    with pytest.raises(ValueError, match="`block_size` is"):
+    with pytest.raises(ValueError, match="block_size must be"):
         foscttm(X, Y, block_size=block_size)
 
 
@@ -629,8 +629,8 @@ def test_other_cells_are_checked():
     [
         ((X, LABELS, X.copy(), LABELS), "are the same matrix; pass the latents of two modalities"),
         ((X, LABELS, Y, LABELS, 7), "`n_neighbors` is 7; an integer from 1 to 6"),
-        ((X, LABELS, Y, LABELS, 0), "`n_neighbors` is 0"),
-        ((X, LABELS, Y, LABELS, 2.0), "`n_neighbors` is 2.0"),
+        ((X, LABELS, Y, LABELS, 0), "n_neighbors must be .* found 0"),
+        ((X, LABELS, Y, LABELS, 2.0), "n_neighbors must be .* found 2.0"),
         ((X, LABELS[:5], Y, LABELS), r"`reference_labels` has shape \(5,\); expected one label for each of 6 cells"),
         ((X, LABELS, Y, [*LABELS[:5], None]), "`query_labels` has no label for 1 of 6"),
         ((X, [*LABELS[:4], np.nan, np.nan], Y, LABELS), "`reference_labels` has no label for 2 of 6"),
@@ -668,7 +668,7 @@ def test_one_group_cannot_mix():
     ("call", "message"),
     [
         (lambda: imputation_spearman(COUNTS, PROBABILITY[:5]), r"`truth` has shape \(6, 2\) and `imputed` has shape"),
-        (lambda: imputation_spearman(COUNTS, PROBABILITY, per="gene"), "'all', 'cell' or 'feature' is accepted"),
+        (lambda: imputation_spearman(COUNTS, PROBABILITY, per="gene"), "'all', 'cell' or 'feature'; found"),
         (lambda: imputation_spearman(HOLE, PROBABILITY), "`truth` is NaN or infinite in 1 of"),
         (lambda: imputation_spearman(sparse.csr_array(HOLE), PROBABILITY), "`truth` is NaN or infinite in 1 of"),
         (lambda: imputation_spearman(COUNTS, HOLE), "`imputed` is NaN or infinite in 1 of"),
@@ -680,9 +680,9 @@ def test_one_group_cannot_mix():
         (lambda: imputation_auprc(COUNTS, PROBABILITY.T), "both need the same shape"),
         (lambda: imputation_auprc(COUNTS, HOLE), "`probability` is NaN or infinite in 1 of"),
         (lambda: scale_by_library(-COUNTS), "counts must not be negative"),
-        (lambda: scale_by_library(COUNTS, total=0), "`total` is 0"),
-        (lambda: scale_by_library(COUNTS, total=np.inf), "`total` is inf"),
-        (lambda: smooth_by_neighbors(COUNTS, "umap"), "'pca' .expression. or 'lsi' .accessibility. is accepted"),
+        (lambda: scale_by_library(COUNTS, total=0), "total must be .* found 0"),
+        (lambda: scale_by_library(COUNTS, total=np.inf), "total must be .* found inf"),
+        (lambda: smooth_by_neighbors(COUNTS, "umap"), "'pca' or 'lsi'; found"),
         (lambda: smooth_by_neighbors(COUNTS, n_components=2, n_neighbors=2), "`n_components` is 2; an integer from 1"),
         (lambda: smooth_by_neighbors(COUNTS, n_components=1, n_neighbors=6), "`n_neighbors` is 6; an integer from 1"),
         (lambda: smooth_by_neighbors(HOLE, n_components=1, n_neighbors=2), "`counts` is NaN or infinite in 1 of"),
@@ -694,7 +694,7 @@ def test_one_group_cannot_mix():
         (lambda: reliability_curve([-0.5, 1.0], [0, 1]), "`confidence` ranges from -0.5 to 1"),
         (lambda: reliability_curve([0.5, 0.7], [0, 2]), "values other than 0 and 1"),
         (lambda: reliability_curve([0.5, 0.7], [1]), "both need the same shape"),
-        (lambda: expected_calibration_error([0.5], [1], n_bins=0), "`n_bins` is 0"),
+        (lambda: expected_calibration_error([0.5], [1], n_bins=0), "n_bins must be .* found 0"),
         (lambda: error_by_uncertainty([1.0, 2.0], [0.1]), "both need the same shape"),
         (lambda: error_by_uncertainty([1.0, 2.0], [0.1, -0.1], 1), "`uncertainty` has the value -0.1"),
         (lambda: error_by_uncertainty([1.0, 2.0], [0.1, 0.2], 3), "`n_bins` is 3; an integer from 1 to 2"),
@@ -705,7 +705,7 @@ def test_imputation_and_calibration_are_checked(call, message):
     with pytest.raises(ValueError, match=message) as refusal:
         call()
     assert str(refusal.value).count(". ") == 0
-    assert str(refusal.value).endswith(".")
+    assert "\n" not in str(refusal.value)
 
 
 def test_inputs_are_left_as_they_were(rng):

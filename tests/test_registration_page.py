@@ -4,7 +4,9 @@ import re
 import warnings
 from pathlib import Path
 
+import anndata
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import sparse
 from small import GROUP, LATENT, make, matched, names, overlap, with_zeros
@@ -49,7 +51,18 @@ def examples():
         whole = {"rna": make(names(60)), "x": with_zeros()}
         return Mosaic.from_anndata(whole, {"rna": "nb", "x": ModalitySpec(likelihood, **spec)}, match_cells=True)
 
+    def values(x, likelihood):
+        adata = anndata.AnnData(x, pd.DataFrame(index=names(x.shape[0])))
+        return Mosaic.from_anndata({"x": adata}, {"x": likelihood})
+
+    def damaged(x):
+        matrix = sparse.csr_matrix(x)
+        matrix.indices[-1] = x.shape[1]
+        return matrix
+
     return {
+        **{"values": values, "damaged": damaged},
+        "counts": np.random.default_rng(0).poisson(2.0, (30, 40)).astype(np.float32),
         **{"rna": rna, "adt": adt, "mosaic": mosaic, "model": MultiVI(mosaic, n_latent=3, n_hidden=8)},
         **{"register": register, "apart": lambda **shared: register(match_cells=False, **shared)},
         **{"zeros": zeros, "unmeasured": unmeasured, "changed": changed, "overlap": overlap},

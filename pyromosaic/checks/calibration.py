@@ -30,6 +30,7 @@ from pyromosaic.measurement import encoded_once
 from pyromosaic.models.mosaic_model import Cells, MosaicModel
 from pyromosaic.tasks import inference_mode
 from pyromosaic.tasks.prediction import ENTRIES
+from pyromosaic.threads import one_thread
 from pyromosaic.train import minimise
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ Quantity = Literal["latent", "mean", "effect"]
 
 
 @checked
+@one_thread
 def simulation_based_calibration(
     model: MosaicModel,
     cells: Cells = None,

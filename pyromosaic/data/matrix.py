@@ -1,6 +1,7 @@
 """Reading a cells-by-features matrix row by row, whatever it is stored as, and refusing what no likelihood accepts."""
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,7 +39,8 @@ class Matrix:
     def __init__(self, source: Any, columns: np.ndarray | None = None) -> None:
         self.in_memory = _is_sparse(source) or isinstance(source, np.ndarray)
         self.is_sparse = _is_sparse(source) or (not self.in_memory and hasattr(source, "format"))
-        if _is_sparse(source) and source.format != "csr":
+        if _is_sparse(source):
+            _check_indices(source)
             source = source.tocsr()
         if columns is not None and self.in_memory:
             source, columns = source[:, columns], None
@@ -181,12 +183,61 @@ def check_values(
     return Summary(sums[:, 0], n_nonzero == 0, float(density), detected)
 
 
+#: Largest value of each kind: a count that float32 holds exactly, and what can be squared in it.
+LARGEST = {"count": 2.0**24, "nonnegative": 1e15, "real": 1e15}
+
+
+def suspicion(matrix: Matrix, rows: np.ndarray, totals: np.ndarray, kind: str, sized: bool) -> str | None:
+    """What makes values of the right kind look like those of another, from all totals and up to 200 cells.
+
+    Examples
+    --------
+    >>> shares = np.array([[4.0, 6.0, 90.0], [30.0, 20.0, 50.0]]).repeat(10, axis=0)
+    >>> suspicion(Matrix(shares), np.arange(20), shares.sum(1), "count", True)
+    'all cells have about the same total (100), as after normalisation'
+    """
+    if kind == "nonnegative" or len(rows) < 10 or (kind == "count" and not sized):
+        return None
+    some = matrix[rows[:: 1 + len(rows) // 200]]
+    blocks = [some.data[a:b] for a, b in pairwise(some.indptr)] if _is_sparse(some) else list(some)
+    values = [np.asarray(block)[np.asarray(block) != 0] for block in blocks]
+    if kind == "real":
+        everything = np.concatenate(values)
+        whole = len(everything) and everything.min() > 0 and everything.max() > 1 and (everything % 1 == 0).all()
+        return "all values are whole numbers from 0, like counts" if whole else None
+    mean = float(totals.mean())
+    if mean >= 100 and totals.std() < 0.01 * mean:
+        return f"all cells have about the same total ({mean:.4g}), as after normalisation"
+    judged = [v for v in values if len(v) >= 10]
+    if judged and np.mean([v.min() > 1 and (v % v.min() == 0).all() for v in judged]) > 0.9:
+        return "all values of a cell are multiples of its smallest, as after normalisation"
+    return None
+
+
+def _check_indices(matrix: Any) -> None:
+    """Refuse a damaged sparse matrix, which scipy would read beyond its end."""
+    if matrix.format not in ("csr", "csc"):
+        return
+    length, width = matrix.shape if matrix.format == "csr" else matrix.shape[::-1]
+    pointers, indices = matrix.indptr, matrix.indices
+    fits = len(pointers) == length + 1 and pointers[0] == 0 and pointers[-1] <= len(indices) == len(matrix.data)
+    if not (fits and (np.diff(pointers) >= 0).all()):
+        raise ValueError("a sparse matrix is damaged: its indptr does not fit its shape and its data")
+    if len(indices) and not (0 <= indices.min() and indices.max() < width):
+        raise ValueError(
+            f"a sparse matrix is damaged: its indices run from {indices.min()} to {indices.max()}, and it has {width} "
+            f"{'columns' if matrix.format == 'csr' else 'rows'}"
+        )
+
+
 def _fine(values: np.ndarray, kind: str) -> bool:
     """Whether all values are accepted."""
     if values.size == 0:
         return True
     low, high = values.min(), values.max()  # NaN if any value is
     if not (np.isfinite(low) and np.isfinite(high)) or (kind != "real" and low < 0):
+        return False
+    if max(-low, high) > LARGEST[kind]:
         return False
     return kind != "count" or values.dtype.kind != "f" or bool((values == np.floor(values)).all())
 
@@ -201,6 +252,8 @@ def _refuse(block: Any, kind: str, name: str, cells: pd.Index, features: pd.Inde
     if kind == "count" and not bad.any():
         bad, problem = values != np.floor(values), "is not a whole number"
         accepted = "raw counts; name the layer that holds them, or set allow_non_integer=True in its ModalitySpec"
+    if not bad.any():
+        bad, problem, accepted = abs(values) > LARGEST[kind], "is too large", f"values up to {LARGEST[kind]:.4g}"
     first = int(np.flatnonzero(bad)[0])
     if _is_sparse(block):
         row, column = int(np.searchsorted(block.indptr, first, side="right")) - 1, block.indices[first]

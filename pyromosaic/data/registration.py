@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from pyromosaic.data.matrix import CHUNK, DENSE_ABOVE, Matrix, check_values
+from pyromosaic.data.matrix import CHUNK, DENSE_ABOVE, Matrix, check_values, suspicion
 from pyromosaic.data.spec import DATA_KINDS, LIKELIHOOD_BY_NAME, ModalitySchema, ModalitySpec, Schema
 from pyromosaic.data.tables import (
     WHOLE,
@@ -282,6 +282,14 @@ def _modality(
     _check_empty(name, spec, summary.empty, cells[present])
     if groups is not None and summary.detected is not None:
         _warn_unmeasured(name, summary.detected, np.bincount(groups, minlength=len(batches)), batches)
+    looks = suspicion(matrix, rows[present], summary.totals, spec.data_kind, spec.traits.sized)
+    if looks is not None and isinstance(spec.likelihood, str) and not spec.allow_non_integer:
+        warnings.warn(
+            f"modality {name!r}: {looks}, and likelihood {spec.likelihood!r} is for "
+            f"{'raw counts' if spec.data_kind == 'count' else 'values on a continuous scale'}; if they are not, name "
+            "the layer that holds them, or another likelihood",
+            stacklevel=2,
+        )
     library = _library(name, spec, summary.totals, cells, present, table)
 
     continuous = np.zeros((len(cells), len(spec.continuous_covariates)), dtype=np.float32)

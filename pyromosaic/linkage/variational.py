@@ -21,6 +21,7 @@ from pyromosaic.linkage.canonical import Canonical, canonical_variables
 from pyromosaic.linkage.matching import Correspondence
 from pyromosaic.links import GuidanceGraph, Links
 from pyromosaic.program import Program
+from pyromosaic.threads import one_thread
 
 #: For each modality, the positions of its cells in the minibatch, shape (b,), and their values, shape (b, variables).
 Views = Mapping[str, tuple[Tensor, Tensor]]
@@ -288,7 +289,7 @@ def encoded(
 
 def implied_covariance(model: VariationalCCAModel, n_draws: int = 20_000) -> np.ndarray:
     """Covariance between the two modalities under the model, from draws of z, shape (variables, variables)."""
-    with torch.no_grad(), torch.random.fork_rng():
+    with one_thread, torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         z = torch.randn(n_draws, model.n_latent)
         first, second = (decoder(z).double() for decoder in model.decoders.values())
@@ -375,7 +376,7 @@ def variational_cca(
         data[name] = x / scale[name]
         covariances[name] = np.cov(data[name], rowvar=False, bias=True) + np.diag(noise[name] ** 2)
     between = link.correspondence.cross_covariance(*data.values())
-    with torch.random.fork_rng():
+    with one_thread, torch.random.fork_rng():
         torch.manual_seed(seed)
         widths = {name: x.shape[1] for name, x in data.items()}
         model, guide = VariationalCCAModel(widths, n_latent, n_hidden), VariationalCCAGuide(widths, n_latent, n_hidden)

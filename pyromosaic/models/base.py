@@ -23,6 +23,7 @@ from pyromosaic.measurement import part_of
 from pyromosaic.program import Program, check, check_names
 from pyromosaic.tasks import inference_mode
 from pyromosaic.tasks.question import Cells, columns_of, portions
+from pyromosaic.threads import one_thread
 from pyromosaic.train import Optimisation, Schedule, check_trainer, fit
 
 #: Options that have another name than in earlier versions, or are arguments of a part now.
@@ -110,7 +111,7 @@ class TrainedModel:
                 raise ValueError(f"modality {name!r} has 1 cell; accepted: at least 2")
         self.history = pd.DataFrame()
         self.split: Split | None = None
-        with torch.random.fork_rng(), pyro.settings.context(module_local_params=True):
+        with one_thread, torch.random.fork_rng(), pyro.settings.context(module_local_params=True):
             torch.manual_seed(seed)
             yield self.schema
             for part in ("model", "guide"):
@@ -209,6 +210,7 @@ class TrainedModel:
         return np.concatenate(values)
 
     @checked
+    @one_thread
     def train(
         self,
         n_epochs: Count = 150,

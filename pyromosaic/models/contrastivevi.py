@@ -35,7 +35,6 @@ from pyromosaic.penalties import (
     Wasserstein,
     apply,
     attached,
-    check_distinct,
     chosen,
     with_given,
 )
@@ -373,7 +372,6 @@ class ContrastiveVI(Contrasting):
                     f"penalties compare {', '.join(map(repr, own_penalties))}; found {', '.join(map(repr, given))}"
                 )
             used = {what: with_given(mine, given.get(what, ())) for what, mine in own_penalties.items()}
-            check_distinct([penalty for several in used.values() for penalty in several])
             self.guide = self.Guide(
                 parts,
                 {

@@ -9,7 +9,7 @@ from pyromosaic.penalties.divergence import MMD, Jeffreys, MeanDistance
 from pyromosaic.penalties.geometry import Geometry
 from pyromosaic.penalties.kernels import dependence, discrepancy, kernel_alignment, row_cosine, squared_distances
 from pyromosaic.penalties.pairs import Discriminator, Pairs
-from pyromosaic.penalties.penalty import Penalty, apply, attached, check_distinct, chosen, with_given
+from pyromosaic.penalties.penalty import Penalty, apply, attached, chosen, with_given
 from pyromosaic.penalties.transport import Sinkhorn, sinkhorn_divergence
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "Wasserstein",
     "apply",
     "attached",
-    "check_distinct",
     "chosen",
     "dependence",
     "discrepancy",

@@ -95,17 +95,8 @@ def with_given(defaults: Sequence[Any], given: Sequence[Any]) -> list[Any]:
     >>> [(p.name, p.weight) for p in with_given([Jeffreys(0.2), MMD(50.0)], [MMD(1.0)])]
     [('jeffreys', 0.2), ('mmd', 1.0)]
     """
-    check_distinct(given)
     names = {penalty.name for penalty in given}
     return [*(penalty for penalty in defaults if penalty.name not in names), *given]
-
-
-def check_distinct(penalties: Sequence[Any]) -> None:
-    """Refuse two penalties of one name, which is that of their term in the loss."""
-    names = [penalty.name for penalty in penalties]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"two penalties are called {name!r}; give one of them another `name`, or leave it out")
 
 
 def attached(penalties: Iterable[Any], modalities: Mapping[str, Any]) -> nn.ModuleList:

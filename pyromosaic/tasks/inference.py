@@ -7,10 +7,12 @@ import pyro
 import torch
 from torch import nn
 
+from pyromosaic.threads import one_thread
+
 
 @contextmanager
 def inference_mode(*modules: nn.Module, seed: int | None = None) -> Iterator[None]:
-    """Turn off dropout, gradients and validation; with a seed, leave the caller's random numbers unchanged.
+    """Without dropout, gradients, validation, other threads; with a seed, leave the caller's random numbers unchanged.
 
     Parameters
     ----------
@@ -28,14 +30,15 @@ def inference_mode(*modules: nn.Module, seed: int | None = None) -> Iterator[Non
     >>> network.training
     True
     """
-    training = [module.training for module in modules]
-    for module in modules:
-        module.eval()
-    try:
-        with torch.random.fork_rng(enabled=seed is not None), torch.no_grad(), pyro.validation_enabled(False):
-            if seed is not None:
-                torch.manual_seed(seed)
-            yield
-    finally:
-        for module, mode in zip(modules, training, strict=True):
-            module.train(mode)
+    with one_thread:
+        training = [module.training for module in modules]
+        for module in modules:
+            module.eval()
+        try:
+            with torch.random.fork_rng(enabled=seed is not None), torch.no_grad(), pyro.validation_enabled(False):
+                if seed is not None:
+                    torch.manual_seed(seed)
+                yield
+        finally:
+            for module, mode in zip(modules, training, strict=True):
+                module.train(mode)

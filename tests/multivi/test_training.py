@@ -156,7 +156,7 @@ def test_early_stopping_on_reconstruction(mosaic):
         history["validation_reconstruction"], history[[f"validation_{s}" for s in sites]].sum(axis=1), rtol=1e-5
     )
     assert len(history) < 300 and history["validation_reconstruction"].idxmin() == len(history) - 4
-    with pytest.raises(ValueError, match='"elbo" or "reconstruction"; found \'loss\''):
+    with pytest.raises(ValueError, match="'elbo' or 'reconstruction'; found 'loss'"):
         model.train(1, early_stopping=1, monitor="loss", **QUIET)
 
 
@@ -186,10 +186,10 @@ def test_a_loss_that_is_not_finite_names_the_site_and_keeps_good_parameters(mosa
 
 def test_training_arguments_are_checked(mosaic):
     for arguments, message in [
-        ({"n_epochs": 0}, "n_epochs is a whole number from 1"),
-        ({"batch_size": 0}, "batch_size is a whole number from 1"),
-        ({"validation": 1.0}, "below 1 together"),
-        ({"validation": -0.1}, "below 1 together"),
+        ({"n_epochs": 0}, "n_epochs must be a whole number from 1"),
+        ({"batch_size": 0}, "batch_size must be a whole number from 1"),
+        ({"validation": 1.0}, "below 1"),
+        ({"validation": -0.1}, "below 1"),
     ]:
         with pytest.raises(ValueError, match=message):
             small(mosaic).train(**arguments, **QUIET)
