@@ -65,8 +65,7 @@ class Matrix:
         if self.marks is None:
             return np.empty(0, dtype=np.intp)
         registered = self.marks[rows]
-        found = row_sums(block, _weights(self.shape[1])[:, 1:])[:, 0]
-        return np.flatnonzero(~np.isclose(found, registered, rtol=1e-9, atol=1e-7))
+        return np.flatnonzero(~np.isclose(marks(block), registered, rtol=1e-9, atol=1e-7))
 
 
 def as_tensor(block: Any, dense: bool) -> torch.Tensor:
@@ -82,14 +81,19 @@ def as_tensor(block: Any, dense: bool) -> torch.Tensor:
     return torch.sparse_coo_tensor(indices, values, block.shape, is_coalesced=True, check_invariants=False)
 
 
+def row_totals(block: Any) -> np.ndarray:
+    """Sum of each row that was read."""
+    return np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
+
+
 @lru_cache(maxsize=8)
 def _weights(n_features: int) -> np.ndarray:
-    """What rows are summed with: ones, for their totals, and a number by position, which tells orders apart."""
-    return np.stack([np.ones(n_features), np.random.default_rng(0).uniform(0.5, 1.5, n_features)], axis=1)
+    return np.random.default_rng(0).uniform(0.5, 1.5, n_features)
 
 
-def row_sums(block: Any, weights: np.ndarray) -> np.ndarray:
-    """Weighted sums of the rows of a block in double precision, shape (rows, columns of the weights)."""
+def marks(block: Any) -> np.ndarray:
+    """Sum of each row that was read, weighted by position, so that the order of the values matters too."""
+    weights = _weights(block.shape[1])
     if _is_sparse(block):
         return np.asarray(block @ weights)
     parts = np.array_split(block, 1 + len(block) // 256)  # few rows at a time are in double precision
@@ -152,7 +156,8 @@ def check_values(
         On the first value that is not finite, negative (``"count"``, ``"nonnegative"``) or not whole (``"count"``),
         naming its cell and feature.
     """
-    sums, n_nonzero = np.zeros((len(rows), 2)), np.zeros(len(rows), dtype=np.int64)
+    totals, n_nonzero = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
+    matrix.marks = np.full(matrix.shape[0], np.nan)
     n_features = matrix.shape[1]
     detected = None if groups is None else np.zeros((n_groups, n_features), dtype=np.int64)
     for start in range(0, len(rows), CHUNK):
@@ -160,7 +165,7 @@ def check_values(
         block = matrix[rows[part]]
         if not _fine(block.data if _is_sparse(block) else block, kind):
             _refuse(block, kind, name, cells[part], features)
-        sums[part] = row_sums(block, _weights(n_features))
+        totals[part], matrix.marks[rows[part]] = row_totals(block), marks(block)
         if not _is_sparse(block):
             nonzero = block != 0
             n_nonzero[part] = nonzero.sum(axis=1)
@@ -168,7 +173,7 @@ def check_values(
                 for group in np.unique(groups[part]):  # type: ignore[index]
                     detected[group] += nonzero[groups[part] == group].sum(axis=0)  # type: ignore[index]
             continue
-        if np.count_nonzero(block.data) < block.nnz:
+        if block.nnz and block.data.min() <= 0 and np.count_nonzero(block.data) < block.nnz:
             block = block.copy()
             block.eliminate_zeros()
         n_nonzero[part] = np.diff(block.indptr)
@@ -176,9 +181,7 @@ def check_values(
             entries = np.repeat(groups[part] * n_features, n_nonzero[part]) + block.indices  # type: ignore[index]
             detected += np.bincount(entries, minlength=detected.size).reshape(detected.shape)
     density = n_nonzero.sum() / max(1, len(rows) * n_features)
-    matrix.marks = np.full(matrix.shape[0], np.nan)
-    matrix.marks[rows] = sums[:, 1]
-    return Summary(sums[:, 0], n_nonzero == 0, float(density), detected)
+    return Summary(totals, n_nonzero == 0, float(density), detected)
 
 
 def _fine(values: np.ndarray, kind: str) -> bool:
@@ -188,7 +191,10 @@ def _fine(values: np.ndarray, kind: str) -> bool:
     low, high = values.min(), values.max()  # NaN if any value is
     if not (np.isfinite(low) and np.isfinite(high)) or (kind != "real" and low < 0):
         return False
-    return kind != "count" or values.dtype.kind != "f" or bool((values == np.floor(values)).all())
+    if kind != "count" or values.dtype.kind != "f":
+        return True
+    parts = np.array_split(values.ravel(), 1 + values.size // 65_536)  # each stays in the processor's cache
+    return all((part == np.floor(part)).all() for part in parts)
 
 
 def _refuse(block: Any, kind: str, name: str, cells: pd.Index, features: pd.Index) -> None:
