@@ -112,13 +112,13 @@ class Summary(NamedTuple):
     density
         Share of non-zero entries.
     detected
-        Number of non-zero entries by group of rows and feature; None without groups.
+        Number of non-zero entries by group of rows and feature.
     """
 
     totals: np.ndarray
     empty: np.ndarray
     density: float
-    detected: np.ndarray | None
+    detected: np.ndarray
 
 
 def check_values(
@@ -129,7 +129,7 @@ def check_values(
     cells: pd.Index,
     features: pd.Index,
     groups: np.ndarray | None = None,
-    n_groups: int = 0,
+    n_groups: int = 1,
 ) -> Summary:
     """Refuse values that the likelihood cannot have produced; one pass over the data, by which it is known again.
 
@@ -146,7 +146,7 @@ def check_values(
     cells, features
         Names of these rows and of the columns, for the message.
     groups
-        Number of the group of each row, in which features are looked for; None for none.
+        Number of the group of each row, in which features are looked for; None for one group.
     n_groups
         How many groups there are.
 
@@ -159,27 +159,26 @@ def check_values(
     totals, n_nonzero = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
     matrix.marks = np.full(matrix.shape[0], np.nan)
     n_features = matrix.shape[1]
-    detected = None if groups is None else np.zeros((n_groups, n_features), dtype=np.int64)
+    detected = np.zeros((n_groups, n_features), dtype=np.int64)
     for start in range(0, len(rows), CHUNK):
         part = slice(start, start + CHUNK)
         block = matrix[rows[part]]
         if not _fine(block.data if _is_sparse(block) else block, kind):
             _refuse(block, kind, name, cells[part], features)
         totals[part], matrix.marks[rows[part]] = row_totals(block), marks(block)
+        group = np.zeros(len(cells[part]), dtype=np.int64) if groups is None else groups[part]
         if not _is_sparse(block):
             nonzero = block != 0
             n_nonzero[part] = nonzero.sum(axis=1)
-            if detected is not None:
-                for group in np.unique(groups[part]):  # type: ignore[index]
-                    detected[group] += nonzero[groups[part] == group].sum(axis=0)  # type: ignore[index]
+            for g in np.unique(group):
+                detected[g] += nonzero[group == g].sum(axis=0)
             continue
         if block.nnz and block.data.min() <= 0 and np.count_nonzero(block.data) < block.nnz:
             block = block.copy()
             block.eliminate_zeros()
         n_nonzero[part] = np.diff(block.indptr)
-        if detected is not None:
-            entries = np.repeat(groups[part] * n_features, n_nonzero[part]) + block.indices  # type: ignore[index]
-            detected += np.bincount(entries, minlength=detected.size).reshape(detected.shape)
+        entries = block.indices if n_groups == 1 else np.repeat(group * n_features, n_nonzero[part]) + block.indices
+        detected += np.bincount(entries, minlength=detected.size).reshape(detected.shape)
     density = n_nonzero.sum() / max(1, len(rows) * n_features)
     return Summary(totals, n_nonzero == 0, float(density), detected)
 

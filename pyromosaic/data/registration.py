@@ -276,12 +276,14 @@ def _modality(
                 )
         categorical[:, i] = codes(found, categories[key])
 
-    batches = categories[spec.batch_key] if spec.batch_key else ()
-    groups = categorical[present, 0] if len(batches) > 1 and (categorical[present, 0] >= 0).all() else None
+    groups: np.ndarray | None = None
+    batches: tuple[str, ...] = ("",)
+    if spec.batch_key:
+        groups, batches = categorical[present, 0] + 1, ("", *categories[spec.batch_key])  # 0: new to the model
     summary = check_values(matrix, rows[present], spec.data_kind, name, cells[present], features, groups, len(batches))
     _check_empty(name, spec, summary.empty, cells[present])
-    if groups is not None and summary.detected is not None:
-        _warn_unmeasured(name, summary.detected, np.bincount(groups, minlength=len(batches)), batches)
+    sizes = np.bincount(np.zeros(present.sum(), int) if groups is None else groups, minlength=len(batches))
+    _warn_unmeasured(name, summary.detected, sizes, batches, known)
     library = _library(name, spec, summary.totals, cells, present, table)
 
     continuous = np.zeros((len(cells), len(spec.continuous_covariates)), dtype=np.float32)
@@ -311,6 +313,7 @@ def _modality(
         labels=label_names,
         library=float(np.nanmedian(library)),
         exposure=exposure,
+        detected=tuple((summary.detected.sum(axis=0) / present.sum()).round(4).tolist()),
     )
     # A likelihood of the user's own need not know of sparse tensors.
     dense = not isinstance(spec.likelihood, str) or DATA_KINDS[spec.likelihood] != "count"
@@ -335,19 +338,32 @@ def _check_empty(name: str, spec: ModalitySpec, empty: np.ndarray, cells: pd.Ind
         )
 
 
-def _warn_unmeasured(name: str, detected: np.ndarray, n_cells: np.ndarray, batches: Sequence[str]) -> None:
-    """Warn of features that a batch has in no cell, though by the other batches ten or more would have them."""
-    in_some = detected > 0
-    share = detected.sum(axis=0) / np.maximum(1, in_some.T @ n_cells)  # of cells, in batches that have the feature
-    lacking = ((detected == 0) & (share * n_cells[:, None] >= 10)).sum(axis=1)
-    found = [i for i in np.argsort(-lacking, kind="stable") if lacking[i] >= max(1, detected.shape[1] // 100)]
+def _warn_unmeasured(
+    name: str, detected: np.ndarray, n_cells: np.ndarray, batches: Sequence[str], known: ModalitySchema | None
+) -> None:
+    """Warn of features that a batch has in no cell, though by the training data or the other batches it would.
+
+    Without them by chance with a probability below ``exp(-10)``, were cells alike; since they are not, one per cent of
+    the features have to be so, or one that half of the other cells have.
+    """
+    if known is not None and known.detected:
+        share, where = np.array(known.detected), "in the training data"
+    else:
+        in_some = detected > 0
+        share, where = detected.sum(axis=0) / np.maximum(1, in_some.T @ n_cells), "in other batches"
+    lacking = (detected == 0) & (-n_cells[:, None] * np.log1p(-np.minimum(share, 1 - 1e-9)) >= 10)
+    doubtful = (lacking.sum(axis=1) >= max(1, detected.shape[1] // 100)) | (lacking & (share >= 0.5)).any(axis=1)
+    found = [i for i in np.argsort(-lacking.sum(axis=1), kind="stable") if doubtful[i]]
     if found:
-        said = [f"{lacking[i]} in all {n_cells[i]} cells of batch {batches[i]!r}" for i in found]
+        said = [
+            f"{lacking[i].sum()} in all {n_cells[i]} cells" + f" of batch {batches[i]!r}" * (batches[i] != "")
+            for i in found
+        ]
         more = f" and so in {len(said) - 3} further batches" if len(said) > 3 else ""
         warnings.warn(
-            f"modality {name!r}: of {detected.shape[1]} features some are 0 throughout a batch and not in others: "
-            f"{', '.join(said[:3])}{more}; if they were not measured there, the zeros are learnt as measurements: "
-            "keep the features that all batches measured",
+            f"modality {name!r}: of {detected.shape[1]} features some are always 0, but not {where}: "
+            f"{', '.join(said[:3])}{more}; if they were not measured there, the zeros count as measurements: keep "
+            "the features that all measured",
             stacklevel=2,
         )
 
