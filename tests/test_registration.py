@@ -1,5 +1,6 @@
 """What registration takes from users' measurements: the right value, or one sentence."""
 
+import re
 import warnings
 
 import anndata
@@ -135,14 +136,33 @@ def test_what_was_detected_is_kept_with_a_model():
 # Sizes
 
 
-def test_sizes_that_are_no_counts():
-    adata = make(names(30), 40)
-    totals = np.ravel(adata.X.sum(1))
-    adata.obs["near 1"], adata.obs["logs"], adata.obs["counts"] = totals / np.median(totals), np.log(totals), totals
-    for key in ("near 1", "logs"):
-        with pytest.warns(UserWarning, match=f"the sizes in column '{key}' are 0.0.* times the cells' total counts"):
-            Mosaic.from_anndata({"rna": adata}, size_factor_key=key)
-    Mosaic.from_anndata({"rna": adata}, size_factor_key="counts")
+COUNTED = ["nb", "zinb", "nb_mixture", "multinomial", "bernoulli"]
+SIZES = {
+    "near 1": (lambda totals, rng: totals / np.median(totals), "0.0.* times the cells' total counts"),
+    "logs": (lambda totals, rng: np.log1p(totals), "0.0.* times the cells' total counts"),
+    "of another modality": (lambda totals, rng: 10 * rng.permutation(totals), "times the cells' total counts"),
+    "of other cells": (lambda totals, rng: rng.permutation(totals), "do not go with the cells' total counts"),
+    "one for all": (lambda totals, rng: np.full(len(totals), np.median(totals)), "do not go with the cells' total"),
+    "totals": (lambda totals, rng: totals, None),
+    "nearly totals": (lambda totals, rng: totals * rng.lognormal(0, 0.2, len(totals)), None),
+}
+
+
+@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize("likelihood", COUNTED)
+def test_sizes_that_are_no_counts(likelihood, kind):
+    rng = np.random.default_rng(0)
+    x = 1 + rng.poisson(5 * rng.lognormal(0, 0.5, (100, 1)), (100, 40))
+    adata = anndata.AnnData(x.astype(np.float32), pd.DataFrame(index=names(100)))
+    size, said = SIZES[kind]
+    adata.obs["size"] = size(np.ravel(x.sum(1)).astype(float), rng)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Mosaic.from_anndata({"x": adata}, {"x": likelihood}, size_factor_key="size")
+    found = [str(w.message) for w in caught if w.category is UserWarning]
+    assert len(found) == (said is not None)
+    if said is not None:
+        assert re.search(f"modality 'x': the sizes in column 'size' .*{said}", found[0])
 
 
 # The user's matrix

@@ -393,16 +393,34 @@ def _library(
             f"modality {name!r}: cell {cells[bad][0]!r} has size {library[bad][0]} ({source}), but likelihood "
             f"{spec.likelihood_name!r} takes a finite size above 0; remove the cell from this modality"
         )
-    if spec.size_factor_key is not None and spec.traits.shares and (totals > 0).any():
-        ratio = float(np.median(library[present][totals > 0] / totals[totals > 0]))
-        if not 0.5 <= ratio <= 2:
-            warnings.warn(
-                f"modality {name!r}: the sizes in column {spec.size_factor_key!r} are {ratio:.2g} times the cells' "
-                "total counts (median), and so will be what is imputed; a size is a number of counts: for size factors "
-                "near 1, multiply them by the median total",
-                stacklevel=2,
-            )
+    if spec.size_factor_key is not None and spec.traits.kind == "count":
+        _warn_of_sizes(
+            f"modality {name!r}: the sizes in {source}", library[present & (library > 0)], totals[library[present] > 0]
+        )
     return library.astype(np.float32)
+
+
+def _warn_of_sizes(what: str, sizes: np.ndarray, totals: np.ndarray) -> None:
+    """Warn of sizes that are far from the cells' total counts, or do not go with them."""
+    sizes, totals = sizes[totals > 0], totals[totals > 0]
+    if len(totals) == 0:
+        return
+    problem, ratio = "", float(np.median(sizes / totals))
+    logs = np.log(sizes), np.log(totals)
+    if not 0.5 <= ratio <= 2:
+        problem = (
+            f"are {ratio:.2g} times the cells' total counts (median), and what is imputed may be so too; a size is a "
+            "number of counts: for size factors near 1, multiply them by the median total"
+        )
+    elif len(totals) >= 20 and logs[1].std() > 0.1:
+        together = float(np.corrcoef(logs)[0, 1]) if logs[0].std() > 0 else 0.0
+        if together < 0.25:
+            problem = (
+                f"do not go with the cells' total counts (correlation of logarithms {together:.2f}); give those of "
+                "this modality"
+            )
+    if problem:
+        warnings.warn(f"{what} {problem}", stacklevel=2)
 
 
 def _labels(
