@@ -1,5 +1,6 @@
 """What registration takes from users' measurements: the right value, or one sentence."""
 
+import re
 import warnings
 
 import anndata
@@ -10,7 +11,7 @@ from mudata import MuData
 from scipy import sparse
 from small import make, names, overlap, with_zeros
 
-from pyromosaic import ModalitySpec, Mosaic, MultiVI
+from pyromosaic import ModalitySpec, Mosaic, MultiVI, simulate
 from pyromosaic.data import Schema
 
 # Zeros
@@ -62,21 +63,108 @@ def test_features_that_a_batch_did_not_measure(likelihood, store):
         Mosaic.from_anndata({"x": anndata.AnnData(store(x), obs)}, {"x": likelihood}, batch_key="b")
     x[np.ix_(obs["b"] == "q", np.arange(3, 10))] = 0
     adata = anndata.AnnData(store(x), obs)
-    with pytest.warns(UserWarning, match="of 30 features some are 0 .* not in others: 7 in all 30 cells of batch 'q';"):
+    with pytest.warns(
+        UserWarning, match="of 30 features some are always 0, .* other batches: 7 in all 30 cells of batch 'q';"
+    ):
         Mosaic.from_anndata({"x": adata}, {"x": likelihood}, batch_key="b")
+
+
+def panel(n_cells=200, seed=0):
+    """Two batches measured by one panel of antibodies."""
+    mdata, _ = simulate(n_cells, {"rna": 50, "adt": 150}, patterns=["rna+adt"], n_batches=2, seed=seed)
+    return mdata
+
+
+@pytest.mark.parametrize(
+    ("lacking", "said"),
+    [([3], "of 150 features .* 1 in all 100 cells of batch 'batch1'"), ([3, 4, 5, 6], "4 in all 100 cells")],
+)
+def test_a_protein_that_a_batch_did_not_measure(lacking, said):
+    adt = panel()["adt"]
+    x = adt.X if isinstance(adt.X, np.ndarray) else adt.X.toarray()
+    x[np.ix_(adt.obs["batch"] == "batch1", lacking)] = 0
+    adt.X = x
+    with pytest.warns(UserWarning, match=said):
+        Mosaic.from_anndata({"adt": adt}, batch_key="batch")
+
+
+def test_few_cells_or_rare_features_are_not_said():
+    rng = np.random.default_rng(0)
+    x = rng.poisson(0.05, (400, 100)).astype(np.float32)
+    x[:, 0] = 1
+    x[:, 50:60] = rng.poisson(0.6, (400, 10)) * (np.arange(400) >= 200)[:, None]  # a type that one batch lacks
+    x[:, 50:60] *= rng.random((400, 10)) < 0.05
+    adata = anndata.AnnData(x, pd.DataFrame({"b": np.repeat(["p", "q"], 200)}, names(400)))
+    few = adata[np.r_[0:200, 200:204]].copy()
+    few.X[200:, 1:] = 0
+    for each in (adata, few):
+        Mosaic.from_anndata({"rna": each}, batch_key="b")  # warnings are errors here
+
+
+def test_features_that_new_data_did_not_measure_are_said():
+    mdata = panel()
+    half = np.arange(200) < 100
+    for key in ("batch", None):
+        model = MultiVI(Mosaic.from_mudata(mdata[half].copy(), batch_key=key), n_latent=2, n_hidden=8)
+        new = mdata[~half].copy()
+        model.register(new)  # warnings are errors here
+        for lacking in ([3], list(range(20))):
+            x = new["adt"].X if isinstance(new["adt"].X, np.ndarray) else new["adt"].X.toarray()
+            x[:, lacking] = 0
+            new["adt"].X = x
+            with pytest.warns(UserWarning, match=f"always 0, but not in the training data: {len(lacking)} in all") as w:
+                model.register(new)
+            assert len(w) == 1
+    averaged = new["adt"]
+    averaged.obs["batch"] = "another"
+    model = MultiVI(Mosaic.from_mudata(mdata, batch_key="batch"), n_latent=2, n_hidden=8)
+    for register in (
+        lambda: model.register({"adt": averaged}, new_batches="average"),
+        lambda: model.adapt({"adt": averaged}, 1, progress_bar=False),
+    ):
+        with pytest.warns(UserWarning, match="not in the training data: 20 in all 100 cells"):
+            register()
+
+
+def test_what_was_detected_is_kept_with_a_model():
+    schema = Mosaic.from_mudata(panel()).schema
+    assert Schema.from_json(schema.to_json()) == schema
+    assert len(schema["adt"].detected) == 150 and 0 < min(schema["adt"].detected)
+    earlier = schema.to_json()
+    del earlier["modalities"]["adt"]["detected"]
+    assert Schema.from_json(earlier)["adt"].detected == ()
 
 
 # Sizes
 
 
-def test_sizes_that_are_no_counts():
-    adata = make(names(30), 40)
-    totals = np.ravel(adata.X.sum(1))
-    adata.obs["near 1"], adata.obs["logs"], adata.obs["counts"] = totals / np.median(totals), np.log(totals), totals
-    for key in ("near 1", "logs"):
-        with pytest.warns(UserWarning, match=f"the sizes in column '{key}' are 0.0.* times the cells' total counts"):
-            Mosaic.from_anndata({"rna": adata}, size_factor_key=key)
-    Mosaic.from_anndata({"rna": adata}, size_factor_key="counts")
+COUNTED = ["nb", "zinb", "nb_mixture", "multinomial", "bernoulli"]
+SIZES = {
+    "near 1": (lambda totals, rng: totals / np.median(totals), "0.0.* times the cells' total counts"),
+    "logs": (lambda totals, rng: np.log1p(totals), "0.0.* times the cells' total counts"),
+    "of another modality": (lambda totals, rng: 10 * rng.permutation(totals), "times the cells' total counts"),
+    "of other cells": (lambda totals, rng: rng.permutation(totals), "do not go with the cells' total counts"),
+    "one for all": (lambda totals, rng: np.full(len(totals), np.median(totals)), "do not go with the cells' total"),
+    "totals": (lambda totals, rng: totals, None),
+    "nearly totals": (lambda totals, rng: totals * rng.lognormal(0, 0.2, len(totals)), None),
+}
+
+
+@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize("likelihood", COUNTED)
+def test_sizes_that_are_no_counts(likelihood, kind):
+    rng = np.random.default_rng(0)
+    x = 1 + rng.poisson(5 * rng.lognormal(0, 0.5, (100, 1)), (100, 40))
+    adata = anndata.AnnData(x.astype(np.float32), pd.DataFrame(index=names(100)))
+    size, said = SIZES[kind]
+    adata.obs["size"] = size(np.ravel(x.sum(1)).astype(float), rng)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Mosaic.from_anndata({"x": adata}, {"x": likelihood}, size_factor_key="size")
+    found = [str(w.message) for w in caught if w.category is UserWarning]
+    assert len(found) == (said is not None)
+    if said is not None:
+        assert re.search(f"modality 'x': the sizes in column 'size' .*{said}", found[0])
 
 
 # The user's matrix

@@ -67,8 +67,7 @@ class Matrix:
         if self.marks is None:
             return np.empty(0, dtype=np.intp)
         registered = self.marks[rows]
-        found = row_sums(block, _weights(self.shape[1])[:, 1:])[:, 0]
-        return np.flatnonzero(~np.isclose(found, registered, rtol=1e-9, atol=1e-7))
+        return np.flatnonzero(~np.isclose(marks(block), registered, rtol=1e-9, atol=1e-7))
 
 
 def as_tensor(block: Any, dense: bool) -> torch.Tensor:
@@ -84,14 +83,19 @@ def as_tensor(block: Any, dense: bool) -> torch.Tensor:
     return torch.sparse_coo_tensor(indices, values, block.shape, is_coalesced=True, check_invariants=False)
 
 
+def row_totals(block: Any) -> np.ndarray:
+    """Sum of each row that was read."""
+    return np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
+
+
 @lru_cache(maxsize=8)
 def _weights(n_features: int) -> np.ndarray:
-    """What rows are summed with: ones, for their totals, and a number by position, which tells orders apart."""
-    return np.stack([np.ones(n_features), np.random.default_rng(0).uniform(0.5, 1.5, n_features)], axis=1)
+    return np.random.default_rng(0).uniform(0.5, 1.5, n_features)
 
 
-def row_sums(block: Any, weights: np.ndarray) -> np.ndarray:
-    """Weighted sums of the rows of a block in double precision, shape (rows, columns of the weights)."""
+def marks(block: Any) -> np.ndarray:
+    """Sum of each row that was read, weighted by position, so that the order of the values matters too."""
+    weights = _weights(block.shape[1])
     if _is_sparse(block):
         return np.asarray(block @ weights)
     parts = np.array_split(block, 1 + len(block) // 256)  # few rows at a time are in double precision
@@ -110,13 +114,13 @@ class Summary(NamedTuple):
     density
         Share of non-zero entries.
     detected
-        Number of non-zero entries by group of rows and feature; None without groups.
+        Number of non-zero entries by group of rows and feature.
     """
 
     totals: np.ndarray
     empty: np.ndarray
     density: float
-    detected: np.ndarray | None
+    detected: np.ndarray
 
 
 def check_values(
@@ -127,7 +131,7 @@ def check_values(
     cells: pd.Index,
     features: pd.Index,
     groups: np.ndarray | None = None,
-    n_groups: int = 0,
+    n_groups: int = 1,
 ) -> Summary:
     """Refuse values that the likelihood cannot have produced; one pass over the data, by which it is known again.
 
@@ -144,7 +148,7 @@ def check_values(
     cells, features
         Names of these rows and of the columns, for the message.
     groups
-        Number of the group of each row, in which features are looked for; None for none.
+        Number of the group of each row, in which features are looked for; None for one group.
     n_groups
         How many groups there are.
 
@@ -154,33 +158,31 @@ def check_values(
         On the first value that is not finite, negative (``"count"``, ``"nonnegative"``) or not whole (``"count"``),
         naming its cell and feature.
     """
-    sums, n_nonzero = np.zeros((len(rows), 2)), np.zeros(len(rows), dtype=np.int64)
+    totals, n_nonzero = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
+    matrix.marks = np.full(matrix.shape[0], np.nan)
     n_features = matrix.shape[1]
-    detected = None if groups is None else np.zeros((n_groups, n_features), dtype=np.int64)
+    detected = np.zeros((n_groups, n_features), dtype=np.int64)
     for start in range(0, len(rows), CHUNK):
         part = slice(start, start + CHUNK)
         block = matrix[rows[part]]
         if not _fine(block.data if _is_sparse(block) else block, kind):
             _refuse(block, kind, name, cells[part], features)
-        sums[part] = row_sums(block, _weights(n_features))
+        totals[part], matrix.marks[rows[part]] = row_totals(block), marks(block)
+        group = np.zeros(len(cells[part]), dtype=np.int64) if groups is None else groups[part]
         if not _is_sparse(block):
             nonzero = block != 0
             n_nonzero[part] = nonzero.sum(axis=1)
-            if detected is not None:
-                for group in np.unique(groups[part]):  # type: ignore[index]
-                    detected[group] += nonzero[groups[part] == group].sum(axis=0)  # type: ignore[index]
+            for g in np.unique(group):
+                detected[g] += nonzero[group == g].sum(axis=0)
             continue
-        if np.count_nonzero(block.data) < block.nnz:
+        if block.nnz and block.data.min() <= 0 and np.count_nonzero(block.data) < block.nnz:
             block = block.copy()
             block.eliminate_zeros()
         n_nonzero[part] = np.diff(block.indptr)
-        if detected is not None:
-            entries = np.repeat(groups[part] * n_features, n_nonzero[part]) + block.indices  # type: ignore[index]
-            detected += np.bincount(entries, minlength=detected.size).reshape(detected.shape)
+        entries = block.indices if n_groups == 1 else np.repeat(group * n_features, n_nonzero[part]) + block.indices
+        detected += np.bincount(entries, minlength=detected.size).reshape(detected.shape)
     density = n_nonzero.sum() / max(1, len(rows) * n_features)
-    matrix.marks = np.full(matrix.shape[0], np.nan)
-    matrix.marks[rows] = sums[:, 1]
-    return Summary(sums[:, 0], n_nonzero == 0, float(density), detected)
+    return Summary(totals, n_nonzero == 0, float(density), detected)
 
 
 #: Largest value of each kind: a count that float32 holds exactly, and what can be squared in it.
@@ -239,7 +241,10 @@ def _fine(values: np.ndarray, kind: str) -> bool:
         return False
     if max(-low, high) > LARGEST[kind]:
         return False
-    return kind != "count" or values.dtype.kind != "f" or bool((values == np.floor(values)).all())
+    if kind != "count" or values.dtype.kind != "f":
+        return True
+    parts = np.array_split(values.ravel(), 1 + values.size // 65_536)  # each stays in the processor's cache
+    return all((part == np.floor(part)).all() for part in parts)
 
 
 def _refuse(block: Any, kind: str, name: str, cells: pd.Index, features: pd.Index) -> None:

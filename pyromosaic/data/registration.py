@@ -276,12 +276,14 @@ def _modality(
                 )
         categorical[:, i] = codes(found, categories[key])
 
-    batches = categories[spec.batch_key] if spec.batch_key else ()
-    groups = categorical[present, 0] if len(batches) > 1 and (categorical[present, 0] >= 0).all() else None
+    groups: np.ndarray | None = None
+    batches: tuple[str, ...] = ("",)
+    if spec.batch_key:
+        groups, batches = categorical[present, 0] + 1, ("", *categories[spec.batch_key])  # 0: new to the model
     summary = check_values(matrix, rows[present], spec.data_kind, name, cells[present], features, groups, len(batches))
     _check_empty(name, spec, summary.empty, cells[present])
-    if groups is not None and summary.detected is not None:
-        _warn_unmeasured(name, summary.detected, np.bincount(groups, minlength=len(batches)), batches)
+    sizes = np.bincount(np.zeros(present.sum(), int) if groups is None else groups, minlength=len(batches))
+    _warn_unmeasured(name, summary.detected, sizes, batches, known)
     looks = suspicion(matrix, rows[present], summary.totals, spec.data_kind, spec.traits.sized)
     if looks is not None and isinstance(spec.likelihood, str) and not spec.allow_non_integer:
         warnings.warn(
@@ -319,6 +321,7 @@ def _modality(
         labels=label_names,
         library=float(np.nanmedian(library)),
         exposure=exposure,
+        detected=tuple((summary.detected.sum(axis=0) / present.sum()).round(4).tolist()),
     )
     # A likelihood of the user's own need not know of sparse tensors.
     dense = not isinstance(spec.likelihood, str) or DATA_KINDS[spec.likelihood] != "count"
@@ -343,19 +346,32 @@ def _check_empty(name: str, spec: ModalitySpec, empty: np.ndarray, cells: pd.Ind
         )
 
 
-def _warn_unmeasured(name: str, detected: np.ndarray, n_cells: np.ndarray, batches: Sequence[str]) -> None:
-    """Warn of features that a batch has in no cell, though by the other batches ten or more would have them."""
-    in_some = detected > 0
-    share = detected.sum(axis=0) / np.maximum(1, in_some.T @ n_cells)  # of cells, in batches that have the feature
-    lacking = ((detected == 0) & (share * n_cells[:, None] >= 10)).sum(axis=1)
-    found = [i for i in np.argsort(-lacking, kind="stable") if lacking[i] >= max(1, detected.shape[1] // 100)]
+def _warn_unmeasured(
+    name: str, detected: np.ndarray, n_cells: np.ndarray, batches: Sequence[str], known: ModalitySchema | None
+) -> None:
+    """Warn of features that a batch has in no cell, though by the training data or the other batches it would.
+
+    If all cells were alike, such a feature would be absent by chance with probability below ``exp(-10)``. Cells differ;
+    therefore the warning needs one per cent of the features, or a feature that half of the other cells have.
+    """
+    if known is not None and known.detected:
+        share, where = np.array(known.detected), "in the training data"
+    else:
+        in_some = detected > 0
+        share, where = detected.sum(axis=0) / np.maximum(1, in_some.T @ n_cells), "in other batches"
+    lacking = (detected == 0) & (-n_cells[:, None] * np.log1p(-np.minimum(share, 1 - 1e-9)) >= 10)
+    doubtful = (lacking.sum(axis=1) >= max(1, detected.shape[1] // 100)) | (lacking & (share >= 0.5)).any(axis=1)
+    found = [i for i in np.argsort(-lacking.sum(axis=1), kind="stable") if doubtful[i]]
     if found:
-        said = [f"{lacking[i]} in all {n_cells[i]} cells of batch {batches[i]!r}" for i in found]
+        said = [
+            f"{lacking[i].sum()} in all {n_cells[i]} cells" + f" of batch {batches[i]!r}" * (batches[i] != "")
+            for i in found
+        ]
         more = f" and so in {len(said) - 3} further batches" if len(said) > 3 else ""
         warnings.warn(
-            f"modality {name!r}: of {detected.shape[1]} features some are 0 throughout a batch and not in others: "
-            f"{', '.join(said[:3])}{more}; if they were not measured there, the model still takes the zeros as "
-            "measurements: keep only the features that were measured in all batches",
+            f"modality {name!r}: of {detected.shape[1]} features some are always 0, but not {where}: "
+            f"{', '.join(said[:3])}{more}; if they were not measured there, the zeros count as "
+            "measurements: keep only the features that were measured everywhere",
             stacklevel=2,
         )
 
@@ -385,16 +401,34 @@ def _library(
             f"modality {name!r}: cell {cells[bad][0]!r} has size {library[bad][0]} ({source}), but likelihood "
             f"{spec.likelihood_name!r} takes a finite size above 0; remove the cell from this modality"
         )
-    if spec.size_factor_key is not None and spec.traits.shares and (totals > 0).any():
-        ratio = float(np.median(library[present][totals > 0] / totals[totals > 0]))
-        if not 0.5 <= ratio <= 2:
-            warnings.warn(
-                f"modality {name!r}: the sizes in column {spec.size_factor_key!r} are {ratio:.2g} times the cells' "
-                "total counts (median), and imputed values change by the same factor; a size is a number of counts: "
-                "multiply size factors near 1 by the median total count",
-                stacklevel=2,
-            )
+    if spec.size_factor_key is not None and spec.traits.kind == "count":
+        _warn_of_sizes(
+            f"modality {name!r}: the sizes in {source}", library[present & (library > 0)], totals[library[present] > 0]
+        )
     return library.astype(np.float32)
+
+
+def _warn_of_sizes(what: str, sizes: np.ndarray, totals: np.ndarray) -> None:
+    """Warn of sizes that are far from the cells' total counts, or do not go with them."""
+    sizes, totals = sizes[totals > 0], totals[totals > 0]
+    if len(totals) == 0:
+        return
+    problem, ratio = "", float(np.median(sizes / totals))
+    logs = np.log(sizes), np.log(totals)
+    if not 0.5 <= ratio <= 2:
+        problem = (
+            f"are {ratio:.2g} times the cells' total counts (median), and what is imputed may be so too; a size is a "
+            "number of counts: for size factors near 1, multiply them by the median total"
+        )
+    elif len(totals) >= 20 and logs[1].std() > 0.1:
+        together = float(np.corrcoef(logs)[0, 1]) if logs[0].std() > 0 else 0.0
+        if together < 0.25:
+            problem = (
+                f"do not go with the cells' total counts (correlation of logarithms {together:.2f}); give those of "
+                "this modality"
+            )
+    if problem:
+        warnings.warn(f"{what} {problem}", stacklevel=2)
 
 
 def _labels(

@@ -164,6 +164,8 @@ class ModalitySchema:
         Median size of a cell, in counts.
     exposure
         Median exposure of a value that was measured, at which others are predicted.
+    detected
+        Share of the cells in which each feature is not 0; empty if that is not known.
 
     Examples
     --------
@@ -179,6 +181,7 @@ class ModalitySchema:
     labels: tuple[str, ...] = ()
     library: float = 1.0
     exposure: float = 1.0
+    detected: tuple[float, ...] = ()
 
     @property
     def n_features(self) -> int:
@@ -250,6 +253,7 @@ class Schema:
                 labels=tuple(entry["labels"]),
                 library=float(entry["library"]),
                 exposure=float(entry.get("exposure", 1.0)),
+                detected=tuple(map(float, entry.get("detected", ()))),
             )
         cohorts = data["cohorts"]
         if cohorts is None:

@@ -10,6 +10,7 @@ from pyromosaic import Mosaic, MultiVI, hide, metrics, pbmc_mosaic
 from pyromosaic.data import simulate as simulate_mosaic
 
 
+@pytest.mark.filterwarnings("ignore:.*times the cells' total counts")  # in units of their own
 @pytest.mark.slow
 def test_parameters_of_the_story_are_recovered():
     """Four types; every region is open for sure in one of them, so that its factor can be told from its accessibility.
@@ -80,6 +81,7 @@ def test_sizes_of_unmeasured_cells_are_those_of_measured_ones():
         assert 0.8 < imputed.sum() / truth.mean[name][mdata.obs_names.get_indexer(cells)].sum() < 1.25
 
 
+@pytest.mark.filterwarnings("ignore:.*times the cells' total counts")  # in units of their own
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("n_cells", "features", "preset"),
