@@ -14,14 +14,9 @@ from torch import Tensor
 from pyromosaic.checks.cells import (
     BLOCK,
     blocks,
-    cell_sites,
-    draw_prior,
-    drawn_minibatch,
     explain,
     infer,
     log_weight,
-    shared_variables,
-    without_penalties,
 )
 from pyromosaic.checks.ranks import Ranks
 from pyromosaic.data import Minibatch, Mosaic, loader
@@ -30,6 +25,7 @@ from pyromosaic.models.asking import CHUNK_ENTRIES
 from pyromosaic.models.mosaic_model import Cells, MosaicModel
 from pyromosaic.tasks import inference_mode
 from pyromosaic.train import minimise
+from pyromosaic.train.drawn import cell_sites, draw_prior, drawn_minibatch, shared_variables, without_penalties
 
 if TYPE_CHECKING:
     from anndata import AnnData

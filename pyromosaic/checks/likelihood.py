@@ -4,11 +4,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pyromosaic.checks.cells import blocks, explain, infer, log_weight, without_penalties
+from pyromosaic.checks.cells import blocks, explain, infer, log_weight
 from pyromosaic.data import Mosaic
 from pyromosaic.measurement import encoded_once
 from pyromosaic.models.mosaic_model import Cells, MosaicModel
 from pyromosaic.tasks import inference_mode
+from pyromosaic.train.drawn import without_penalties
 
 
 def held_out_log_likelihood(

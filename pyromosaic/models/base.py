@@ -21,7 +21,7 @@ from pyromosaic.measurement import part_of
 from pyromosaic.program import Program, check, check_names
 from pyromosaic.tasks import inference_mode
 from pyromosaic.tasks.question import columns_of, portions
-from pyromosaic.train import Optimisation, Schedule, fit
+from pyromosaic.train import Optimisation, Schedule, fit, sleep
 
 #: Options that have another name than in earlier versions, or are arguments of a part now.
 RENAMED: Mapping[str, str] = {
@@ -211,9 +211,11 @@ class TrainedModel:
         kl_warmup_epochs: int = 50,
         schedule: Schedule = "cosine",
         gradient_clip: float = 10.0,
+        likelihood_rate: float = 10.0,
         validation: float = 0.1,
         test: float = 0.0,
         early_stopping: int | None = None,
+        sleep_steps: int = 200,
         seed: int = 0,
         n_workers: int = 0,
         **trainer: Any,
@@ -226,7 +228,7 @@ class TrainedModel:
             Number of passes over the training cells.
         batch_size
             Largest number of cells in a minibatch.
-        learning_rate, weight_decay, kl_warmup_epochs, schedule, gradient_clip
+        learning_rate, weight_decay, kl_warmup_epochs, schedule, gradient_clip, likelihood_rate
             See `pyromosaic.train.Optimisation`.
         validation, test
             Shares of the cells that are kept out of training, drawn within each pattern of modalities. Validation cells
@@ -234,6 +236,11 @@ class TrainedModel:
         early_stopping
             Stop after this many epochs without a better validation ELBO (or, with ``monitor="reconstruction"``, a
             better likelihood), and restore the parameters of the best epoch.
+        sleep_steps
+            Number of steps after training in which the guide is fitted to cells drawn from the model, so that
+            posteriors are as wide as they should be; see `pyromosaic.train.sleep`. 0 leaves them out; there are at most
+            as many as steps of training. The last row of the history gets their loss as ``sleep_before`` and
+            ``sleep_after``, means over the first and the last ten steps.
         seed
             Seed of split, order of minibatches and noise.
         n_workers
@@ -255,8 +262,8 @@ class TrainedModel:
 
         Notes
         -----
-        A model whose training is left by an error or Ctrl-C is that of the last whole epoch, and can be used, saved or
-        trained on; by SIGTERM, or before an epoch is whole, it is as it was before.
+        A model whose training is left by an error or Ctrl-C is that of the last whole epoch, without the sleep phase,
+        and can be used, saved or trained on; by SIGTERM, or before an epoch is whole, it is as it was before.
 
         Examples
         --------
@@ -270,6 +277,8 @@ class TrainedModel:
         mosaic = self._data(None)
         _check_whole("n_epochs", n_epochs)
         _check_whole("batch_size", batch_size)
+        if sleep_steps != 0:
+            _check_whole("sleep_steps", sleep_steps)
         if early_stopping is not None:
             _check_whole("early_stopping", early_stopping)
         if "max_epochs" in trainer:
@@ -279,7 +288,9 @@ class TrainedModel:
         # In no order, so that each minibatch holds all populations.
         shuffled = np.random.default_rng(seed).permutation(parts.validation)
         held_out = self.loader(mosaic, shuffled, batch_size) if len(shuffled) else None
-        optimisation = Optimisation(learning_rate, weight_decay, kl_warmup_epochs, schedule, gradient_clip)
+        optimisation = Optimisation(
+            learning_rate, weight_decay, kl_warmup_epochs, schedule, gradient_clip, likelihood_rate
+        )
         some = measured(mosaic, parts.train[:: 1 + len(parts.train) // 128]).to(self._device)
         unchecked = [name for name, m in self.schema.modalities.items() if m.spec.allow_non_integer]
         check(self.model, self.guide, some, unchecked)
@@ -290,9 +301,11 @@ class TrainedModel:
             "seed": seed,
             "validation": validation,
             "test": test,
+            "sleep_steps": sleep_steps,
             "cells": sha256("\n".join(map(str, mosaic.obs_names)).encode()).hexdigest(),
             **{f"{name} cells": torch.from_numpy(cells) for name, cells in vars(parts).items()},
         }
+        bar = bool(trainer.get("progress_bar", True))
         rows: list[dict[str, float]] = []
         left: BaseException | None = None
         with self._as_before_if_it_fails():
@@ -313,6 +326,11 @@ class TrainedModel:
                         settings=settings,
                         **trainer,
                     )
+                    again = self.loader(mosaic, parts.train, batch_size, seed)
+                    n_steps = min(sleep_steps, len(rows) * len(train))
+                    losses = sleep(self.model, self.guide, again, n_steps, seed=seed, progress_bar=bar)
+                    if len(losses):
+                        rows[-1] |= {"sleep_before": losses[:10].mean(), "sleep_after": losses[-10:].mean()}
             except (Exception, KeyboardInterrupt) as error:
                 if not rows:
                     raise
