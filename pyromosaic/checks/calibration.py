@@ -15,14 +15,9 @@ from pyromosaic.accepted import Count, Positive, Seed, Whole, checked
 from pyromosaic.checks.cells import (
     BLOCK,
     blocks,
-    cell_sites,
-    draw_prior,
-    drawn_minibatch,
     explain,
     infer,
     log_weight,
-    shared_variables,
-    without_penalties,
 )
 from pyromosaic.checks.ranks import Ranks
 from pyromosaic.data import Minibatch, Mosaic, loader
@@ -32,6 +27,7 @@ from pyromosaic.tasks import inference_mode
 from pyromosaic.tasks.prediction import ENTRIES
 from pyromosaic.threads import one_thread
 from pyromosaic.train import minimise
+from pyromosaic.train.drawn import cell_sites, draw_prior, drawn_minibatch, shared_variables, without_penalties
 
 if TYPE_CHECKING:
     from anndata import AnnData

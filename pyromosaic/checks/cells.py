@@ -1,7 +1,6 @@
 """A model's program cell by cell: draws for each cell, and their log densities."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,18 +10,14 @@ import torch
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
-from pyro.poutine.util import prune_subsample_sites
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyromosaic.accepted import Seed, checked
 from pyromosaic.data import Minibatch, Mosaic, measured
 from pyromosaic.data.matrix import Matrix
-from pyromosaic.measurement import part_of
 from pyromosaic.models.mosaic_model import Cells, MosaicModel
-from pyromosaic.penalties import Penalty
-from pyromosaic.program import AtMean
-from pyromosaic.sizes import LatentSize
 from pyromosaic.tasks import inference_mode
+from pyromosaic.train.drawn import cell_sites, draw_prior, drawn_minibatch, shared_variables, trace, without_penalties
 
 BLOCK = 256  # cells at once
 
@@ -31,72 +26,6 @@ def blocks(model: MosaicModel, mosaic: Mosaic, index: np.ndarray, size: int = BL
     """Minibatches of the cells as they were measured, in order."""
     for start in range(0, len(index), size):
         yield measured(mosaic, index[start : start + size]).to(model._device)
-
-
-@contextmanager
-def without_penalties(guide: nn.Module) -> Iterator[None]:
-    """A guide without its penalties, which are not part of the posterior: their weight is 0."""
-    penalties = [module for module in guide.modules() if isinstance(module, Penalty)]
-    weights = [penalty.weight for penalty in penalties]
-    for penalty in penalties:
-        penalty.weight = 0.0
-    try:
-        yield
-    finally:
-        for penalty, weight in zip(penalties, weights, strict=True):
-            penalty.weight = weight
-
-
-def trace(program: Any, minibatch: Minibatch) -> poutine.Trace:
-    """Trace of a program, without the sites by which Pyro records minibatches."""
-    return prune_subsample_sites(poutine.trace(program).get_trace(minibatch))
-
-
-def rows(site: Any, minibatch: Minibatch) -> Tensor | None:
-    """Positions in the minibatch of the cells of a site; None if the site does not belong to cells."""
-    for frame in site["cond_indep_stack"]:
-        name = frame.name.removesuffix("_cells")
-        if frame.name == "cells":
-            return torch.arange(len(minibatch), device=minibatch.index.device)
-        if frame.name != name and name in minibatch.decoded:
-            return minibatch.decoded[name].rows
-    return None
-
-
-def cell_sites(found: poutine.Trace, minibatch: Minibatch) -> Iterator[tuple[str, Any, Tensor]]:
-    """Sites that belong to cells, each with the positions of these cells."""
-    for name, site in found.nodes.items():
-        if site["type"] == "sample":
-            where = rows(site, minibatch)
-            if where is not None:
-                yield name, site, where
-
-
-def shared_variables(guide: nn.Module, minibatch: Minibatch) -> poutine.Trace:
-    """Posterior means of latent variables that all cells share, such as embeddings of features."""
-    shared = poutine.Trace()
-    with torch.no_grad(), AtMean():
-        for name, site in trace(guide, minibatch).nodes.items():
-            if site["type"] == "sample" and not site["is_observed"] and rows(site, minibatch) is None:
-                shared.add_node(name, **site)
-    return shared
-
-
-def draw_prior(model: nn.Module, minibatch: Minibatch, shared: poutine.Trace) -> poutine.Trace:
-    """Draw latent variables of cells from their prior, and measurements given these."""
-    with torch.no_grad():
-        return trace(poutine.replay(poutine.uncondition(model), trace=shared), minibatch)
-
-
-def drawn_minibatch(model: Any, minibatch: Minibatch, drawn: poutine.Trace) -> Minibatch:
-    """The minibatch with drawn measurements in place of its measurements; a latent size is counted again."""
-    views = {}
-    for name, view in minibatch.decoded.items():
-        counts = drawn.nodes[name]["value"]
-        latent = isinstance(getattr(part_of(model, name), "size", None), LatentSize)
-        library = counts.sum(-1, keepdim=True).clamp_min(1.0) if latent else view.library
-        views[name] = replace(view, counts=counts, library=library)
-    return Minibatch(minibatch.index, minibatch.n_cells, views, views, minibatch.groups)
 
 
 def infer(guide: Any, minibatch: Minibatch, shared: poutine.Trace | None = None) -> poutine.Trace:

@@ -5,11 +5,12 @@ import pandas as pd
 import torch
 
 from pyromosaic.accepted import Count, Seed, checked
-from pyromosaic.checks.cells import blocks, explain, infer, log_weight, without_penalties
+from pyromosaic.checks.cells import blocks, explain, infer, log_weight
 from pyromosaic.data import Mosaic
 from pyromosaic.measurement import encoded_once
 from pyromosaic.models.mosaic_model import Cells, MosaicModel
 from pyromosaic.tasks import inference_mode
+from pyromosaic.train.drawn import without_penalties
 
 
 @checked

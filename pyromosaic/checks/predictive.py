@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from pyromosaic.accepted import Count, Seed, checked
-from pyromosaic.checks.cells import BLOCK, blocks, draw_prior, shared_variables, without_penalties
+from pyromosaic.checks.cells import BLOCK, blocks
 from pyromosaic.data import Minibatch, Mosaic
 from pyromosaic.measurement import encoded_once, part_of
 from pyromosaic.models.mosaic_model import Cells, MosaicModel
 from pyromosaic.nn import log_scale
 from pyromosaic.tasks import inference_mode
 from pyromosaic.tasks.prediction import run
+from pyromosaic.train.drawn import draw_prior, shared_variables, without_penalties
 
 N_LEADING = 10  # features per modality whose correlations are compared if no links are given
 SIZE_LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)

@@ -24,7 +24,7 @@ from pyromosaic.program import Program, check, check_names
 from pyromosaic.tasks import inference_mode
 from pyromosaic.tasks.question import Cells, columns_of, portions
 from pyromosaic.threads import one_thread
-from pyromosaic.train import Optimisation, Schedule, check_trainer, fit
+from pyromosaic.train import Optimisation, Schedule, check_trainer, fit, sleep
 
 #: Options that have another name than in earlier versions, or are arguments of a part now.
 RENAMED: Mapping[str, str] = {
@@ -221,9 +221,11 @@ class TrainedModel:
         kl_warmup_epochs: Whole = 50,
         schedule: Schedule = "cosine",
         gradient_clip: Weight = 10.0,
+        likelihood_rate: Positive = 1.0,
         validation: Rate = 0.1,
         test: Rate = 0.0,
         early_stopping: Count | None = None,
+        sleep_steps: Whole = 0,
         seed: Seed = 0,
         n_workers: Whole = 0,
         **trainer: Any,
@@ -236,7 +238,7 @@ class TrainedModel:
             Number of passes over the training cells.
         batch_size
             Largest number of cells in a minibatch.
-        learning_rate, weight_decay, kl_warmup_epochs, schedule, gradient_clip
+        learning_rate, weight_decay, kl_warmup_epochs, schedule, gradient_clip, likelihood_rate
             See `pyromosaic.train.Optimisation`.
         validation, test
             Shares of the cells that are kept out of training, drawn within each pattern of modalities. Validation cells
@@ -244,6 +246,11 @@ class TrainedModel:
         early_stopping
             Stop after this many epochs without a better validation ELBO (or, with ``monitor="reconstruction"``, a
             better likelihood), and restore the parameters of the best epoch.
+        sleep_steps
+            Number of steps after training in which the guide is fitted to cells drawn from the model, so that
+            posteriors are as wide as they should be; see `pyromosaic.train.sleep`. 0 leaves them out; there are at most
+            as many as steps of training. The last row of the history gets their loss as ``sleep_before`` and
+            ``sleep_after``, means over the first and the last ten steps.
         seed
             Seed of split, order of minibatches and noise.
         n_workers
@@ -265,8 +272,8 @@ class TrainedModel:
 
         Notes
         -----
-        A model whose training is left by an error or Ctrl-C is that of the last whole epoch, and can be used, saved or
-        trained on; by SIGTERM, or before an epoch is whole, it is as it was before.
+        A model whose training is left by an error or Ctrl-C is that of the last whole epoch, without the sleep phase,
+        and can be used, saved or trained on; by SIGTERM, or before an epoch is whole, it is as it was before.
 
         Examples
         --------
@@ -284,7 +291,9 @@ class TrainedModel:
         # In no order, so that each minibatch holds all populations.
         shuffled = np.random.default_rng(seed).permutation(parts.validation)
         held_out = self.loader(mosaic, shuffled, batch_size) if len(shuffled) else None
-        optimisation = Optimisation(learning_rate, weight_decay, kl_warmup_epochs, schedule, gradient_clip)
+        optimisation = Optimisation(
+            learning_rate, weight_decay, kl_warmup_epochs, schedule, gradient_clip, likelihood_rate
+        )
         some = measured(mosaic, parts.train[:: 1 + len(parts.train) // 128]).to(self._device)
         unchecked = [name for name, m in self.schema.modalities.items() if m.spec.allow_non_integer]
         check(self.model, self.guide, some, unchecked)
@@ -296,9 +305,11 @@ class TrainedModel:
             "seed": seed,
             "validation": validation,
             "test": test,
+            "sleep_steps": sleep_steps,
             "cells": sha256("\n".join(map(str, mosaic.obs_names)).encode()).hexdigest(),
             **{f"{name} cells": torch.from_numpy(cells) for name, cells in vars(parts).items()},
         }
+        bar = bool(trainer.get("progress_bar", True))
         rows: list[dict[str, float]] = []
         left: BaseException | None = None
         with self._as_before_if_it_fails():
@@ -319,6 +330,11 @@ class TrainedModel:
                         settings=settings,
                         **trainer,
                     )
+                    again = self.loader(mosaic, parts.train, batch_size, seed)
+                    n_steps = min(sleep_steps, len(rows) * len(train))
+                    losses = sleep(self.model, self.guide, again, n_steps, seed=seed, progress_bar=bar)
+                    if len(losses):
+                        rows[-1] |= {"sleep_before": losses[:10].mean(), "sleep_after": losses[-10:].mean()}
             except (Exception, KeyboardInterrupt) as error:
                 if not rows:
                     raise

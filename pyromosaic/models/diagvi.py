@@ -70,6 +70,8 @@ REFERENCE = Preset(
         "weight_decay": 1e-6,
         "kl_warmup_epochs": 0,
         "schedule": "constant",
+        "likelihood_rate": 1.0,
+        "sleep_steps": 0,
         "gradient_clip": 0.0,
     },
 )

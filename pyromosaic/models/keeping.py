@@ -252,7 +252,8 @@ class Keeping(TrainedModel):
         if not fresh:
             return adapted
         with only(adapted.model, of_model), only(adapted.guide, of_guide):
-            adapted.train(n_epochs, **{"learning_rate": 1e-2, "weight_decay": 0.0, "kl_warmup_epochs": 0} | training)
+            few = {"learning_rate": 1e-2, "weight_decay": 0.0, "likelihood_rate": 1.0, "kl_warmup_epochs": 0}
+            adapted.train(n_epochs, **few | {"sleep_steps": 0} | training)
         return adapted
 
 

@@ -53,6 +53,8 @@ PAPER = Preset(
         "weight_decay": 1e-3,
         "kl_warmup_epochs": 50,
         "schedule": "constant",
+        "likelihood_rate": 1.0,
+        "sleep_steps": 0,
         "gradient_clip": 0.0,
         "validation": 0.1,
         "early_stopping": 50,

@@ -75,6 +75,8 @@ REFERENCE = Preset(
         "weight_decay": 1e-3,
         "kl_warmup_epochs": 0,
         "schedule": "constant",
+        "likelihood_rate": 1.0,
+        "sleep_steps": 0,
         "gradient_clip": 5.0,
         "validation": 0.0,
     },

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyromosaic import __version__
 from pyromosaic.accepted import Positive, Weight, Whole, checked
 from pyromosaic.data import Minibatch
+from pyromosaic.measurement import Measurement
 from pyromosaic.program import unannounced
 from pyromosaic.train.elbo import MosaicELBO
 
@@ -41,6 +42,10 @@ class Optimisation:
         maps an optimiser to a learning-rate scheduler, which steps once per epoch.
     gradient_clip
         Largest norm of the gradient; 0 for no limit.
+    likelihood_rate
+        Learning rate of the parameters of likelihoods (dispersions, backgrounds, region factors), as a multiple of
+        `learning_rate`. They are logarithms or logits that move by at most one learning rate in a step, and would not
+        arrive in the steps of a run otherwise. They have no weight decay. At 1 they are treated like all others.
     """
 
     learning_rate: Positive = 3e-3
@@ -48,6 +53,7 @@ class Optimisation:
     kl_warmup_epochs: Whole = 50
     schedule: Schedule = "cosine"
     gradient_clip: Weight = 10.0
+    likelihood_rate: Positive = 1.0
 
 
 class Plan(lightning.LightningModule):
@@ -58,9 +64,10 @@ class Plan(lightning.LightningModule):
     penalties and with full weight on the divergences), the ``reconstruction`` (the negative log-likelihood of the
     measurements) and the part of every site in the negative ELBO, all per cell.
 
-    If a module has a method ``optimiser()``, as an adversary does, that optimiser trains it; AdamW trains all other
-    parameters. One backward pass serves both, so no gradient may flow from the loss of one side to the parameters of
-    the other. `Optimisation` applies only to the parameters of AdamW.
+    The parameters of likelihoods are a parameter group of their own (`Optimisation.likelihood_rate`). If a module
+    has a method ``optimiser()``, as an adversary does, that optimiser trains it; AdamW trains all other parameters.
+    One backward pass serves both, so no gradient may flow from the loss of one side to the parameters of the other.
+    `Optimisation` applies only to the parameters of AdamW.
 
     Parameters
     ----------
@@ -115,7 +122,13 @@ class Plan(lightning.LightningModule):
             own.load_state_dict(state)
         elsewhere = {p for own in self.own_optimisers for group in own.param_groups for p in group["params"]}
         parameters = [p for p in self.objective.parameters() if p not in elsewhere]
-        optimiser = torch.optim.AdamW(parameters, lr=o.learning_rate, weight_decay=o.weight_decay, fused=True)
+        faster = {p for m in self.objective.modules() if isinstance(m, Measurement) for p in m.likelihood.parameters()}
+        faster = faster if o.likelihood_rate != 1 else set()
+        groups: list[dict[str, Any]] = [{"params": [p for p in parameters if p not in faster]}]
+        if faster:
+            of_likelihoods = [p for p in parameters if p in faster]
+            groups.append({"params": of_likelihoods, "lr": o.likelihood_rate * o.learning_rate, "weight_decay": 0.0})
+        optimiser = torch.optim.AdamW(groups, lr=o.learning_rate, weight_decay=o.weight_decay, fused=True)
         if o.schedule == "constant":
             return optimiser
         if o.schedule == "cosine":

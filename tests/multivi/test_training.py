@@ -12,7 +12,7 @@ from pyro.infer import SVI, TraceMeanField_ELBO
 
 from pyromosaic import ModalitySpec, Mosaic, MultiVI
 from pyromosaic.data import loader, measured, split
-from pyromosaic.train import MosaicELBO, NonFiniteLossError
+from pyromosaic.train import MosaicELBO, NonFiniteLossError, Optimisation, Plan
 
 # Training
 
@@ -209,3 +209,19 @@ def test_any_likelihood_trains_and_predicts(data, likelihood):
     truth = data["adt"].to_df()
     observed = estimate.mean.loc[truth.index]
     assert np.corrcoef(np.log1p(observed.mean()), np.log1p(truth.mean()))[0, 1] > 0.9
+
+
+def test_parameters_of_likelihoods_have_a_rate_of_their_own(mosaic):
+    model = small(mosaic)
+    own = {id(p) for part in model.model.modalities for p in model.model.modalities[part].likelihood.parameters()}
+    for rate, settings in ((10.0, [(3e-3, 1e-3), (3e-2, 0.0)]), (1.0, [(3e-3, 1e-3)])):
+        optimisation = Optimisation(likelihood_rate=rate, schedule="constant")
+        groups = Plan(model.model, model.guide, optimisation, 3).configure_optimizers().param_groups
+        assert np.allclose([(g["lr"], g["weight_decay"]) for g in groups], settings)
+        if rate > 1:
+            assert {id(p) for p in groups[1]["params"]} == own and own
+            assert not own & {id(p) for p in groups[0]["params"]}
+        n = sum(len(g["params"]) for g in groups)
+        assert n == sum(1 for part in (model.model, model.guide) for _ in part.parameters())
+    with pytest.raises(ValueError, match="likelihood_rate.*found 0"):
+        model.train(1, likelihood_rate=0, **QUIET)
