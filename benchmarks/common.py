@@ -40,6 +40,22 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def read(options: argparse.Namespace) -> Any:
+    """Read the MuData to use; exit with a sentence if a modality lacks the column of labels that figures need."""
+    from mudata import read_h5mu
+
+    from pyromosaic import pbmc_mosaic
+
+    whole = pbmc_mosaic() if options.data is None else read_h5mu(options.data)
+    for name, adata in whole.mod.items():
+        if options.label_key not in adata.obs:
+            raise SystemExit(
+                f"modality {name!r} has no column {options.label_key!r} with the labels of cells; pass the name of the "
+                f"column as --label-key (columns: {', '.join(map(str, adata.obs.columns)) or 'none'})"
+            )
+    return whole
+
+
 @dataclass
 class Cost:
     """Cost of training: wall seconds, and the largest resident memory (MB) of the process until its end."""

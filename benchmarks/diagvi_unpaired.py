@@ -13,17 +13,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from common import Figures, arguments, isolated, measured_cost, quiet, report
+from common import Figures, arguments, isolated, measured_cost, quiet, read, report
 from multivi_mosaic import gene_activity, open_regions
 
 
 def load(options: Namespace, seed: int) -> tuple[dict[str, Any], dict[str, pd.Series], pd.DataFrame]:
     """Modalities with shuffled cells and without labels; the labels by cell; and the links between features."""
-    import mudata
+    from pyromosaic import protein_gene_links
 
-    from pyromosaic import pbmc_mosaic, protein_gene_links
-
-    mdata = pbmc_mosaic() if options.data is None else mudata.read_h5mu(options.data)
+    mdata = read(options)
     adatas = {
         name: adata[~adata.obs[options.label_key].isin(options.drop)].copy()
         for name, adata in open_regions(mdata, options.min_share).mod.items()

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from common import Figures, arguments, isolated, measured_cost, quiet, report
+from common import Figures, arguments, isolated, measured_cost, quiet, read, report
 from multivi_mosaic import gene_activity
 from scipy import sparse
 
@@ -47,9 +47,9 @@ def load(options: Namespace) -> tuple[Any, pd.DataFrame]:
     """The two modalities without unlabelled cells, and the table of links."""
     import mudata
 
-    from pyromosaic import pbmc_mosaic, protein_gene_links
+    from pyromosaic import protein_gene_links
 
-    whole = pbmc_mosaic() if options.data is None else mudata.read_h5mu(options.data)
+    whole = read(options)
     parts = {}
     for name in (options.first, options.second):
         labels = whole.mod[name].obs[options.label_key].astype(str)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from common import Figures, arguments, isolated, measured_cost, model_options, quiet, report
+from common import Figures, arguments, isolated, measured_cost, model_options, quiet, read, report
 
 
 def open_regions(mdata: Any, min_share: float) -> Any:
@@ -38,11 +38,9 @@ def gene_activity(adata: Any) -> Any:
 
 def load(options: Namespace, seed: int) -> tuple[Any, dict[str, Any]]:
     """The mosaic, and for each modality the hidden measurements, named by their cells."""
-    import mudata
+    from pyromosaic import hide, unpair
 
-    from pyromosaic import hide, pbmc_mosaic, unpair
-
-    whole = pbmc_mosaic() if options.data is None else mudata.read_h5mu(options.data)
+    whole = read(options)
     whole = open_regions(whole, options.min_share)
     if options.unpair is None:
         return hide(whole, dict.fromkeys(whole.mod, options.hide), seed)

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from common import Figures, arguments, isolated, model_options, quiet, report
+from common import Figures, arguments, isolated, model_options, quiet, read, report
 from multivi_mosaic import open_regions, quality
 
 Runs = dict[str, list[Figures]]
@@ -47,9 +47,7 @@ def complete(options: Namespace) -> Any:
     """The cells with all modalities."""
     import mudata
 
-    from pyromosaic import pbmc_mosaic
-
-    whole = pbmc_mosaic() if options.data is None else mudata.read_h5mu(options.data)
+    whole = read(options)
     modalities = open_regions(whole, options.min_share).mod
     cells = [c for c in whole.obs_names if all(c in a.obs_names for a in modalities.values())]
     return mudata.MuData({name: a[cells].copy() for name, a in modalities.items()})

@@ -170,6 +170,7 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
     training = {
         **{"n_epochs": 3, "batch_size": 8, "learning_rate": 0.1, "weight_decay": 5.0, "kl_warmup_epochs": 0},
         **{"schedule": "constant", "gradient_clip": 1e-4, "validation": 0.5, "test": 0.25, "seed": 1},
+        **{"likelihood_rate": 10.0, "sleep_steps": 2},
         "early_stopping": Elsewhere("test_early_stopping_returns_to_the_best_epoch"),
         "n_workers": Elsewhere("test_a_run_is_resumed_with_workers_and_by_another_optimiser_too"),
     }

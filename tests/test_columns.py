@@ -149,6 +149,14 @@ def test_other_words_for_not_known_are_warned_of(doubtful):
     assert len(contrasts(told, "kind")) == 2
 
 
+@pytest.mark.parametrize("labels", [[None, np.nan], ["unknown", "unknown"]])
+def test_dispersion_by_label_needs_a_label(labels):
+    spec = ModalitySpec("nb", label_key="kind", dispersion="gene-label", unlabelled="unknown")
+    adata = make(names(6), kind=pd.Series(labels * 3, names(6), dtype=object))
+    with pytest.raises(ValueError, match="no cell has a label in column 'kind', so that dispersion 'gene-label'"):
+        Mosaic.from_anndata({"rna": adata}, {"rna": spec})
+
+
 # Precedence and contradictions
 
 

@@ -98,6 +98,11 @@ def test_embedding_matches_cells_by_name(coordinates):
     assert shuffled[1] == expected[1]
 
 
+def test_embedding_refuses_colours_of_other_cells(coordinates):
+    with pytest.raises(ValueError, match="no cell in common: found 'x' and"):
+        plot.embedding(coordinates, pd.Series({"x": "B", "y": "NK"}))
+
+
 def test_embedding_keeps_the_order_of_categories_and_leaves_out_empty_ones(coordinates):
     dtype = pd.CategoricalDtype(["late", "empty", "early"], ordered=True)
     colour = pd.Series(np.repeat(["early", "late"], 30), CELLS, dtype=dtype)

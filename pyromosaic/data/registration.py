@@ -445,6 +445,11 @@ def _labels(
     found = words(table[spec.label_key])
     warn_of_not_known(found, f"modality {name!r}: column {spec.label_key!r}")
     names = known.labels if known else tuple(sorted(found.dropna().unique()))
+    if spec.dispersion == "gene-label" and not names:
+        raise ValueError(
+            f"modality {name!r}: no cell has a label in column {spec.label_key!r}, so that dispersion 'gene-label' has "
+            "no groups; choose dispersion 'gene'"
+        )
     unseen = present & (found.notna() & ~found.isin(names)).to_numpy()
     if unseen.any():
         raise ValueError(

@@ -77,6 +77,11 @@ def embedding(coordinates: pd.DataFrame, colour: pd.Series, ax: Axes | None = No
     matplotlib.axes.Axes
         The given axes, or new ones.
 
+    Raises
+    ------
+    ValueError
+        If `colour` has values, but none for a cell of `coordinates`.
+
     Examples
     --------
     >>> import pandas as pd
@@ -86,6 +91,11 @@ def embedding(coordinates: pd.DataFrame, colour: pd.Series, ax: Axes | None = No
     >>> [text.get_text() for text in ax.get_legend().get_texts()]
     ['B', 'NK', 'unknown']
     """
+    if len(colour) and not colour.index.isin(coordinates.index).any():
+        raise ValueError(
+            f"`colour` and `coordinates` have no cell in common: found {colour.index[0]!r} and "
+            f"{coordinates.index[0]!r}; give both the same names"
+        )
     ax = axes_of(ax)
     values = colour.reindex(coordinates.index)
     order = np.random.default_rng(0).permutation(len(values))
