@@ -1,5 +1,4 @@
 import tracemalloc
-from types import SimpleNamespace
 
 import anndata
 import mudata
@@ -11,6 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 from pyromosaic import Mosaic, MultiVI
 from pyromosaic.data import ModalitySchema, ModalitySpec
+from pyromosaic.data.modality import Modality
 from pyromosaic.tasks import Question, compare, compare_groups, contrasts, estimate_delta
 from pyromosaic.tasks.differential import Contrast, observed
 
@@ -215,7 +215,7 @@ def modality(n_features, likelihood="nb", batches=()):
     spec = ModalitySpec(likelihood, batch_key="batch" if batches else None)
     features = tuple(f"g{i}" for i in range(n_features))
     schema = ModalitySchema(spec, features, {"batch": tuple(batches)} if batches else {}, library=1000.0)
-    return SimpleNamespace(name="rna", schema=schema, present=np.zeros(100, dtype=bool))
+    return Modality("rna", schema, None, np.full(100, -1), *np.zeros((4, 100)), False)
 
 
 @pytest.mark.parametrize("batch_correction", [False, True])

@@ -75,7 +75,7 @@ def test_classes_are_patterns_or_batches(mosaic, mdata):
         assert (np.array(["a", "b", "c"])[batch.numpy()[only]] == categories[modality.codes[only, 0]]).all()
     without = Mosaic.from_mudata(mdata)
     assert (Adversary(without.schema, 3, "batch").classes(measured(without, np.arange(10))) == 0).all()
-    with pytest.raises(ValueError, match='"pattern" or "batch"; found \'donor\''):
+    with pytest.raises(ValueError, match="target must be 'pattern' or 'batch'; found 'donor'"):
         Adversary(mosaic.schema, 3, "donor")
 
 
@@ -156,11 +156,11 @@ def test_each_optimiser_moves_its_own_parameters(mosaic):
         model = small(mosaic, adversary=1.0, jeffreys=0.0)
         before = {k: v.clone() for k, v in model.guide.named_parameters()}
         model.train(1, batch_size=16, **training, **QUIET)
-        changed = {k for k, v in model.guide.named_parameters() if not torch.equal(v, before[k])}
+        changed = {k for k, v in model.guide.named_parameters() if not torch.allclose(v, before[k], atol=1e-20)}
         return any("adversaries" in k for k in changed), any("adversaries" not in k for k in changed)
 
     assert moved() == (True, True)
-    assert moved(learning_rate=0.0) == (True, False)
+    assert moved(learning_rate=1e-30) == (True, False)
 
 
 def test_clipping_and_decay_are_for_the_main_optimiser(mosaic):
@@ -168,7 +168,7 @@ def test_clipping_and_decay_are_for_the_main_optimiser(mosaic):
     states = []
     for options in ({"gradient_clip": 0.0, "weight_decay": 0.0}, {"gradient_clip": 1e-9, "weight_decay": 0.5}):
         model = small(mosaic, adversary=1.0)
-        model.train(2, batch_size=16, learning_rate=0.0, **options, **QUIET)
+        model.train(2, batch_size=16, learning_rate=1e-30, **options, **QUIET)
         states.append(model.guide.adversaries[0].state_dict())
     for a, b in zip(states[0].values(), states[1].values(), strict=True):
         torch.testing.assert_close(a, b)
@@ -177,7 +177,7 @@ def test_clipping_and_decay_are_for_the_main_optimiser(mosaic):
 def test_a_classifier_learns_what_can_be_told(mosaic):
     """With a still encoder its cross-entropy falls below the entropy of the classes."""
     model = small(mosaic, adversary=1.0)
-    model.train(150, batch_size=32, learning_rate=0.0, validation=0.0, **QUIET)
+    model.train(150, batch_size=32, learning_rate=1e-30, validation=0.0, **QUIET)
     told = model.history["train_penalty/adversary_classifier"]
     shares = mosaic.patterns.value_counts(normalize=True)
     entropy = -(shares * np.log(shares)).sum()

@@ -352,7 +352,7 @@ def _warn_unmeasured(
     """Warn of features that a batch has in no cell, though by the training data or the other batches it would.
 
     If all cells were alike, such a feature would be absent by chance with probability below ``exp(-10)``. Cells differ;
-    therefore the warning needs one per cent of the features, or a feature that half of the other cells have.
+    therefore the warning needs two such features and one per cent of all, or one that half of the other cells have.
     """
     if known is not None and known.detected:
         share, where = np.array(known.detected), "in the training data"
@@ -360,7 +360,7 @@ def _warn_unmeasured(
         in_some = detected > 0
         share, where = detected.sum(axis=0) / np.maximum(1, in_some.T @ n_cells), "in other batches"
     lacking = (detected == 0) & (-n_cells[:, None] * np.log1p(-np.minimum(share, 1 - 1e-9)) >= 10)
-    doubtful = (lacking.sum(axis=1) >= max(1, detected.shape[1] // 100)) | (lacking & (share >= 0.5)).any(axis=1)
+    doubtful = (lacking.sum(axis=1) >= max(2, detected.shape[1] // 100)) | (lacking & (share >= 0.5)).any(axis=1)
     found = [i for i in np.argsort(-lacking.sum(axis=1), kind="stable") if doubtful[i]]
     if found:
         said = [

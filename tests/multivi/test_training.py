@@ -195,6 +195,7 @@ def test_training_arguments_are_checked(mosaic):
             small(mosaic).train(**arguments, **QUIET)
 
 
+@pytest.mark.filterwarnings("ignore:.*all values are whole numbers from 0")
 @pytest.mark.parametrize("likelihood", ["nb", "zinb", "nb_mixture", "normal", "log1p_normal", "ziln", "zig"])
 def test_any_likelihood_trains_and_predicts(data, likelihood):
     spec = {"adt": ModalitySpec(likelihood), "rna": "nb"}
