@@ -401,7 +401,7 @@ def test_labels_of_one_modality_are_predicted_in_the_other(prior):
     specs = {"rna": ModalitySpec("nb", label_key="known"), "adt": ModalitySpec("nb_mixture")}
     mosaic = Mosaic.from_anndata({"rna": rna, "adt": mdata["adt"].copy()}, specs)
     model = DiagVI(mosaic, linked(mosaic, truth), n_latent=5, n_private=2, n_hidden=32, prior=prior)
-    model.train(45, batch_size=128, kl_warmup_epochs=15, learning_rate=5e-3, **QUIET)
+    model.train(90, batch_size=128, kl_warmup_epochs=15, learning_rate=5e-3, **QUIET)
     predicted = model.predict_celltype()
     assert list(predicted.columns) == ["prediction", "confidence", "type0", "type1", "type2"]
     np.testing.assert_allclose(predicted.iloc[:, 2:].sum(axis=1), 1, atol=1e-5)
