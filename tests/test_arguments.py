@@ -183,6 +183,7 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
     part = Mosaic.from_mudata(mdata[0][:20].copy(), schema=mosaic.schema)
     answers["data"] = part
     treated = ContrastiveVI(cohorts, **small)
+    some = treated.register(mdata[0][:20].copy())
     linked, matched = DiagVI(mosaic, **linking), ScModal(mosaic, **linking)
     for each in (treated, linked, matched):
         each.train(1, **quiet)
@@ -232,7 +233,7 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
     neighbours = {
         "modality": With("adt", {}),
         "to": With("rna", {}),
-        "cells": Elsewhere("test_query_without_a_modality"),
+        "cells": [0, 1],
         "n_neighbors": 2,
     }
     blocks = Elsewhere("test_copies_may_come_in_any_order_dtype_place_and_block")
@@ -254,7 +255,7 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
             | {
                 "data": Elsewhere("test_cells_of_neither_cohort_take_no_part"),
                 "n_salient": 4,
-                "salient": Elsewhere("test_several_groups_with"),
+                "salient": Elsewhere("test_several_groups_with_shared_or_own_salient_variables"),
                 "salient_prior": "ard",
             }
             | {"n_decoder_layers": 2, "input_dropout": 0.0, "library": "latent", "fusion": "product", "cohort_mmd": 0.0}
@@ -405,7 +406,7 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
             | {"representation": "background", "as_target": True, "modality": "rna", "sample": True}
             | {
                 "seed": With(1, {"sample": True}),
-                "data": Elsewhere("test_query_cells_know_their_cohort_by_the_column"),
+                "data": some,
             },
         ),
         "ContrastiveVI.get_normalized_expression": Call(
@@ -415,7 +416,7 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
                 "modality": "adt",
                 "cells": [0, 1],
                 "salient": False,
-                "data": Elsewhere("test_query_cells_know_their_cohort"),
+                "data": some,
             },
         ),
         "salient_effect": Call(
@@ -424,7 +425,7 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
             effect
             | {
                 "cells": Elsewhere("test_the_salient_effect_keeps_z"),
-                "data": Elsewhere("test_query_cells_know_their_cohort_by_the_column"),
+                "data": some,
             },
         ),
         "salient_effect_per_cell": Call(
@@ -434,20 +435,20 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
             | {"cells": Elsewhere("test_the_salient_effect_keeps_z"), "n_samples": 9}
             | {
                 "delta": Elsewhere("test_the_salient_effect_keeps_z"),
-                "data": Elsewhere("test_query_cells_know_their_cohort_by_the_column"),
+                "data": some,
             },
         ),
         "contrast_scores": Call(
             treated.contrast_scores,
             {"n_samples": 2},
-            {"cells": [0, 1], "n_samples": 3, "data": Elsewhere("test_query_cells_know_their_cohort"), "seed": 1},
+            {"cells": [0, 1], "n_samples": 3, "data": some, "seed": 1},
         ),
         "salient_information": Call(
             treated.salient_information,
             {},
             {
                 "cells": Elsewhere("test_salient_information_is_by_dimension"),
-                "data": Elsewhere("test_query_cells_know_their"),
+                "data": some,
             },
         ),
         "get_feature_embeddings": Call(linked.get_feature_embeddings, {}, {"modality": "rna"}),
@@ -719,8 +720,8 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
             checks.simulation_based_calibration,
             {"model": model, "n_samples": 2, "n_steps": 2, "batch_size": 8, "cells": [0, 1, 2, 3, 4, 5]},
             {"model": Elsewhere("test_every_model_can_be_checked"), "cells": [0, 1], "of": "mean", "n_samples": 3}
-            | {"n_steps": Elsewhere("test_a_fitted_guide"), "batch_size": Elsewhere("test_a_fitted_guide")}
-            | {"learning_rate": Elsewhere("test_a_fitted_guide"), "data": Elsewhere("test_a_fitted_guide"), "seed": 1},
+            | {"n_steps": 4, "batch_size": 3}
+            | {"learning_rate": 0.5, "data": With(part, {"cells": None}), "seed": 1},
         ),
         "imputation_ranks": Call(
             checks.imputation_ranks,
@@ -788,7 +789,7 @@ def test_every_argument_has_an_entry(calls):
         faults += [f"{name}: {argument} has no entry" for argument in wanted - set(call.varied)]
         faults += [f"{name}: there is no {argument}" for argument in set(call.varied) - wanted]
         for argument, value in call.varied.items():
-            if isinstance(value, Elsewhere) and f"def {value.test}" not in written:
+            if isinstance(value, Elsewhere) and f"def {value.test}(" not in written:
                 faults.append(f"{name}: no test {value.test} for {argument}")
     assert not faults, "\n".join(faults)
 

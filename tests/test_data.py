@@ -219,7 +219,7 @@ def test_specification_of_a_modality(mdata):
         ),
         "adt": "nb",
     }
-    with Unchanged(mdata), pytest.warns(UserWarning, match="the sizes in column 'size' do not go with"):
+    with Unchanged(mdata), pytest.warns(UserWarning, match="the sizes in column 'size' hardly correlate with"):
         mosaic = Mosaic.from_mudata(mdata, specs, label_key="celltype")
     modality = mosaic.modalities["rna"]
     schema, present = modality.schema, modality.present

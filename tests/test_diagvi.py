@@ -89,6 +89,7 @@ def test_sites_and_shapes_read_like_the_story(mosaic, graph):
         "z_rna": (n["rna"], 1, 2),
         "rna": (n["rna"], 40),
         "z_adt": (n["adt"], 1, 2),
+        "adt_background": (n["adt"], 12),
         "adt": (n["adt"], 12),
     }
     assert "z_rna" not in poutine.trace(small(mosaic, graph, n_private=0).model).get_trace(minibatch).nodes
@@ -401,7 +402,7 @@ def test_labels_of_one_modality_are_predicted_in_the_other(prior):
     specs = {"rna": ModalitySpec("nb", label_key="known"), "adt": ModalitySpec("nb_mixture")}
     mosaic = Mosaic.from_anndata({"rna": rna, "adt": mdata["adt"].copy()}, specs)
     model = DiagVI(mosaic, linked(mosaic, truth), n_latent=5, n_private=2, n_hidden=32, prior=prior)
-    model.train(90, batch_size=128, kl_warmup_epochs=15, learning_rate=5e-3, **QUIET)
+    model.train(45, batch_size=128, kl_warmup_epochs=15, learning_rate=5e-3, **QUIET)
     predicted = model.predict_celltype()
     assert list(predicted.columns) == ["prediction", "confidence", "type0", "type1", "type2"]
     np.testing.assert_allclose(predicted.iloc[:, 2:].sum(axis=1), 1, atol=1e-5)
@@ -510,7 +511,7 @@ def test_shared_types_meet_and_a_private_type_stays_alone():
     assert metrics.foscttm(latent["rna"].loc[paired], latent["adt"].loc[paired]) < 0.05
     nearest = model.nearest_cells("rna", "adt")
     private = mosaic.column("celltype")[nearest.index] == "type11"
-    assert nearest.loc[private, "alone"].mean() > 0.7  # 11 of 14 cells
+    assert nearest.loc[private, "alone"].mean() > 0.8
     assert nearest.loc[~private, "alone"].mean() < 0.25
     assert nearest["nearest"].isin(mosaic.obs_names[mosaic.modalities["adt"].present]).all()
 

@@ -143,8 +143,8 @@ SIZES = {
     "near 1": (lambda totals, rng: totals / np.median(totals), "0.0.* times the cells' total counts"),
     "logs": (lambda totals, rng: np.log1p(totals), "0.0.* times the cells' total counts"),
     "of another modality": (lambda totals, rng: 10 * rng.permutation(totals), "times the cells' total counts"),
-    "of other cells": (lambda totals, rng: rng.permutation(totals), "do not go with the cells' total counts"),
-    "one for all": (lambda totals, rng: np.full(len(totals), np.median(totals)), "do not go with the cells' total"),
+    "of other cells": (lambda totals, rng: rng.permutation(totals), "hardly correlate with the cells' total counts"),
+    "one for all": (lambda totals, rng: np.full(len(totals), np.median(totals)), "hardly correlate with"),
     "totals": (lambda totals, rng: totals, None),
     "nearly totals": (lambda totals, rng: totals * rng.lognormal(0, 0.2, len(totals)), None),
 }

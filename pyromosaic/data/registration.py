@@ -409,7 +409,7 @@ def _library(
 
 
 def _warn_of_sizes(what: str, sizes: np.ndarray, totals: np.ndarray) -> None:
-    """Warn of sizes that are far from the cells' total counts, or do not go with them."""
+    """Warn of sizes that are far from the cells' total counts, or hardly correlate with them."""
     sizes, totals = sizes[totals > 0], totals[totals > 0]
     if len(totals) == 0:
         return
@@ -417,14 +417,14 @@ def _warn_of_sizes(what: str, sizes: np.ndarray, totals: np.ndarray) -> None:
     logs = np.log(sizes), np.log(totals)
     if not 0.5 <= ratio <= 2:
         problem = (
-            f"are {ratio:.2g} times the cells' total counts (median), and what is imputed may be so too; a size is a "
-            "number of counts: for size factors near 1, multiply them by the median total"
+            f"are {ratio:.2g} times the cells' total counts (median), and imputed values change by the same factor; a "
+            "size is a number of counts: multiply size factors near 1 by the median total count"
         )
     elif len(totals) >= 20 and logs[1].std() > 0.1:
         together = float(np.corrcoef(logs)[0, 1]) if logs[0].std() > 0 else 0.0
         if together < 0.25:
             problem = (
-                f"do not go with the cells' total counts (correlation of logarithms {together:.2f}); give those of "
+                f"hardly correlate with the cells' total counts ({together:.2f} on the log scale); pass the sizes of "
                 "this modality"
             )
     if problem:

@@ -53,9 +53,8 @@ class ModalitySpec:
         What a cell is that has 0 throughout: ``"refuse"``; ``"holes"``, it was not measured, as where missing
         modalities were filled with zeros; ``"keep"``, it was measured so, for likelihoods that need no size.
     background
-        What becomes of the unknown background level of each cell and protein in the likelihood ``"nb_mixture"``:
-        ``"marginal"``, it is summed out; ``"latent"``, it is a latent variable with a posterior of its own, as in
-        totalVI.
+        How the likelihood ``"nb_mixture"`` treats the unknown background level of each cell and protein: ``"latent"``
+        infers it, as totalVI does; ``"marginal"`` sums it out (see `pyromosaic.likelihoods.NBMixture`).
 
     Examples
     --------
@@ -77,7 +76,7 @@ class ModalitySpec:
     dispersion: str = "gene"
     exposure_layer: str | None = None
     empty_cells: str = "refuse"
-    background: str = "marginal"
+    background: str = "latent"
 
     def __post_init__(self) -> None:
         own = isinstance(self.likelihood, type) and hasattr(self.likelihood, "traits")
@@ -103,10 +102,10 @@ class ModalitySpec:
             raise ValueError(f'dispersion is "gene", "gene-batch" or "gene-label"; found {self.dispersion!r}')
         if self.dispersion != "gene" and not (self.traits.sized and self.traits.dispersed):
             raise ValueError(f"likelihood {self.likelihood_name!r} has no inverse dispersion to be {self.dispersion!r}")
-        if self.background not in ("marginal", "latent"):
-            raise ValueError(f'background is "marginal" or "latent"; found {self.background!r}')
-        if self.background == "latent" and not self.traits.background:
-            raise ValueError(f"likelihood {self.likelihood_name!r} has no background to be 'latent'")
+        if self.background not in ("latent", "marginal"):
+            raise ValueError(f'background must be "latent" or "marginal"; found {self.background!r}')
+        if self.background == "marginal" and not self.traits.background:
+            raise ValueError(f"likelihood {self.likelihood_name!r} has no background that could be 'marginal'")
         if self.dispersion == "gene-batch" and self.batch_key is None:
             raise ValueError("dispersion 'gene-batch' takes a batch_key; found none")
         if self.dispersion == "gene-label" and self.label_key is None:

@@ -37,13 +37,14 @@ class Bernoulli(Likelihood):
     def start(self, view: View) -> dict[str, Tensor]:
         """Initialise at the share of cells in which each region is open.
 
-        Cell and region factors start at one half, or higher where a region is open in more cells than that allows: then
-        each of the three factors has its third of the share, in logarithms.
+        Cell and region factors start at one half, or higher if a region is open in more cells than that allows: up to
+        the cube root of the share, so that each of the three factors has an equal part of it.
         """
         is_open = view.dense_counts() > 0
         share = is_open.to(torch.float32).mean(0).clamp(max=1 - 0.5 / len(is_open))
-        region = share.pow(1 / 3).clamp_min(0.5)
-        cell = region.max()
+        equal = share.pow(1 / 3).clamp_min(0.5)
+        cell = equal.max()
+        region = torch.minimum(equal, (share / (0.9 * cell)).clamp_min(0.5))  # then the accessibility is at most 0.9
         with torch.no_grad():
             self.region_logits.copy_(logit(region))
             self.depth[-1].bias += logit(cell) - self.depth(share.new_zeros(1))  # of the median cell

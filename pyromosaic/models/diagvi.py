@@ -175,7 +175,7 @@ class DiagVIGuide(Program):
     def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> None:
         """``q(v)`` by the graph encoder, ``q(z | x_m)`` by the encoder of the modality m that was measured.
 
-        Sites: ``v``, ``z``, ``penalty/...``, ``z_<modality>``, and a latent ``<protein>_background``.
+        Sites: ``v``, ``z``, ``penalty/...``, ``z_<modality>``, and the ``<protein>_background`` of antibodies.
         """
         with self.weights.features(minibatch, self.n_features):
             pyro.sample("v", dist.Normal(*self.graph_encoder()).to_event(1))

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping
 from copy import deepcopy
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -11,8 +10,8 @@ from pyromosaic.data import Schema
 from pyromosaic.models.base import RENAMED
 from pyromosaic.program import Slots
 
-FORMAT = 7
-READ = (4, 5, 6, FORMAT)
+FORMAT = 6
+READ = (4, 5, FORMAT)
 
 #: Up to format 5 arguments of a part were options: the part by its option now, its arguments by those options, and the
 #: weight that was the default.
@@ -45,20 +44,15 @@ PARTS = {
 }
 
 
-def upgraded_schema(content: Mapping[str, Any], likelihoods: Mapping[str, type] = MappingProxyType({})) -> Any:
+def upgraded_schema(content: Mapping[str, Any]) -> dict[str, Any]:
     """The schema of a saved model in the present format, from what ``model.json`` holds.
 
-    Up to format 5 a multinomial could have been given a dispersion by batch or label, which it ignored. Up to format 6
-    the background of antibodies was always latent. Likelihoods are those that are not the package's, by their names.
+    Up to format 5 a multinomial could have been given a dispersion by batch or label, which it ignored.
     """
     schema = deepcopy(content["schema"])
     for modality in schema["modalities"].values():
-        spec = modality["spec"]
-        family = getattr(likelihoods.get(spec["likelihood"]), "family", spec["likelihood"])
-        if content["format"] < 6 and family == "multinomial":
-            spec["dispersion"] = "gene"
-        if content["format"] < 7 and family == "nb_mixture":
-            spec["background"] = "latent"
+        if content["format"] < FORMAT and modality["spec"]["likelihood"] == "multinomial":
+            modality["spec"]["dispersion"] = "gene"
     return schema
 
 
@@ -89,7 +83,7 @@ def upgraded(
     dict_keys(['model.modalities.rna.likelihood.log_theta'])
     """
     options = dict(content["options"])
-    if content["format"] < 6:
+    if content["format"] < FORMAT:
         _rename(options, accepted)
     if content["format"] > 4:
         return options, dict(weights)

@@ -143,7 +143,7 @@ class Keeping(TrainedModel):
             size_of(directory / WEIGHTS, 1 << 40)
             weights = load_file(directory / WEIGHTS)
             likelihoods = {k: v for k, v in objects.items() if isinstance(v, type) and issubclass(v, Likelihood)}
-            schema = Schema.from_json(upgraded_schema(content, likelihoods), likelihoods)
+            schema = Schema.from_json(upgraded_schema(content), likelihoods)
             others = {k: v for k, v in objects.items() if k not in likelihoods}
             options, weights = upgraded(content, weights, schema, accepted_options(cls))
             with _no_larger_than(weights):

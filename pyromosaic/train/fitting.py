@@ -101,8 +101,8 @@ def check_trainer(options: Mapping[str, Any]) -> None:
             raise TypeError(f"train takes no option {name!r}, nor does lightning.pytorch.Trainer")
     if options.get("precision") not in (None, 32, "32", "32-true"):
         raise ValueError(
-            f"precision must be '32-true' or None, because the terms of counts need single precision at least and "
-            f"data and programs have no other; found {options['precision']!r}"
+            f"precision must be '32-true' or None, because data and models are in single precision; found "
+            f"{options['precision']!r}"
         )
     check_arguments(fit, options)
 

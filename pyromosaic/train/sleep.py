@@ -15,6 +15,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from pyromosaic.accepted import Positive, Seed, Whole, checked
 from pyromosaic.data import Minibatch
 from pyromosaic.train.drawn import (
     cell_sites,
@@ -28,24 +29,24 @@ from pyromosaic.train.plan import NonFiniteLossError
 from pyromosaic.train.steps import minimise
 
 
+@checked
 def sleep(
     model: nn.Module,
     guide: nn.Module,
     minibatches: Iterable[Minibatch],
-    n_steps: int = 200,
-    learning_rate: float = 3e-3,
+    n_steps: Whole = 200,
+    learning_rate: Positive = 3e-3,
     *,
-    seed: int = 0,
+    seed: Seed = 0,
     progress_bar: bool = False,
 ) -> np.ndarray:
     """Fit a trained guide to cells drawn from the trained model, so that its posteriors are as wide as they should be.
 
-    In each step, latent variables x and measurements are drawn from the model for the cells of a minibatch, and the
-    guide is fitted by the gradient of ``-log q(latent variables | measurements)``. This is the forward
-    Kullback-Leibler divergence from the posterior to the guide, where the ELBO has the reverse one, which makes
-    posteriors too narrow. The drawn cells have the modalities, covariates and sizes of the real ones. The parameters of
-    the model do not change. The penalties of the guide stay in the loss, on the measured cells, so that modalities do
-    not come apart.
+    Each step draws latent variables and measurements from the model for the cells of a minibatch, and minimises
+    ``-log q(latent variables | measurements)``. This is the forward Kullback-Leibler divergence from the posterior to
+    the guide; the ELBO has the reverse divergence, which makes posteriors too narrow. The drawn cells have the
+    modalities, covariates and sizes of the real ones. The parameters of the model do not change. The penalties of the
+    guide stay in the loss, on the measured cells, so that the modalities stay aligned.
 
     Parameters
     ----------
@@ -53,26 +54,26 @@ def sleep(
         The trained Pyro program; parameters of the guide that are also the model's stay as they are. The sites of cells
         are those in the plates ``cells`` and ``<modality>_cells``.
     minibatches
-        Measured cells; they are gone through as often as needed.
+        Measured cells, repeated as often as needed.
     n_steps
         Number of steps; 0 does nothing.
     learning_rate
-        Of Adam, at the first step; it falls to 0 along a cosine.
+        Learning rate of Adam at the first step; it falls to 0 along a cosine.
     seed
-        Seed of all draws; random numbers of the caller are left alone.
+        Seed of all draws; the caller's random numbers do not change.
     progress_bar
-        Whether to show one.
+        Whether to show a progress bar.
 
     Returns
     -------
     numpy.ndarray
         ``-log q`` per drawn cell at each step. It is empty if no latent variable of cells has a density in the guide,
-        as where the guide gives points; then nothing is changed.
+        for example if the guide gives points; then nothing changes.
 
     Raises
     ------
     NonFiniteLossError
-        If the loss is not finite. However the phase is left by an error or Ctrl-C, the guide is as it was before it.
+        If parameters of the model or the loss are not finite. After an error or Ctrl-C, the guide is as before.
 
     References
     ----------
@@ -97,6 +98,8 @@ def sleep(
     parameters = [p for p in guide.parameters() if id(p) not in known and p.requires_grad]
     if n_steps == 0 or not parameters:
         return np.zeros(0)
+    if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
+        raise NonFiniteLossError("the model has parameters that are not finite; train it with a lower learning rate")
     device, before = parameters[0].device, {k: v.clone() for k, v in guide.state_dict().items()}
     values: list[Tensor] = []
 

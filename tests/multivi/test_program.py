@@ -39,6 +39,7 @@ def test_sites_and_shapes_read_like_the_paper(mosaic):
         "z": (35, 1, 4),
         "rna": (n["rna"], 30),
         "atac": (n["atac"], 50),
+        "adt_background": (n["adt"], 8),
         "adt": (n["adt"], 8),
     }
     assert n == {"rna": 20, "atac": 20, "adt": 20}
@@ -61,7 +62,7 @@ def test_loss_equals_the_formulas(mosaic):
     loss = elbo.differentiable_loss(model.model, model.guide, minibatch, beta)
     torch.manual_seed(1)
     guide = poutine.trace(model.guide).get_trace(minibatch, beta)
-    z = guide.nodes["z"]["value"][:, 0]
+    z, background = guide.nodes["z"]["value"][:, 0], guide.nodes["adt_background"]["value"]
 
     expected = {}
     posteriors = {name: model.guide.modalities[name].encoder(view) for name, view in minibatch.observed.items()}
@@ -116,14 +117,14 @@ def test_loss_equals_the_formulas(mosaic):
     loc, log_scale = likelihood.background_loc, likelihood.background_log_scale
     batch = view.codes[:, 0]
     size = view.library / mosaic.modalities["adt"].schema.library
-    counts, theta, step = view.counts.to_dense(), likelihood.log_theta.exp(), 0.05
-    mixture, share = 0.0, predictors["mixing"].sigmoid()
-    for u in torch.arange(-8, 8, step):  # the background is summed out
-        low = size * (loc[batch] + log_scale[batch].exp() * u).exp()
-        high = low * (1 + predictors["foreground"].exp())
-        either = share * nb(low, theta, counts).exp() + (1 - share) * nb(high, theta, counts).exp()
-        mixture = mixture + step * torch.distributions.Normal(0.0, 1.0).log_prob(u).exp() * either
+    low, counts, theta = size * background.exp(), view.counts.to_dense(), likelihood.log_theta.exp()
+    high, share = low * (1 + predictors["foreground"].exp()), predictors["mixing"].sigmoid()
+    mixture = share * nb(low, theta, counts).exp() + (1 - share) * nb(high, theta, counts).exp()
     expected["adt"] = -scale * mixture.log().sum()
+    _, posterior = decode(model.guide, "adt")
+    q = torch.distributions.Normal(posterior["loc"], posterior["log_scale"].exp())
+    prior = torch.distributions.Normal(loc[batch], log_scale[batch].exp())
+    expected["adt_background"] = beta * scale * torch.distributions.kl_divergence(q, prior).sum()
 
     assert set(elbo.terms) == set(expected)
     for name, value in expected.items():

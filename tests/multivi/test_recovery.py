@@ -6,16 +6,18 @@ import pandas as pd
 import pytest
 from mosaics import QUIET
 
-from pyromosaic import Mosaic, MultiVI, hide, metrics, pbmc_mosaic
+from pyromosaic import ModalitySpec, Mosaic, MultiVI, hide, metrics, pbmc_mosaic
 from pyromosaic.data import simulate as simulate_mosaic
 
 
 @pytest.mark.filterwarnings("ignore:.*times the cells' total counts")  # in units of their own
 @pytest.mark.slow
-def test_parameters_of_the_story_are_recovered():
+@pytest.mark.parametrize("background", ["latent", "marginal"])
+def test_parameters_of_the_story_are_recovered(background):
     """Four types; every region is open for sure in one of them, so that its factor can be told from its accessibility.
 
-    Cells have all three modalities or one, and their sizes are known.
+    Cells have all three modalities or one, and their sizes are known. With the background summed out, its standard
+    deviation and theta are only known together, by the overdispersion of counts.
     """
     rng = np.random.default_rng(0)
     n, n_genes, n_regions, n_proteins = 1500, 60, 80, 16
@@ -37,12 +39,12 @@ def test_parameters_of_the_story_are_recovered():
     loc, theta_proteins = rng.normal(1.5, 0.5, n_proteins), np.exp(rng.normal(1.8, 0.5, n_proteins))
     mixing = rng.choice([0.1, 0.35, 0.65, 0.9], (4, n_proteins))
     factor = np.where(rng.random((n, n_proteins)) < mixing[kind], 1, 1 + np.exp(rng.normal(2.5, 0.3, n_proteins)))
-    background = proteins[:, None] * np.exp(loc + 0.3 * rng.normal(size=(n, n_proteins)))
+    level = proteins[:, None] * np.exp(loc + 0.3 * rng.normal(size=(n, n_proteins)))
 
     story = {
         "rna": (rna, size),
         "atac": (opened, 1000 * cell),
-        "adt": (counts(background * factor, theta_proteins), 100 * proteins),
+        "adt": (counts(level * factor, theta_proteins), 100 * proteins),
     }
     pattern = rng.permutation(np.resize([7, 7, 7, 1, 2, 4], n))
     data = {}
@@ -50,7 +52,10 @@ def test_parameters_of_the_story_are_recovered():
         has = np.flatnonzero(pattern >> i & 1)
         obs = pd.DataFrame({"size": sizes[has]}, index=[f"c{j}" for j in has])
         data[name] = anndata.AnnData(x[has].astype(np.float32), obs=obs)
-    mosaic = Mosaic.from_anndata(data, match_cells=True, size_factor_key="size")
+    kinds = {"rna": {"likelihood": "nb"}, "atac": {"likelihood": "bernoulli"}}
+    kinds["adt"] = {"likelihood": "nb_mixture", "background": background}
+    specs = {name: ModalitySpec(size_factor_key="size", **kind) for name, kind in kinds.items()}
+    mosaic = Mosaic.from_anndata(data, specs, match_cells=True)
     options = {"n_latent": 5, "n_hidden": 32, "dropout": 0.0, "left_out": 0.0, "mmd": 0.0, "jeffreys": 0.0}
     model = MultiVI(mosaic, **options)
     model.train(100, batch_size=128, learning_rate=6e-3, validation=0.0, **QUIET)
@@ -60,13 +65,17 @@ def test_parameters_of_the_story_are_recovered():
 
     likelihoods = {name: part.likelihood for name, part in model.model.modalities.items()}
     assert agreement(likelihoods["rna"].log_theta.detach(), np.log(theta)) > 0.9
-    assert agreement(likelihoods["adt"].log_theta.detach(), np.log(theta_proteins)) > 0.9
+    theta, scale = likelihoods["adt"].log_theta.exp().detach(), likelihoods["adt"].background_log_scale.exp().detach()
+    if background == "latent":
+        assert agreement(theta.log(), np.log(theta_proteins)) > 0.9
+    dispersion = np.expm1(0.3**2) + np.exp(0.3**2) / theta_proteins
+    assert agreement((scale.square().expm1() + scale.square().exp() / theta).log(), np.log(dispersion)) > 0.9
     assert agreement(model.get_region_factors(), region) > 0.9
     assert agreement(likelihoods["adt"].background_loc.detach(), loc) > 0.9
     truth = mixing[kind[mosaic.obs_names.str[1:].astype(int)]]
-    background = 1 - model.get_protein_foreground_probability().to_numpy()
+    found = 1 - model.get_protein_foreground_probability().to_numpy()
     for cells in (mosaic.presence["adt"], ~mosaic.presence["adt"]):
-        assert agreement(background[cells], truth[cells]) > 0.9
+        assert agreement(found[cells], truth[cells]) > 0.9
 
 
 def test_sizes_of_unmeasured_cells_are_those_of_measured_ones():

@@ -116,7 +116,7 @@ def test_history_has_every_term(trained):
     assert history.loc[seen].notna().all(axis=None) and history["train_elbo"].notna().all()
     history = history[seen]
     for part in ("train", "validation"):
-        sites = ["z", "rna", "atac", "adt"]
+        sites = ["z", "rna", "atac", "adt", "adt_background"]
         elbo = -history[[f"{part}_{site}" for site in sites]].sum(axis=1)
         np.testing.assert_allclose(history[f"{part}_elbo"], elbo, rtol=1e-4)
         objective = -history["validation_elbo"] + history["validation_penalty/jeffreys"]
