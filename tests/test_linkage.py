@@ -1,6 +1,8 @@
 import sys
 import tracemalloc
+import warnings
 from functools import partial
+from itertools import permutations
 
 import anndata
 import numpy as np
@@ -19,6 +21,7 @@ from pyromosaic.linkage import Correspondence, variational
 from pyromosaic.linkage.canonical import canonical_variables
 from pyromosaic.linkage.matching import cosine
 from pyromosaic.linkage.preprocess import Smoother, Standardiser, metacells, principal_components
+from pyromosaic.linkage.rounds import chance
 
 
 def adata(counts, names, features, **obs):
@@ -704,6 +707,40 @@ def test_shuffled_features_give_chance():
     null = MuData({"rna": mdata.mod["rna"], "adt": adt})
     link = linkage.cca(mosaic_of(null), ("rna", "adt"), protein_gene_links())
     assert abs(metrics.foscttm(*copies(mdata, link.scores)) - 0.5) < 0.03
+
+
+def test_links_that_agree_by_chance_are_warned_of():
+    doubtful = "it is not clear that the links match the right cells"
+    false, missed = [], []
+    for seed in range(5000, 5010):
+        mdata, truth = simulate(400, {"rna": 80, "adt": 30}, patterns=["rna", "adt"], links={"adt": 1.0}, seed=seed)
+        mosaic = mosaic_of(mdata)
+        linked = truth.links.sample(20, random_state=seed)
+        right = pd.DataFrame({"rna": linked["gene"], "adt": linked["feature"]})
+        wrong = right.assign(adt=np.roll(right["adt"], 1))
+        for links, warned in ((right, false), (wrong, missed)):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                linkage.cca(mosaic, ("rna", "adt"), links, n_pcs=10)
+            warned.append(any(doubtful in str(w.message) for w in caught))
+    assert sum(false) <= 1 and sum(missed) >= 8
+
+
+def test_too_few_links_are_warned_of(two_sets):
+    mdata, links = two_sets
+    with pytest.warns(UserWarning, match="1 link cannot show whether the right cells are matched"):
+        linkage.cca(mosaic_of(mdata), ("rna", "adt"), links[:1], n_pcs=20)
+    with pytest.warns(UserWarning, match=r"hardly better than other pairs of features \(p = .*, 3 links\)"):
+        linkage.cca(mosaic_of(mdata), ("rna", "adt"), links[:3], n_pcs=20)
+
+
+def test_chance_is_a_permutation_test():
+    """Against all exchanges of four partners, one by one."""
+    correlations = np.random.default_rng(1).normal(size=(4, 4))
+    left_out = np.array([2, 0, 3, 1])
+    own = correlations[np.arange(4), left_out].mean()
+    every = [correlations[np.arange(4), list(order)].mean() for order in permutations(range(4))]
+    assert abs(chance(correlations, left_out, seed=0) - np.mean(np.array(every) >= own - 1e-12)) < 0.05
 
 
 def test_one_matrix_under_two_names_is_refused():

@@ -27,11 +27,16 @@ from pyromosaic.linkage.matching import (
 from pyromosaic.linkage.preprocess import (
     Standardiser,
 )
-from pyromosaic.linkage.rounds import Match, Pair, Side
+from pyromosaic.linkage.rounds import Match, Pair, Side, chance
 from pyromosaic.links import GuidanceGraph, Links, links_of
 
 #: Ways of matching cells by similarity.
 MATCHES: Mapping[str, Match] = {"transport": transport, "mutual": mutual_nearest, "assignment": assignment}
+
+SURE, LEVEL = 0.01, 0.05  # levels at which one trial, or all trials, show that left-out links agree beyond chance
+JUDGE = (
+    "check that linked features belong together, add links, or judge the scores by known pairs or labels"
+)
 
 
 @dataclass
@@ -265,6 +270,12 @@ def cca(
     Linkage
         Scores of the cells of both modalities, and how they were found.
 
+    Warns
+    -----
+    UserWarning
+        If the features of left-out links correlate no better over matched cells than with other partners (a permutation
+        test at level 0.05; it needs at least 4 links), or there are too few links for a trial.
+
     Raises
     ------
     ValueError
@@ -285,6 +296,7 @@ def cca(
     ((1200, 15), (1200, 15))
     """
     _check(mosaic, modalities)
+    rng = np.random.default_rng(seed)
     most = 15 if n_components is None else n_components
     first, second = (Side.fit(mosaic, name, n_pcs, n_neighbors, n_metacells, seed) for name in modalities)
     _refuse_same(first, second)
@@ -309,11 +321,19 @@ def cca(
     else:
         chosen = np.ones(pair.linked[0].shape[1], dtype=bool)
         best: str = start or "links"
-        if round(held_out * len(chosen)) > 0:
+        left_out = np.flatnonzero(rng.permutation(len(chosen)) < round(held_out * len(chosen)))
+        if len(left_out):
             starts = ("links", "diagonal") if start is None else (start,)
-            agreement = {name: pair.trial(name, rounds, held_out, seed) for name in starts}
+            trials = {name: pair.trial(name, rounds, left_out) for name in starts}
+            agreement = {name: [found for found, _ in trial] for name, trial in trials.items()}
             best = max(agreement, key=lambda name: max(agreement[name]))
             rounds = int(np.argmax(agreement[best])) + 1
+            _warn_of_chance(pair, best, rounds, left_out, trials[best][rounds - 1][1], seed)
+        elif links is not None and held_out > 0:
+            warnings.warn(
+                f"{len(links)} link{'s' * (len(links) > 1)} cannot show whether the right cells are matched; {JUDGE}",
+                stacklevel=2,
+            )
         pi, canonical = next(islice(pair.rounds(chosen, best), rounds - 1, None))
     x, y = first.components, second.components
     null = shuffled_covariances(x, y, pi, seed=seed)
@@ -336,6 +356,30 @@ def cca(
             for s in (first, second)
         },
     )
+
+
+def _warn_of_chance(
+    pair: Pair, start: str, rounds: int, left_out: np.ndarray, correlations: np.ndarray, seed: int
+) -> None:
+    """Warn if left-out links agree no better than other partners of their features would.
+
+    If the first trial does not settle this, three more trials leave out the remaining links.
+    """
+    n = pair.linked[0].shape[1]
+    judged = left_out[: len(correlations)]
+    p = chance(correlations, judged, seed)
+    if p > SURE:
+        rest = np.random.default_rng(seed).permutation(np.setdiff1d(np.arange(n), left_out))
+        for part in np.array_split(rest, min(3, len(rest))):
+            found = pair.trial(start, rounds, part)[-1][1]
+            judged, correlations = np.append(judged, part[: len(found)]), np.vstack([correlations, found])
+        p = chance(correlations, judged, seed)
+        if p > LEVEL:
+            warnings.warn(
+                "it is not clear that the links match the right cells: left out of the matching, linked features correlate "
+                f"over matched cells hardly better than other pairs of features (p = {p:.2g}, {n} links); {JUDGE}",
+                stacklevel=3,
+            )
 
 
 def scores_table(scores: np.ndarray, cells: pd.Index) -> pd.DataFrame:

@@ -30,6 +30,8 @@ from pyromosaic.linkage.preprocess import (
 
 Match = Callable[[np.ndarray, tuple[np.ndarray, np.ndarray]], Any]
 N_COARSE = 256  # metacells for matching by geometry
+N_JUDGED = 200  # left-out links of a trial that are compared with chance
+N_EXCHANGES = 999  # exchanges of partners in this comparison
 
 
 @dataclass
@@ -160,8 +162,29 @@ class Pair:
         covariance = np.einsum("gl,gl->l", x, pi.plan @ y)
         return float(np.mean(covariance / np.sqrt(np.maximum((first @ x**2) * (second @ y**2), 1e-12))))
 
-    def trial(self, start: str, rounds: int, held_out: float, seed: int) -> list[float]:
-        """Agreement of the left-out links after each round of a trial without them."""
-        n = self.linked[0].shape[1]
-        left_out = np.random.default_rng(seed).permutation(n) < round(held_out * n)
-        return [self.agreement(pi, left_out) for pi, _ in islice(self.rounds(~left_out, start), rounds)]
+    def correlations(self, pi: Correspondence, rows: np.ndarray) -> np.ndarray:
+        """Correlations over matched cells of the first features of some links with the second features of all links."""
+        first, second = pi.marginals
+        x, y = self.linked[0][:, rows], self.linked[1]
+        x, y = x - first @ x, y - second @ y
+        scale = np.sqrt(np.maximum(np.outer(first @ x**2, second @ y**2), 1e-12))
+        return (pi.plan.T @ x).T @ y / scale
+
+    def trial(self, start: str, rounds: int, left_out: np.ndarray) -> list[tuple[float, np.ndarray]]:
+        """Agreement of the links at the positions `left_out`, after each round of a trial without them.
+
+        With it come the correlations of their first features (of at most `N_JUDGED` links) with all second features.
+        """
+        chosen = np.isin(np.arange(self.linked[0].shape[1]), left_out)
+        return [
+            (self.agreement(pi, chosen), self.correlations(pi, left_out[:N_JUDGED]))
+            for pi, _ in islice(self.rounds(~chosen, start), rounds)
+        ]
+
+
+def chance(correlations: np.ndarray, left_out: np.ndarray, seed: int) -> float:
+    """Share of exchanges of partners after which left-out links agree at least as well (a permutation test)."""
+    rng = np.random.default_rng(seed)
+    each, n = np.arange(len(left_out)), correlations.shape[1]
+    exchanged = [correlations[each, rng.permutation(n)[: len(each)]].mean() for _ in range(N_EXCHANGES)]
+    return float((1 + np.sum(exchanged >= correlations[each, left_out].mean())) / (1 + N_EXCHANGES))
