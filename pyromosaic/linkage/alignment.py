@@ -34,9 +34,7 @@ from pyromosaic.links import GuidanceGraph, Links, links_of
 MATCHES: Mapping[str, Match] = {"transport": transport, "mutual": mutual_nearest, "assignment": assignment}
 
 SURE, LEVEL = 0.01, 0.05  # levels at which one trial, or all trials, show that left-out links agree beyond chance
-JUDGE = (
-    "check that linked features belong together, add links, or judge the scores by known pairs or labels"
-)
+JUDGE = "check that linked features belong together, add links, or judge the scores by known pairs or labels"
 
 
 @dataclass
@@ -322,13 +320,13 @@ def cca(
         chosen = np.ones(pair.linked[0].shape[1], dtype=bool)
         best: str = start or "links"
         left_out = np.flatnonzero(rng.permutation(len(chosen)) < round(held_out * len(chosen)))
-        if len(left_out):
+        if links is not None and len(left_out):
             starts = ("links", "diagonal") if start is None else (start,)
             trials = {name: pair.trial(name, rounds, left_out) for name in starts}
             agreement = {name: [found for found, _ in trial] for name, trial in trials.items()}
             best = max(agreement, key=lambda name: max(agreement[name]))
             rounds = int(np.argmax(agreement[best])) + 1
-            _warn_of_chance(pair, best, rounds, left_out, trials[best][rounds - 1][1], seed)
+            _warn_of_chance(pair, links, best, rounds, left_out, trials[best][rounds - 1][1], seed)
         elif links is not None and held_out > 0:
             warnings.warn(
                 f"{len(links)} link{'s' * (len(links) > 1)} cannot show whether the right cells are matched; {JUDGE}",
@@ -359,27 +357,40 @@ def cca(
 
 
 def _warn_of_chance(
-    pair: Pair, start: str, rounds: int, left_out: np.ndarray, correlations: np.ndarray, seed: int
+    pair: Pair, links: Links, start: str, rounds: int, left_out: np.ndarray, correlations: np.ndarray, seed: int
 ) -> None:
     """Warn if left-out links agree no better than other partners of their features would.
 
-    If the first trial does not settle this, three more trials leave out the remaining links.
+    Judged are links that have no feature in common with those used, because these would make them agree. If the links
+    `left_out` of the trial do not settle the question, four more trials leave out a quarter of the first features each.
     """
-    n = pair.linked[0].shape[1]
+    first, second = links.pairs[list(links.modalities)].to_numpy().T
+
+    def sharing(some: np.ndarray) -> np.ndarray:
+        """Positions of the links that have a feature in common with some links."""
+        return np.flatnonzero(np.isin(first, first[some]) | np.isin(second, second[some]))
+
     judged = left_out[: len(correlations)]
+    alone = ~np.isin(judged, sharing(np.setdiff1d(np.arange(len(links)), left_out)))
+    p = chance(correlations[alone], judged[alone], seed)
+    if p <= SURE:
+        return
+    judged, correlations = judged[:0], correlations[:0]
+    features = np.random.default_rng(seed).permutation(pd.unique(first))
+    for part in np.array_split(features, min(4, len(features))):
+        own = np.flatnonzero(np.isin(first, part))
+        others = np.setdiff1d(sharing(own), own)
+        if len(own) + len(others) < len(links):
+            found = pair.trial(start, rounds, np.append(own, others))[-1][1][: len(own)]
+            judged, correlations = np.append(judged, own[: len(found)]), np.vstack([correlations, found])
     p = chance(correlations, judged, seed)
-    if p > SURE:
-        rest = np.random.default_rng(seed).permutation(np.setdiff1d(np.arange(n), left_out))
-        for part in np.array_split(rest, min(3, len(rest))):
-            found = pair.trial(start, rounds, part)[-1][1]
-            judged, correlations = np.append(judged, part[: len(found)]), np.vstack([correlations, found])
-        p = chance(correlations, judged, seed)
-        if p > LEVEL:
-            warnings.warn(
-                "it is not clear that the links match the right cells: left out of the matching, linked features correlate "
-                f"over matched cells hardly better than other pairs of features (p = {p:.2g}, {n} links); {JUDGE}",
-                stacklevel=3,
-            )
+    if p > LEVEL:
+        warnings.warn(
+            "it is not clear that the links match the right cells: left out of the matching, linked features "
+            f"correlate over matched cells hardly better than other features do (p = {p:.2g}, {len(links)} links); "
+            f"{JUDGE}",
+            stacklevel=3,
+        )
 
 
 def scores_table(scores: np.ndarray, cells: pd.Index) -> pd.DataFrame:

@@ -183,7 +183,12 @@ class Pair:
 
 
 def chance(correlations: np.ndarray, left_out: np.ndarray, seed: int) -> float:
-    """Share of exchanges of partners after which left-out links agree at least as well (a permutation test)."""
+    """Share of exchanges of partners after which left-out links agree at least as well (a permutation test).
+
+    Without links, the share is 1.
+    """
+    if not len(left_out):
+        return 1.0
     rng = np.random.default_rng(seed)
     each, n = np.arange(len(left_out)), correlations.shape[1]
     exchanged = [correlations[each, rng.permutation(n)[: len(each)]].mean() for _ in range(N_EXCHANGES)]
