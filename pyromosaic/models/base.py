@@ -71,10 +71,7 @@ class TrainedModel:
         model.options = _options(cls, args, kwargs)
         for data in (*args[:1], *(value for name, value in kwargs.items() if name == "data")):
             if not isinstance(data, Mosaic | Schema):
-                raise ValueError(
-                    f"{cls.__name__} takes a Mosaic, from Mosaic.from_mudata or Mosaic.from_anndata; found a "
-                    f"{type(data).__name__}"
-                )
+                raise ValueError(f"data must be a Mosaic, e.g. from Mosaic.from_mudata; found a {type(data).__name__}")
         return model
 
     @contextmanager
