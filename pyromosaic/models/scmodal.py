@@ -27,7 +27,7 @@ from pyromosaic.data import Minibatch, Mosaic, Schema, separate
 from pyromosaic.described import complete
 from pyromosaic.fusion import MeanFusion, presence
 from pyromosaic.guidance import linked_scores
-from pyromosaic.likelihoods import Likelihood, likelihoods_of
+from pyromosaic.likelihoods import Likelihood, likelihoods_of, posterior_decoders
 from pyromosaic.links import GuidanceGraph
 from pyromosaic.measurement import Measurement, MeasurementGuide, Plates, cells, encoded
 from pyromosaic.models.linking import Linking
@@ -308,11 +308,7 @@ class ScModal(Linking):
                     name: (decoder or Decoder)(m, likelihoods[name].predictors, width, n_hidden)
                     for name, m in modalities.items()
                 }
-            posterior_decoders = {
-                name: Decoder(modalities[name], likelihood.posterior_predictors, width, n_hidden)
-                for name, likelihood in likelihoods.items()
-                if likelihood.posterior_predictors
-            }
+            inferring = posterior_decoders(schema, likelihoods, dict.fromkeys(modalities, width), n_hidden)
             sizes = {"n_latent": n_latent, "n_hidden": n_hidden}
             discriminators = {pair: chosen("adversary", adversary, Discriminator, **sizes) for pair in aligned}
             matched = {pair: chosen("anchors", anchors, Anchors, scores=own) for pair, own in self.matches.items()}
@@ -328,33 +324,17 @@ class ScModal(Linking):
                 chosen("pull", pull, Pull, scores=self.scores),
                 chosen("geometry", geometry, Geometry),
             ]
-            plates = {
-                name: Plates(name, m.n_features, likelihood_weight, private_kl, True) for name, m in modalities.items()
-            }
-            self.model = self.Model(
-                complete(prior or (Flat() if deterministic else StandardNormal()), n_latent=n_latent),
-                {
-                    name: Measurement(
-                        plates[name], Size(name, m, n_latent), decoders[name], likelihoods[name], n_private
-                    )
-                    for name, m in modalities.items()
-                },
-            )
-            self.guide = self.Guide(
-                {
-                    name: MeasurementGuide(
-                        plates[name],
-                        encoders[name],
-                        n_latent,
-                        n_private,
-                        posterior_decoders.get(name),
-                        likelihoods[name],
-                    )
-                    for name in modalities
-                },
-                deterministic,
-                with_given(terms, penalties),
-            )
+            explains, infers = {}, {}
+            for name, m in modalities.items():
+                plates = Plates(name, m.n_features, likelihood_weight, private_kl, balanced=True)
+                size, likelihood = Size(name, m, n_latent), likelihoods[name]
+                explains[name] = Measurement(plates, size, decoders[name], likelihood, n_private)
+                infers[name] = MeasurementGuide(
+                    plates, encoders[name], n_latent, n_private, inferring.get(name), likelihood
+                )
+            of_z = complete(prior or (Flat() if deterministic else StandardNormal()), n_latent=n_latent)
+            self.model = self.Model(of_z, explains)
+            self.guide = self.Guide(infers, deterministic, with_given(terms, penalties))
 
     def arranged(self, mosaic: Mosaic) -> Mosaic:
         """Make every measurement a separate cell."""
