@@ -712,8 +712,8 @@ def test_finding_cells(registered):
     refusal(["31", "32"], registered.find, [0, n])
     refusal(["-1"], registered.find, [-1])
     refusal(["32 cells", "found 5"], registered.find, np.ones(5, bool))
-    refusal(["no cell"], registered.find, [])
-    refusal(["no cell"], registered.find, np.zeros(n, bool))
+    refusal(["cells must be", "found none"], registered.find, [])
+    refusal(["cells must be", "found none"], registered.find, np.zeros(n, bool))
 
 
 # Splits and minibatches

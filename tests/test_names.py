@@ -72,7 +72,7 @@ def test_every_question_takes_masks_by_name(shuffled):
         (lambda n: pd.DataFrame({"x": [True] * 60}, n), "cells must be names, numbers or a mask .* a DataFrame"),
         (lambda n: np.ones((60, 1), bool), r"in one dimension; found the shape \(60, 1\)"),
         (lambda n: {"cell0"}, "found a set"),
-        (lambda n: np.where(np.zeros(60, bool)), "no cell was asked for"),
+        (lambda n: np.where(np.zeros(60, bool)), "cells must be .*; found none"),
     ],
 )
 def test_cells_that_are_refused(shuffled, cells, message):

@@ -44,6 +44,7 @@ class _Source:
 
 
 def _words(names: Any) -> str:
+    """All names, in quotes, for a message."""
     return ", ".join(repr(str(n)) for n in names) or "none"
 
 
@@ -139,7 +140,7 @@ def _columns(
         wanted += [k for k in (spec.label_key, spec.size_factor_key) if k is not None]
         columns = {}
         for key in wanted:
-            own = name if key == spec.size_factor_key else WHOLE
+            own = name if key == spec.size_factor_key else WHOLE  # sizes are not looked up in other modalities
             places = [t for t in tables if own == WHOLE or t.modality in (name, WHOLE)]
             if (key, own) not in read:
                 read[key, own] = readings(places, key, cells, unlabelled(specs, key))
@@ -207,6 +208,7 @@ def _check_vocabularies(modalities: Mapping[str, Modality]) -> None:
 
 
 def _some(names: Collection[str]) -> str:
+    """The first three names, in quotes, for a message."""
     return _words(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
 
 

@@ -256,7 +256,7 @@ def find(names: pd.Index, wanted: Any, noun: str, owner: str, numbers: bool = Tr
     if values.ndim != 1:
         raise ValueError(f"{noun}s must be {accepted}, in one dimension; found the shape {values.shape}")
     if values.size == 0:
-        raise ValueError(f"no {noun} was asked for; give {accepted}")
+        raise ValueError(f"{noun}s must be {accepted}; found none")
     kind = "boolean" if values.dtype == bool else pd.api.types.infer_dtype(values, skipna=True)
     spelled = names.astype(str)
     if kind == "boolean":
@@ -274,7 +274,7 @@ def find(names: pd.Index, wanted: Any, noun: str, owner: str, numbers: bool = Tr
         elif len(values) != len(names):
             raise ValueError(f"the mask must have an entry for each of the {len(names)} {noun}s; found {len(values)}")
         if len(chosen) == 0:
-            raise ValueError(f"no {noun} was asked for; give {accepted}")
+            raise ValueError(f"{noun}s must be {accepted}; found none")
         return chosen.astype(np.int64)
     if kind == "integer" and numbers and not isinstance(wanted, pd.Index):
         positions = values.astype(np.int64)

@@ -273,8 +273,8 @@ class GuidanceGraph:
         """
         features = _features(data)
         nodes = _find(features, [end for edge in edges for end in edge], False).reshape(-1, 2).T
-        n = (len(edges),)
-        return cls(features, nodes, np.broadcast_to(weight, n), np.broadcast_to(sign, n))
+        shape = (len(edges),)
+        return cls(features, nodes, np.broadcast_to(weight, shape), np.broadcast_to(sign, shape))
 
     @classmethod
     def from_data(cls, data: Mosaic | Schema, graph: Any) -> "GuidanceGraph":

@@ -46,7 +46,7 @@ from pyromosaic.program import Program, Slots, own
 from pyromosaic.sizes import Size
 from pyromosaic.tasks import inference_mode
 
-#: The loss of scvi-tools' DIAGVI with its default weights, and how that is trained (but for Adam's epsilon).
+#: The loss and the training of scvi-tools' DIAGVI with its default weights (except for the epsilon of Adam).
 REFERENCE = Preset(
     options={
         "n_latent": 50,
@@ -210,9 +210,9 @@ class DiagVI(Embedded):
         Whether a cell with several modalities stays one cell. By default each of its measurements becomes a separate
         cell, named ``"modality:cell"``.
     prior
-        Prior of z: ``"normal"``, standard normal; ``"mixture"``, of Gaussians, tied to labels if there are any
-        (without labels ``GaussianMixture(n_components=...)`` says how many); or a callable module from a minibatch to a
-        distribution.
+        Prior of z: ``"normal"``, a standard normal; ``"mixture"``, a mixture of Gaussians with one component per label
+        (without labels, set their number by ``GaussianMixture(n_components=...)``); or a module that maps a minibatch
+        to a distribution.
     fusion
         How to combine the posteriors of a cell's modalities, as in `MultiVI`; it has an effect only with `pairing`.
     encoder, decoder
@@ -228,9 +228,9 @@ class DiagVI(Embedded):
         `pyromosaic.penalties`, which also takes a reference modality.
     anchors, pull, classifier
         Weights of `Anchors` and `Pull` to the linkage's scores, and of the classifier of labels; or these penalties.
-        The pull is 20 by default, and 2 beside a mixture, whose components must be free to move.
+        The pull is 20 by default, or 2 with a mixture, because its components must be free to move.
     kl_per_feature
-        Divide the divergences of a modality's cells by its number of features, as the reference does.
+        Whether to divide the divergences of the cells of a modality by its number of features, as the reference does.
     linkage
         Scores of cells in one space for all modalities, used for anchors and pull: ``"cca"`` computes them before
         training from the links of the graph; or give a table of scores with one row per cell; None uses no scores.
