@@ -464,7 +464,7 @@ def test_wrong_questions_get_a_sentence(trained, mosaic, data):
         ({"cells1": everything}, "group 'rest' has no cell"),
         ({"cells1": ["nobody"]}, "'nobody' is not in the mosaic"),
         ({"groupby": "type", "features": ["CD4"]}, "feature 'CD4' is not in modality 'rna'"),
-        ({"groupby": "type", "features": []}, "features must have at least one feature"),
+        ({"groupby": "type", "features": []}, "features must be names or a mask with at least one feature; found none"),
         ({"groupby": "type", "n_samples": 0}, "n_samples must be a whole number from 1 to 1e9; found 0"),
         ({"groupby": "type", "fdr": 1.5}, "fdr must be a number between 0 and 1; found 1.5"),
         ({"groupby": "type", "delta": -1.0}, "delta must be a number above 0"),

@@ -270,7 +270,7 @@ class Mosaic:
         Raises
         ------
         ValueError
-            With one sentence that names the modality, column, cell or feature at fault.
+            If the data cannot be used. The message names the modality, column, cell or feature.
         """
         if not hasattr(mdata, "mod"):
             raise ValueError(
@@ -306,7 +306,7 @@ class Mosaic:
         Raises
         ------
         ValueError
-            With one sentence that names the modality, column, cell or feature at fault.
+            If the data cannot be used. The message names the modality, column, cell or feature.
         """
         if not isinstance(adatas, Mapping) or not all(hasattr(adata, "obs_names") for adata in adatas.values()):
             raise ValueError(
@@ -347,7 +347,7 @@ class Mosaic:
         Raises
         ------
         ValueError
-            With one sentence that names the modality, column, cell or feature at fault.
+            If the data cannot be used. The message names the modality, column, cell or feature.
         """
         if not hasattr(adata, "obsm") or hasattr(adata, "mod"):
             raise ValueError(f"adata must be an AnnData; found a {type(adata).__name__}")

@@ -200,7 +200,7 @@ def _check_vocabularies(modalities: Mapping[str, Modality]) -> None:
             if others and not own & others:
                 warnings.warn(
                     f"column {key!r} has no value in common between modality {name!r} ({_some(own)}) and others "
-                    f"({_some(others)}); for cells with values of others, {name!r} is imputed as an average over its "
+                    f"({_some(others)}); in cells with the latter, {name!r} is imputed as an average over its "
                     "values. If values mean the same, spell them in the same way",
                     stacklevel=2,
                 )
@@ -332,7 +332,7 @@ def _modality(
 
 
 def not_empty(matrix: Any) -> np.ndarray:
-    """Which rows have a value other than 0; a missing value is not 0."""
+    """Which rows have a value other than 0; a missing value counts as other than 0."""
     rows, found = np.arange(matrix.shape[0]), Matrix(matrix)
     parts = [found[rows[start : start + CHUNK]] != 0 for start in range(0, len(rows), CHUNK)]
     return np.concatenate([np.asarray(part.sum(axis=1)).ravel() > 0 for part in parts])

@@ -247,7 +247,7 @@ def find(names: pd.Index, wanted: Any, noun: str, owner: str, numbers: bool = Tr
     ValueError
         If one does not exist, or none is given.
     """
-    accepted = f"names, {'numbers ' if numbers else ''}or a mask with at least one {noun}"
+    accepted = f"names{', numbers' if numbers else ''} or a mask with at least one {noun}"
     if isinstance(wanted, tuple) and len(wanted) == 1 and isinstance(wanted[0], np.ndarray):
         wanted = wanted[0]  # the result of np.where
     if isinstance(wanted, pd.DataFrame | Mapping | Set) or hasattr(wanted, "obs_names"):
