@@ -446,8 +446,8 @@ class GuidanceGraph:
             return cls.from_data(data, graph)
         if not isinstance(graph, cls):
             raise ValueError(
-                f"found a graph of type {type(graph).__name__}; accepted: GuidanceGraph, Links, "
-                "pandas.DataFrame, torch_geometric.data.Data, or None for equal names"
+                "graph must be a GuidanceGraph, Links, pandas.DataFrame or torch_geometric.data.Data, or None for "
+                f"equal names; found a {type(graph).__name__}"
             )
         if graph.features != _features(data):
             raise ValueError("the guidance graph was made for other features; build it from the data of the model")

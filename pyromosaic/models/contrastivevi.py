@@ -366,7 +366,8 @@ class ContrastiveVI(Contrasting):
             }
             if not set(given) <= set(own_penalties):
                 raise ValueError(
-                    f"penalties compare {', '.join(map(repr, own_penalties))}; found {', '.join(map(repr, given))}"
+                    f"the keys of penalties must be among {', '.join(map(repr, own_penalties))}; found "
+                    f"{', '.join(map(repr, given))}"
                 )
             used = {what: with_given(mine, given.get(what, ())) for what, mine in own_penalties.items()}
             self.guide = self.Guide(parts, infers, fusion_of(fusion, tuple(schema.modalities)), used, left_out)
