@@ -1,4 +1,4 @@
-"""Parts that know what they were made with: a model completes them, and writes them down in plain JSON."""
+"""Parts that record their arguments, so that a model can complete them and save them as JSON."""
 
 from collections.abc import Mapping
 from inspect import Parameter, signature
@@ -9,14 +9,14 @@ from torch import nn
 
 
 class Described(nn.Module):
-    """A part of a model that is given as an option of it.
+    """A part of a model that users pass as an option, e.g. a prior or a penalty.
 
     Attributes
     ----------
     needed
-        Arguments that may be left out where the part is an option of a model, which knows them.
+        Arguments that may be left out if the part is an option of a model; the model fills them in.
     made_with
-        Arguments that it was made with, by name.
+        Arguments of its constructor, by name.
 
     Examples
     --------
@@ -30,7 +30,7 @@ class Described(nn.Module):
 
     needed: ClassVar[tuple[str, ...]] = ()
     made_with: Mapping[str, Any]
-    complete: bool = True  # whether it can be used: nothing that is needed was left out
+    complete: bool = True  # whether it can be used: no needed argument was left out
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Note the arguments of the outermost constructor."""
@@ -43,14 +43,14 @@ class Described(nn.Module):
         return part
 
     def completed(self, **known: Any) -> Self:
-        """The part made again, with what a model knows in place of what was left out."""
+        """A new part with the same arguments, in which the model fills in those that were left out."""
         accepted = signature(type(self).__init__).parameters
         missing = {name: v for name, v in known.items() if name in accepted and self.made_with.get(name) is None}
         return type(self)(**{**self.made_with, **missing})
 
 
 def complete(part: Any, **known: Any) -> Any:
-    """A part that can be used: as it is, or with what a model knows in place of what was left out.
+    """The part itself if it is complete, or else a new part in which the model fills in missing arguments.
 
     Examples
     --------

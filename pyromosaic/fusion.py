@@ -281,7 +281,7 @@ def fusion_of(fusion: str | Fusion, modalities: Sequence[str]) -> Fusion:
     if isinstance(fusion, Fusion):
         return fusion
     if not isinstance(fusion, str) or fusion not in FUSIONS:
-        raise ValueError(f"unknown fusion {fusion!r}; accepted: {', '.join(FUSIONS)}, or a Fusion")
+        raise ValueError(f"fusion must be a Fusion or one of {', '.join(map(repr, FUSIONS))}; found {fusion!r}")
     return FUSIONS[fusion](modalities)
 
 

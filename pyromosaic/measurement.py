@@ -1,4 +1,4 @@
-"""One modality in a program: how its measurements depend on a cell's latent variable, and how that is inferred.
+"""One modality in a program: its part of the generative model, and its part of the guide.
 
 For every modality, a `Measurement` is part of the model and a `MeasurementGuide` is part of the guide. Both make their
 sites inside the same `Plates`.
@@ -32,7 +32,7 @@ def cells(minibatch: Minibatch, kl_weight: float = 1.0, balanced: Mapping[str, f
     kl_weight
         Weight of the divergences.
     balanced
-        By modality, the total weight of its cells, however many have it; None to count every cell once.
+        The total weight of the cells of each modality, by name; None gives every cell a weight of 1.
     """
     plate = pyro.plate("cells", minibatch.n_cells, subsample=minibatch.index, dim=-2)
     with plate, weighted(kl_weight), nullcontext() if balanced is None else _balance(minibatch, balanced):
@@ -49,7 +49,7 @@ def _balance(minibatch: Minibatch, weights: Mapping[str, float]) -> AbstractCont
 
 
 def scaled(by: float) -> AbstractContextManager[Any]:
-    """Log densities times a number, which may be 0: Pyro's ``scale`` refuses that."""
+    """Multiply log densities by a number, which may be 0, unlike in `pyro.poutine.scale`."""
     scale: AbstractContextManager[Any] = poutine.scale(scale=by) if by else poutine.mask(mask=False)
     return scale
 
@@ -97,28 +97,28 @@ class Plates:
 
 
 class Measurement(Part):
-    """A modality in the generative model: decoded from the cell's latent variable, and measured.
+    """A modality in the generative model: size, private latent variable, decoder and likelihood.
 
     Parameters
     ----------
     plates
-        Of the modality.
+        Plates and weights of the modality.
     size
-        Says the size of a cell in which the modality was not measured, see `pyromosaic.sizes.Size`. None if the
-        likelihood does not look at ``view.library``, which is then NaN in such cells.
+        Module for the sizes of cells in which the modality was not measured, see `pyromosaic.sizes.Size`. None if the
+        likelihood does not use ``view.library``, which is then NaN in such cells.
     decoder
-        A module from the latent variable, shape (..., b, latent), and the `View` of the b cells to the likelihood's
-        predictors by name, each of shape (..., b, features). If it has a method ``start(biases)``, that is called with
-        the start values that the likelihood's ``start`` returns, if any. `pyromosaic.nn.Decoder` is one.
+        Module that maps the latent variable, shape (..., b, latent), and the `View` of the b cells to the predictors of
+        the likelihood by name, each of shape (..., b, features), e.g. a `pyromosaic.nn.Decoder`. If it has a method
+        ``start(biases)``, this is called with the start values that ``start`` of the likelihood returns, if any.
     likelihood
         Maps predictors to the observed site, see `pyromosaic.likelihoods.Likelihood`.
     n_private
-        Dimension of the private latent variable ``z_<name>``, which the decoder reads after the shared one.
+        Dimension of the private latent variable ``z_<name>``, which the decoder sees after the shared variable.
 
     Raises
     ------
     ValueError
-        If there is no `size` and the likelihood's traits say that it needs one.
+        If `size` is None, but the traits of the likelihood say that it depends on sizes.
     """
 
     size: Any
@@ -139,7 +139,7 @@ class Measurement(Part):
         self.size, self.decoder, self.likelihood = size, decoder, likelihood
 
     def forward(self, z: Tensor, view: View, minibatch: Minibatch, kl_weight: float = 1.0, *context: Any) -> None:
-        """Sites: ``<name>``; before it ``<name>_library`` or ``<name>_size``, ``z_<name>`` and the likelihood's own.
+        """Sites: ``<name>``, before it ``<name>_library`` or ``<name>_size``, ``z_<name>`` and those of the likelihood.
 
         Parameters
         ----------
@@ -177,7 +177,7 @@ class Measurement(Part):
         return decoded
 
     def start(self, view: View) -> dict[str, Tensor]:
-        """Set start values from some cells; return the start values that the likelihood has for decoders."""
+        """Set start values from some cells, and return the biases at which decoders start."""
         if hasattr(self.size, "start"):
             self.size.start(view)
         biases: dict[str, Tensor] = self.likelihood.start(view)
@@ -193,25 +193,24 @@ class Measurement(Part):
 
 
 class MeasurementGuide(Part):
-    """A modality in the guide: what its measurements say about the cell's latent variables.
+    """A modality in the guide: the posteriors of latent variables given its measurements.
 
     Parameters
     ----------
     plates
-        Those of the `Measurement`.
+        Plates and weights of the modality, the same as in the `Measurement`.
     encoder
-        A module from the `View` of the b cells that have the modality to mean and standard deviation, each of shape
-        (b, n_latent + n_private): of the shared latent variable, then of the private one. `pyromosaic.nn.Encoder` is
-        one.
+        Module that maps the `View` of the b cells with the modality to mean and standard deviation, each of shape
+        (b, n_latent + n_private): first of the shared latent variable, then of the private one. An example is
+        `pyromosaic.nn.Encoder`.
     n_latent, n_private
-        Dimensions of these two.
+        Dimensions of the shared and of the private latent variable.
     decoder
-        Maps latent variables to the predictors of the posterior of the likelihood's latent variables; None if it has
-        none.
+        Module that maps z to the predictors of the posterior of the likelihood's latent variables; None if it has none.
     likelihood
-        The likelihood, which the model owns; None if it has no latent variables of its own.
+        The likelihood, which is part of the model; None if it has no latent variables.
     size_encoder
-        Maps measurements to the posterior of the log size relative to the count; None if the size is observed.
+        Module that maps measurements to the posterior of the log size minus the log count; None if sizes are observed.
     """
 
     encoder: Any
@@ -232,7 +231,7 @@ class MeasurementGuide(Part):
         self.plates, self.n_latent, self.n_private = plates, n_latent, n_private
         self.encoder, self.decoder, self.size_encoder = encoder, decoder, size_encoder
         self.owned_by_model: tuple[Any] = (likelihood,)
-        self.known: dict[tuple[int, int], Any] | None = None  # what was encoded already, inside `encoded_once`
+        self.known: dict[tuple[int, int], Any] | None = None  # cache inside `encoded_once`
 
     def encode(self, view: View) -> tuple[Posterior, Posterior]:
         """Posteriors of the shared and of the private latent variable given the modality alone."""
@@ -256,7 +255,7 @@ class MeasurementGuide(Part):
             As in `Measurement.forward`.
         private
             Posterior of the private variable, from `encoded`; needed if `n_private` is above 0 and a cell has the
-            modality. In cells without the modality the variable has its prior.
+            modality. In cells without the modality, the posterior of the variable is its prior.
         """
         name = self.plates.name
         latent = z[..., view.rows, 0, :] if self.n_private or self.decoder is not None else z
@@ -281,11 +280,11 @@ class MeasurementGuide(Part):
     def _once(self, network: nn.Module, view: View) -> tuple[Tensor, Tensor]:
         """Output of a network for a view, cached inside `encoded_once`."""
         if self.known is None:
-            said: tuple[Tensor, Tensor] = network(view)
-            return said
+            encoding: tuple[Tensor, Tensor] = network(view)
+            return encoding
         key = id(network), id(view)
         if key not in self.known:
-            self.known[key] = network(view), view  # held, so that no other view gets its id
+            self.known[key] = network(view), view  # the view is kept, so that no other view gets its id
         found: tuple[Tensor, Tensor] = self.known[key][0]
         return found
 
@@ -295,14 +294,16 @@ class MeasurementGuide(Part):
             if hasattr(network, "start"):
                 network.start(view)
         if self.size_encoder is not None:
-            nn.init.constant_(self.size_encoder.log_variance.bias, -4.0)  # a count says much of a size
+            nn.init.constant_(
+                self.size_encoder.log_variance.bias, -4.0
+            )  # a small variance: the count determines most of the size
         if self.decoder is not None and hasattr(self.decoder, "start"):
             self.decoder.start(biases)
 
 
 @contextmanager
 def encoded_once(guide: nn.Module) -> Iterator[None]:
-    """Context in which a guide in evaluation mode encodes each view once, however often it is run.
+    """Context in which a guide in evaluation mode encodes each view only once.
 
     Parameters
     ----------
@@ -322,12 +323,12 @@ def encoded_once(guide: nn.Module) -> Iterator[None]:
 def encoded(
     modalities: Mapping[str, MeasurementGuide], minibatch: Minibatch
 ) -> tuple[dict[str, Posterior], dict[str, Posterior]]:
-    """Posteriors given each modality alone: of the shared latent variable, and of the private ones.
+    """Posteriors given each modality alone: of the shared, and of the private latent variables.
 
     Parameters
     ----------
     modalities
-        Those of a guide.
+        The modalities of a guide.
     minibatch
         The cells.
     """
@@ -336,7 +337,7 @@ def encoded(
 
 
 def part_of(program: nn.Module, name: str) -> Any:
-    """The part of a modality in a model or a guide; None if a program of one's own has no such part.
+    """The part of a modality in a model or guide; None if a user's program does not have one.
 
     Examples
     --------

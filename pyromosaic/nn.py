@@ -236,6 +236,8 @@ class Decoder(nn.Module):
 
 
 class _UnitColumns(nn.Module):
+    """Weights of a linear layer in which some columns have norm 1, from unconstrained weights."""
+
     def __init__(self, start: int, stop: int) -> None:
         super().__init__()
         self.columns = slice(start, stop)

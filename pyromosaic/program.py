@@ -27,7 +27,7 @@ from pyromosaic.threads import one_thread
 
 
 class weighted(Messenger):
-    """Effect handler: the log densities of sites inside count this many times.
+    """Effect handler: multiplies the log densities of sites by a weight.
 
     Unlike `pyro.poutine.scale`, it remembers the weight, so that `pyromosaic.train.MosaicELBO` can compute the bound
     without it. As with `scale`, a latent site needs the same weight in model and guide.
@@ -53,7 +53,7 @@ class AtMean(Messenger):
     Parameters
     ----------
     which
-        Function that says by the name of a site whether it takes its mean; by default all do.
+        Function from the name of a site to whether it takes its mean; by default all do.
     """
 
     def __init__(self, which: Callable[[str], bool] = lambda name: True) -> None:
@@ -74,7 +74,7 @@ _announced: ContextVar[bool] = ContextVar("announced", default=True)
 
 @contextmanager
 def unannounced() -> Iterator[None]:
-    """Reach plain modules without a ``pyro.module`` statement, for an optimiser that has their parameters already.
+    """Context in which plain modules run without ``pyro.module`` statements, if an optimiser has their parameters.
 
     `pyro.infer.SVI` finds the parameters by these statements. Lightning gets them from ``module.parameters()``, and
     then the statements only take time: 7 % of a training step.
@@ -111,8 +111,8 @@ class Slots(Part):
     Parameters
     ----------
     modules
-        By modality. A name that torch cannot have for a module (``"rna.v2"``, ``"type"``) is replaced in the names of
-        parameters by ``modality_<number>``.
+        Modules by modality. If torch does not accept a name for a module (``"rna.v2"``, ``"type"``), the names of
+        parameters have ``modality_<number>`` instead.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
@@ -123,11 +123,11 @@ class Slots(Part):
 
     @classmethod
     def names(cls, modalities: Iterable[str]) -> dict[str, str]:
-        """By modality what it is called in the names of parameters."""
+        """For each modality, its name in the names of parameters."""
         return {name: f"modality_{i}" if _unfit(name, cls) else name for i, name in enumerate(modalities)}
 
     def __getitem__(self, name: str) -> Any:
-        return getattr(self, self.keys_by_name[name])  # by which Pyro takes note of a plain module's parameters
+        return getattr(self, self.keys_by_name[name])  # with this, Pyro registers the parameters of plain modules
 
     def __setitem__(self, name: str, module: nn.Module) -> None:
         setattr(self, self.keys_by_name[name], module)
@@ -147,7 +147,7 @@ class Slots(Part):
 
 
 def _unfit(name: str, kind: type[nn.Module]) -> bool:
-    """Whether torch cannot have a module of that name in one of this kind, or it may be another's."""
+    """Whether torch refuses the name for a module in a module of this kind, or the name may be taken."""
     taken = name in ("", "training", "keys_by_name") or name.startswith(("_", "modality_")) or hasattr(kind, name)
     return taken or "." in name
 
@@ -159,10 +159,10 @@ def _itself(parameter: Tensor) -> Tensor:
 class Program(Part):
     """A model or a guide: a `pyro.nn.PyroModule` called with a minibatch and a KL weight.
 
-    A subclass defines ``forward(self, minibatch, kl_weight=1.0)``; `pyromosaic.models.MosaicModel` says which sites it
-    makes. The KL weight grows from 0 to 1 while training warms up, and is for `pyromosaic.measurement.cells`.
+    A subclass defines ``forward(self, minibatch, kl_weight=1.0)``; see `pyromosaic.models.MosaicModel` for its sites.
+    The KL weight grows from 0 to 1 while training warms up; pass it to `pyromosaic.measurement.cells`.
 
-    Parameters stay local to the module, whatever Pyro's ``module_local_params`` setting is elsewhere in the process.
+    Parameters stay local to the module, regardless of Pyro's ``module_local_params`` setting elsewhere in the process.
     Therefore several models, and other Pyro programs, never share parameters by accident.
 
     A prior, decoder or likelihood may have global latent variables, as `pyro.nn.PyroSample` attributes. They are drawn
@@ -172,8 +172,8 @@ class Program(Part):
     Parameters
     ----------
     name
-        What the names of parameters begin with: ``"guide"`` for a guide, so that its parameters are not taken for the
-        model's.
+        Prefix of the names of parameters: ``"guide"`` for a guide, to distinguish its parameters from those of the
+        model.
     """
 
     def __init__(self, name: str = "") -> None:

@@ -131,7 +131,7 @@ def check_model(cls: type[MosaicModel], mosaic: Mosaic, **options: Any) -> pd.Da
     'finite, with standard deviations and quantiles, in 60 measured and 30 other cells'
     """
     if not (isinstance(cls, type) and issubclass(cls, MosaicModel)):
-        raise TypeError(f"check_model takes a subclass of pyromosaic.models.MosaicModel; found {cls!r}")
+        raise TypeError(f"cls must be a subclass of pyromosaic.models.MosaicModel; found {cls!r}")
     rows = list(_asked(_Candidate(cls, mosaic, options)))
     report = pd.DataFrame(rows, columns=["question", "outcome", "finding"]).set_index("question")
     if (report["outcome"] == "wrong").any():

@@ -1,4 +1,4 @@
-"""Threads: Pyro's handlers and settings, and PyTorch's random numbers, are one for the whole process."""
+"""One thread at a time: all threads of a process share Pyro's handlers and settings and PyTorch's random numbers."""
 
 import os
 import threading
@@ -28,7 +28,7 @@ class OneThread(ContextDecorator):
         self.lock, self.holder, self.depth = threading.RLock(), 0, 0
 
     def _after_fork(self) -> None:
-        """A thread that was inside when another forked does not exist in the child, and would never leave."""
+        """Start without a holder in a forked process, where a thread that was inside no longer exists."""
         if self.holder != threading.get_ident():
             self._renew()
 

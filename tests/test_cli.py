@@ -220,7 +220,7 @@ REFUSALS = [
     ([*TO_RESULT, "--batch-key", "plate"], "no obs has a column 'plate'"),
     ([*TO_RESULT, "--label-key", "plate"], "no obs has a column 'plate'"),
     ([*TO_RESULT, "--layer", "raw"], "there is no layer 'raw'"),
-    ([*TO_RESULT, "--hide", "40"], "only 30 cells have all modalities"),
+    ([*TO_RESULT, "--hide", "40"], "at most 30, the cells with all modalities"),
     (["demo", "--out", "there.h5mu"], "there.h5mu exists"),
     (["demo", "--figure", "there.png"], "there.png exists"),
 ]

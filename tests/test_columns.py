@@ -66,7 +66,7 @@ def test_vocabularies_that_do_not_meet_are_said():
     with pytest.warns(UserWarning, match="column 'b' has no value in common between modality 'rna' .*'1', '2'.*'d1'"):
         Mosaic.from_anndata(apart, batch_key="b")
     capitals = {"rna": make(names(4), b=["x", "x", "y", "y"]), "adt": make(names(4, "d"), b=["X", "X", "y", "y"])}
-    with pytest.warns(UserWarning, match="column 'b' has the values 'X', 'x', which are taken for different ones"):
+    with pytest.warns(UserWarning, match="column 'b' has the values 'X', 'x', which count as different"):
         Mosaic.from_anndata(capitals, batch_key="b")
 
 
@@ -153,7 +153,7 @@ def test_other_words_for_not_known_are_warned_of(doubtful):
 def test_dispersion_by_label_needs_a_label(labels):
     spec = ModalitySpec("nb", label_key="kind", dispersion="gene-label", unlabelled="unknown")
     adata = make(names(6), kind=pd.Series(labels * 3, names(6), dtype=object))
-    with pytest.raises(ValueError, match="no cell has a label in column 'kind', so that dispersion 'gene-label'"):
+    with pytest.raises(ValueError, match="dispersion 'gene-label' needs labels; found none in column 'kind'"):
         Mosaic.from_anndata({"rna": adata}, {"rna": spec})
 
 
@@ -164,7 +164,7 @@ def test_one_column_has_one_reading():
     mdata, _ = simulate(60, {"rna": 50}, treated=0.5)
     exchanged = {"control": "treated", "treated": "control"}
     mdata["rna"].obs["condition"] = mdata["rna"].obs["condition"].map(exchanged)
-    said = "'condition' of cell 'cell0' is '.*' in modality 'rna' and '.*' in the obs of the whole .and in 59 further"
+    said = "'condition' of cell 'cell0' is '.*' in modality 'rna' and '.*' in the obs of the MuData .and in 59 further"
     with kept_apart():
         mdata.obs["condition"] = mdata["rna"].obs["condition"].map(exchanged)
     with pytest.warns(UserWarning, match=said):
@@ -185,7 +185,7 @@ def test_a_label_hidden_in_a_modality_and_known_to_the_whole_is_said():
     with kept_apart():
         mdata = MuData({"rna": make(names(4), kind=["B", "unknown", "T", "unknown"])})
         mdata.obs["kind"] = ["B", "B", "T", "T"]
-    said = "'kind' of cell 'c1' is not known in modality 'rna' and 'B' in the obs of the whole .and in 1 further"
+    said = "'kind' of cell 'c1' is not known in modality 'rna' and 'B' in the obs of the MuData .and in 1 further"
     with pytest.warns(UserWarning, match=said):
         Mosaic.from_mudata(mdata, label_key="kind")
 
@@ -196,7 +196,7 @@ def test_cells_of_one_name_in_two_batches_are_refused():
         ValueError, match="column 'batch' of cell 'c0' is 's1' in modality 'rna' and 's2' in modality 'a"
     ):
         matched(rna, adt, batch_key="batch")
-    with pytest.raises(ValueError, match="one name stands for two cells"):
+    with pytest.raises(ValueError, match="two cells have the same name"):
         Mosaic.from_mudata(MuData({"rna": rna, "adt": adt}), batch_key="batch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of vocabularies that do not meet

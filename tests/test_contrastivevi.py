@@ -84,11 +84,11 @@ def test_cells_of_neither_cohort_take_no_part(data):
         ({"key": "condition", "background": "placebo"}, "no value 'placebo'; it has 'control', 'treated'"),
         ({"key": "condition", "background": "control", "target": "drug"}, "no value 'drug'"),
         ({"key": "condition", "background": "control", "target": ["control"]}, "must not overlap"),
-        ({"key": "condition", "background": ["control", "treated"]}, "no value beside"),
+        ({"key": "condition", "background": ["control", "treated"]}, "only values of the background"),
         ({"background": [0, 1], "target": [1, 2]}, "cell 'cell.*' is in cohort 'background' and in 'target'"),
-        ({"background": [0, 1], "target": np.zeros(600, bool)}, "cohort 'target': no cell was asked for"),
+        ({"background": [0, 1], "target": np.zeros(600, bool)}, "cohort 'target': cells must be .*; found none"),
         ({"background": [0, 1], "target": ["stranger"]}, "cohort 'target': cell 'stranger' is not in the mosaic"),
-        ({"background": [0, 1]}, "say which cells are target"),
+        ({"background": [0, 1]}, "target must be cells"),
     ],
 )
 def test_bad_cohorts_are_refused(data, arguments, message):

@@ -292,7 +292,7 @@ def test_likelihoods_decide_what_values_are_accepted():
         refusal(["'x'", "c1", "f1", "-1", "negative"], register, minus, likelihood)
     assert_array_equal(register(minus, "normal").modalities["x"].library, 1)
     for likelihood in ("nb", "zinb", "nb_mixture"):
-        refusal(["'x'", "'c1'", "0 throughout"], register, empty, likelihood)
+        refusal(["'x'", "'c1'", "all values are 0"], register, empty, likelihood)
         refusal(["'x'", "'c1'", "size 0.0"], register, empty, likelihood, empty_cells="keep")
 
 
@@ -608,7 +608,7 @@ BAD = {
         }.items()
         for kind, change in {"csr": value, "dense": dense_value}.items()
     },
-    "empty cell": (empty_cell, {}, ["'rna'", "'cell3'", "1 of 24 cells have 0 throughout"]),
+    "empty cell": (empty_cell, {}, ["'rna'", "'cell3'", "all values are 0 in 1 of 24 cells"]),
     **{
         f"size {size}": (column("size", size), {"size_factor_key": "size"}, ["'rna'", "'cell3'", "'size'"])
         for size in (0.0, -1.0, np.nan, np.inf, "large")
@@ -711,9 +711,9 @@ def test_finding_cells(registered):
     refusal(["'nobody'"], registered.find, ["cell5", "nobody"])
     refusal(["31", "32"], registered.find, [0, n])
     refusal(["-1"], registered.find, [-1])
-    refusal(["(5,)", "32 cells"], registered.find, np.ones(5, bool))
-    refusal(["no cell"], registered.find, [])
-    refusal(["no cell"], registered.find, np.zeros(n, bool))
+    refusal(["32 cells", "found 5"], registered.find, np.ones(5, bool))
+    refusal(["cells must be", "found none"], registered.find, [])
+    refusal(["cells must be", "found none"], registered.find, np.zeros(n, bool))
 
 
 # Splits and minibatches

@@ -301,7 +301,7 @@ class Levels(BetaBinomial):
 def test_traits_say_how_a_likelihood_of_the_users_own_is_compared(methylation):
     assert (Student.traits, BetaBinomial.traits) == (Traits("real"), Traits("count"))
     assert type("Shares", (NB,), {"data_kind": "nonnegative"}).traits == replace(NB.traits, kind="nonnegative")
-    with pytest.raises(ValueError, match="the kind of data is .*found 'counts'"):
+    with pytest.raises(ValueError, match="the kind of data must be .*found 'counts'"):
         type("Wrong", (Likelihood,), {"data_kind": "counts"})
     values, _ = simulate(60, {"x": 15}, likelihoods={"x": "normal"}, types=2, seed=0)
     model = MultiVI(Mosaic.from_mudata(values, {"x": ModalitySpec(Student)}), n_latent=3, n_hidden=16)

@@ -205,7 +205,7 @@ def test_a_fusion_of_the_users_own(mosaic):
     z = small(mosaic, fusion=First()).get_latent_representation()
     rna = small(mosaic).get_latent_representation(modality="rna")
     pd.testing.assert_frame_equal(z.loc[rna.index], rna)
-    with pytest.raises(ValueError, match="unknown fusion 'median'; accepted: mean"):
+    with pytest.raises(ValueError, match="fusion must be a Fusion or one of 'mean', .*; found 'median'"):
         small(mosaic, fusion="median")
 
 

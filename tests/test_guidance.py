@@ -176,7 +176,7 @@ def test_bad_graphs_are_refused_in_one_sentence(mosaic):
         ),
         (lambda: GuidanceGraph.from_data(mosaic, data(num_nodes=7)), "found none"),
         (lambda: GuidanceGraph.from_matrix(mosaic, "rna", "adt", np.ones((3, 4))), "accepted: 4 features of 'rna' × 3"),
-        (lambda: DiagVI(mosaic, [("A", "a")]), "found a graph of type list; accepted"),
+        (lambda: DiagVI(mosaic, [("A", "a")]), "graph must be a GuidanceGraph, .*; found a list"),
         (lambda: DiagVI(make(rna=["A"], adt=["A"]), GuidanceGraph.from_names(mosaic)), "made for other features"),
     ]
     for make_graph, sentence in cases:

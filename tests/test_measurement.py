@@ -314,7 +314,9 @@ def test_penalties_of_contrastive_models_by_what_they_compare(mosaic):
     assert {"train_penalty/geometry", "train_penalty/spread"} <= set(model.history)
     own = model.guide.penalties["modalities"]
     assert [(p.name, p.weight) for p in own] == [("mmd", 50.0), ("geometry", 2.0), ("jeffreys", 3.0)]
-    with pytest.raises(ValueError, match="penalties compare 'modalities', 'cohorts', .*found 'groups'"):
+    with pytest.raises(
+        ValueError, match="the keys of penalties must be among 'modalities', 'cohorts', .*found 'groups'"
+    ):
         ContrastiveVI(contrasted(mosaic), penalties={"groups": [Spread(1.0)]}, **SMALL)
     with pytest.raises(ValueError, match="compares modalities .*'rna', 'adt'.*found posteriors of '0'"):
         ContrastiveVI(contrasted(mosaic), penalties=[Geometry(1.0)], **SMALL).train(1, **QUIET)

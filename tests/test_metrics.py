@@ -595,12 +595,12 @@ PROBABILITY = COUNTS / 12
     [
         (X, X, "are the same matrix; pass the latents of two modalities"),
         (X, X.astype(np.float32), "are the same matrix; pass the latents of two modalities"),
-        (X, Y[:5], "`x` has 6 rows and `y` has 5"),
-        (X, np.ones((6, 3)), "`x` has 2 dimensions and `y` has 3"),
-        (HOLE, Y, "`x` is NaN or infinite in 1 of 12 entries"),
-        (X, np.where(Y > 9, np.inf, Y), "`y` is NaN or infinite in 3 of 12 entries"),
-        (X[:, 0], Y[:, 0], r"`x` has shape \(6,\)"),
-        (X[:1], Y[:1], "at least two cells"),
+        (X, Y[:5], "found 6 and 5 rows"),
+        (X, np.ones((6, 3)), "`x` and `y` need the same dimensions; found 2 and 3"),
+        (HOLE, Y, "`x` must be finite; found NaN or infinity in 1 of 12 entries"),
+        (X, np.where(Y > 9, np.inf, Y), "`y` must be finite; found NaN or infinity in 3 of 12 entries"),
+        (X[:, 0], Y[:, 0], r"`x` must be a matrix .* found shape \(6,\)"),
+        (X[:1], Y[:1], "at least 2 cells"),
         (X[:0], Y[:0], "at least one entry"),
         (X.astype(str), Y, "real numbers"),
         (X.astype(complex), Y, "real numbers"),
@@ -618,9 +618,9 @@ def test_block_size_is_checked(block_size):
 
 
 def test_other_cells_are_checked():
-    with pytest.raises(ValueError, match="`others` is NaN or infinite in 1 of"):
+    with pytest.raises(ValueError, match="`others` must be finite; found NaN or infinity in 1 of"):
         neighbor_rank_distance(X, Y, others=HOLE)
-    with pytest.raises(ValueError, match="`x` has 2 dimensions and `others` has 3"):
+    with pytest.raises(ValueError, match="`x` and `others` need the same dimensions; found 2 and 3"):
         neighbor_rank_distance(X, Y, others=np.ones((4, 3)))
 
 
@@ -628,14 +628,14 @@ def test_other_cells_are_checked():
     ("arguments", "message"),
     [
         ((X, LABELS, X.copy(), LABELS), "are the same matrix; pass the latents of two modalities"),
-        ((X, LABELS, Y, LABELS, 7), "`n_neighbors` is 7; an integer from 1 to 6"),
+        ((X, LABELS, Y, LABELS, 7), "`n_neighbors` must be a whole number from 1 to 6 .*; found 7"),
         ((X, LABELS, Y, LABELS, 0), "n_neighbors must be .* found 0"),
         ((X, LABELS, Y, LABELS, 2.0), "n_neighbors must be .* found 2.0"),
-        ((X, LABELS[:5], Y, LABELS), r"`reference_labels` has shape \(5,\); expected one label for each of 6 cells"),
+        ((X, LABELS[:5], Y, LABELS), r"`reference_labels` must have one label for each of 6 cells; found shape \(5,\)"),
         ((X, LABELS, Y, [*LABELS[:5], None]), "`query_labels` has no label for 1 of 6"),
         ((X, [*LABELS[:4], np.nan, np.nan], Y, LABELS), "`reference_labels` has no label for 2 of 6"),
-        ((HOLE, LABELS, Y, LABELS), "`reference` is NaN or infinite in 1 of"),
-        ((X, LABELS, Y[:, :1], LABELS), "`reference` has 2 dimensions and `query` has 1"),
+        ((HOLE, LABELS, Y, LABELS), "`reference` must be finite; found NaN or infinity in 1 of"),
+        ((X, LABELS, Y[:, :1], LABELS), "`reference` and `query` need the same dimensions; found 2 and 1"),
     ],
 )
 def test_label_transfer_is_checked(arguments, message):
@@ -647,10 +647,10 @@ def test_label_transfer_is_checked(arguments, message):
 @pytest.mark.parametrize(
     ("latent", "labels", "k", "message"),
     [
-        (X, LABELS, 6, "`n_neighbors` is 6; an integer from 1 to 5"),
-        (X, LABELS[:3], 2, "expected one label for each of 6 cells"),
+        (X, LABELS, 6, "`n_neighbors` must be a whole number from 1 to 5 .*; found 6"),
+        (X, LABELS[:3], 2, "must have one label for each of 6 cells"),
         (X, [None, *LABELS[1:]], 2, "`(labels|groups)` has no label for 1 of 6"),
-        (HOLE, LABELS, 2, "`latent` is NaN or infinite in 1 of"),
+        (HOLE, LABELS, 2, "`latent` must be finite; found NaN or infinity in 1 of"),
         (X[0], LABELS, 2, "cells by dimensions"),
     ],
 )
@@ -660,45 +660,78 @@ def test_neighborhoods_are_checked(measure, latent, labels, k, message):
 
 
 def test_one_group_cannot_mix():
-    with pytest.raises(ValueError, match="Every cell belongs to group 'rna'"):
+    with pytest.raises(ValueError, match="at least 2 groups; found only 'rna'"):
         modality_enrichment(X, ["rna"] * 6, 2)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: imputation_spearman(COUNTS, PROBABILITY[:5]), r"`truth` has shape \(6, 2\) and `imputed` has shape"),
+        (
+            lambda: imputation_spearman(COUNTS, PROBABILITY[:5]),
+            r"`truth` and `imputed` must have the same shape; found \(6, 2\) and",
+        ),
         (lambda: imputation_spearman(COUNTS, PROBABILITY, per="gene"), "'all', 'cell' or 'feature'; found"),
-        (lambda: imputation_spearman(HOLE, PROBABILITY), "`truth` is NaN or infinite in 1 of"),
-        (lambda: imputation_spearman(sparse.csr_array(HOLE), PROBABILITY), "`truth` is NaN or infinite in 1 of"),
-        (lambda: imputation_spearman(COUNTS, HOLE), "`imputed` is NaN or infinite in 1 of"),
-        (lambda: imputation_spearman(COUNTS, sparse.csr_array(PROBABILITY)), "`imputed` has dtype object"),
-        (lambda: imputation_spearman(COUNTS[0], PROBABILITY[0]), "expected a matrix of cells by features"),
+        (lambda: imputation_spearman(HOLE, PROBABILITY), "`truth` must be finite; found NaN or infinity in 1 of"),
+        (
+            lambda: imputation_spearman(sparse.csr_array(HOLE), PROBABILITY),
+            "`truth` must be finite; found NaN or infinity in 1 of",
+        ),
+        (lambda: imputation_spearman(COUNTS, HOLE), "`imputed` must be finite; found NaN or infinity in 1 of"),
+        (
+            lambda: imputation_spearman(COUNTS, sparse.csr_array(PROBABILITY)),
+            "`imputed` must be real numbers; found dtype object",
+        ),
+        (lambda: imputation_spearman(COUNTS[0], PROBABILITY[0]), "must be a matrix of cells by features"),
         (lambda: imputation_spearman(sparse.csr_array((0, 3)), np.ones((0, 3))), "a matrix of cells by features"),
         (lambda: imputation_auprc(np.zeros((2, 2)), np.ones((2, 2))), "at least one detection"),
-        (lambda: imputation_auprc(COUNTS - 2, PROBABILITY), "`truth` has the value -2"),
-        (lambda: imputation_auprc(COUNTS, PROBABILITY.T), "both need the same shape"),
-        (lambda: imputation_auprc(COUNTS, HOLE), "`probability` is NaN or infinite in 1 of"),
-        (lambda: scale_by_library(-COUNTS), "counts must not be negative"),
+        (lambda: imputation_auprc(COUNTS - 2, PROBABILITY), "`truth` must not be negative; found -2"),
+        (lambda: imputation_auprc(COUNTS, PROBABILITY.T), "must have the same shape"),
+        (lambda: imputation_auprc(COUNTS, HOLE), "`probability` must be finite; found NaN or infinity in 1 of"),
+        (lambda: scale_by_library(-COUNTS), "must not be negative"),
         (lambda: scale_by_library(COUNTS, total=0), "total must be .* found 0"),
         (lambda: scale_by_library(COUNTS, total=np.inf), "total must be .* found inf"),
         (lambda: smooth_by_neighbors(COUNTS, "umap"), "'pca' or 'lsi'; found"),
-        (lambda: smooth_by_neighbors(COUNTS, n_components=2, n_neighbors=2), "`n_components` is 2; an integer from 1"),
-        (lambda: smooth_by_neighbors(COUNTS, n_components=1, n_neighbors=6), "`n_neighbors` is 6; an integer from 1"),
-        (lambda: smooth_by_neighbors(HOLE, n_components=1, n_neighbors=2), "`counts` is NaN or infinite in 1 of"),
-        (lambda: interval_coverage([1.0], [2.0], [0.0]), "`lower` is above `upper` in 1 of 1 intervals"),
-        (lambda: interval_coverage([1.0, 2.0], [0.0], [3.0]), r"`truth` has shape \(2,\) and `lower`"),
-        (lambda: interval_coverage([1.0], [0.0], [3.0, 4.0]), r"`truth` has shape \(1,\) and `upper`"),
-        (lambda: interval_coverage([np.nan], [0.0], [3.0]), "`truth` is NaN or infinite in 1 of"),
-        (lambda: reliability_curve([0.5, 1.2], [0, 1]), "`confidence` ranges from 0.5 to 1.2"),
-        (lambda: reliability_curve([-0.5, 1.0], [0, 1]), "`confidence` ranges from -0.5 to 1"),
-        (lambda: reliability_curve([0.5, 0.7], [0, 2]), "values other than 0 and 1"),
-        (lambda: reliability_curve([0.5, 0.7], [1]), "both need the same shape"),
+        (
+            lambda: smooth_by_neighbors(COUNTS, n_components=2, n_neighbors=2),
+            "`n_components` must be a whole number from 1 .*; found 2",
+        ),
+        (
+            lambda: smooth_by_neighbors(COUNTS, n_components=1, n_neighbors=6),
+            "`n_neighbors` must be a whole number from 1 .*; found 6",
+        ),
+        (
+            lambda: smooth_by_neighbors(HOLE, n_components=1, n_neighbors=2),
+            "`counts` must be finite; found NaN or infinity in 1 of",
+        ),
+        (
+            lambda: interval_coverage([1.0], [2.0], [0.0]),
+            "`lower` must not be above `upper`; found this in 1 of 1 intervals",
+        ),
+        (
+            lambda: interval_coverage([1.0, 2.0], [0.0], [3.0]),
+            r"`truth` and `lower` must have the same shape; found \(2,\)",
+        ),
+        (
+            lambda: interval_coverage([1.0], [0.0], [3.0, 4.0]),
+            r"`truth` and `upper` must have the same shape; found \(1,\)",
+        ),
+        (lambda: interval_coverage([np.nan], [0.0], [3.0]), "`truth` must be finite; found NaN or infinity in 1 of"),
+        (lambda: reliability_curve([0.5, 1.2], [0, 1]), "`confidence` must be probabilities, .* found 0.5 to 1.2"),
+        (lambda: reliability_curve([-0.5, 1.0], [0, 1]), "`confidence` must be probabilities, .* found -0.5 to 1"),
+        (lambda: reliability_curve([0.5, 0.7], [0, 2]), "must be 0 or 1"),
+        (lambda: reliability_curve([0.5, 0.7], [1]), "must have the same shape"),
         (lambda: expected_calibration_error([0.5], [1], n_bins=0), "n_bins must be .* found 0"),
-        (lambda: error_by_uncertainty([1.0, 2.0], [0.1]), "both need the same shape"),
-        (lambda: error_by_uncertainty([1.0, 2.0], [0.1, -0.1], 1), "`uncertainty` has the value -0.1"),
-        (lambda: error_by_uncertainty([1.0, 2.0], [0.1, 0.2], 3), "`n_bins` is 3; an integer from 1 to 2"),
-        (lambda: error_by_uncertainty([1.0, np.nan], [0.1, 0.2], 1), "`error` is NaN or infinite in 1 of"),
+        (lambda: error_by_uncertainty([1.0, 2.0], [0.1]), "must have the same shape"),
+        (lambda: error_by_uncertainty([1.0, 2.0], [0.1, -0.1], 1), "`uncertainty` must not be negative; found -0.1"),
+        (
+            lambda: error_by_uncertainty([1.0, 2.0], [0.1, 0.2], 3),
+            "`n_bins` must be a whole number from 1 to 2 .*; found 3",
+        ),
+        (
+            lambda: error_by_uncertainty([1.0, np.nan], [0.1, 0.2], 1),
+            "`error` must be finite; found NaN or infinity in 1 of",
+        ),
     ],
 )
 def test_imputation_and_calibration_are_checked(call, message):

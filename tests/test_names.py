@@ -64,15 +64,15 @@ def test_every_question_takes_masks_by_name(shuffled):
     [
         (
             lambda n: pd.Series([True] * len(n)),
-            "cell '0' is not in the mosaic; a mask without names is mask.to_numpy()",
+            "cell '0' is not in the mosaic; to match by position, pass mask.to_numpy()",
         ),
         (lambda n: pd.Series([True, None] * 30, n, dtype="boolean"), "the mask of cells has missing values"),
         (lambda n: pd.Series([True, True], [n[0], n[0]]), "the mask has the cell 'cell0' twice"),
         (lambda n: pd.Index([0, 1]), "cell '0' is not in the mosaic"),
-        (lambda n: pd.DataFrame({"x": [True] * 60}, n), "cells are given by names, numbers or a mask .* a DataFrame"),
+        (lambda n: pd.DataFrame({"x": [True] * 60}, n), "cells must be names, numbers or a mask .* a DataFrame"),
         (lambda n: np.ones((60, 1), bool), r"in one dimension; found the shape \(60, 1\)"),
         (lambda n: {"cell0"}, "found a set"),
-        (lambda n: np.where(np.zeros(60, bool)), "no cell was asked for"),
+        (lambda n: np.where(np.zeros(60, bool)), "cells must be .*; found none"),
     ],
 )
 def test_cells_that_are_refused(shuffled, cells, message):
@@ -165,7 +165,7 @@ def test_measures_match_names_in_any_order(measure, data):
     found = call(*permuted)
     np.testing.assert_allclose(np.asarray(found, dtype=float), np.asarray(expected, dtype=float), rtol=1e-9)
     strange = permuted[-1].rename(index={CELLS[0]: "another"})
-    with pytest.raises(ValueError, match="'another'|'c0'.*names do not fit"):
+    with pytest.raises(ValueError, match="'another'|'c0'.*give both the same names"):
         call(*permuted[:-1], strange)
 
 
@@ -174,7 +174,7 @@ def test_copies_are_matched_without_their_modality():
     for rename in ("rna:{}".format, "{}:rna".format):
         other = OTHER.rename(lambda name, rename=rename: rename(name).replace("rna", "adt"))
         assert metrics.foscttm(LATENT.rename(rename), other[::-1]) == pytest.approx(expected)
-        with pytest.raises(ValueError, match="names do not fit"):
+        with pytest.raises(ValueError, match="give both the same names"):
             metrics.foscttm(LATENT.rename(rename), other.rename(lambda name: name.replace("c1", "d1")))
 
 
@@ -183,7 +183,7 @@ def test_measures_take_anndata_and_arrays():
     expected = metrics.imputation_spearman(COUNTS.to_numpy(), GUESS.to_numpy())
     assert metrics.imputation_spearman(truth[::-1], GUESS) == pytest.approx(expected)
     assert metrics.imputation_spearman(COUNTS, GUESS.to_numpy()) == pytest.approx(expected)
-    with pytest.raises(ValueError, match="`labels` has 'c0' and `latent` has not|names do not fit"):
+    with pytest.raises(ValueError, match="`latent` has the name '0' and `labels` does not .*same names"):
         metrics.label_purity(LATENT.reset_index(drop=True), GROUP)
     numbered = LATENT.reset_index(drop=True), GROUP.reset_index(drop=True).sample(frac=1, random_state=0)
     assert metrics.label_purity(*numbered) == metrics.label_purity(LATENT, GROUP)
@@ -198,5 +198,5 @@ def test_a_matrix_of_links_is_matched_by_name(shuffled):
     graph = GuidanceGraph.from_matrix(mosaic, "rna", "adt", matrix.sample(frac=1, random_state=0)[list(proteins)[::-1]])
     expected = GuidanceGraph.from_matrix(mosaic, "rna", "adt", matrix.to_numpy())
     pd.testing.assert_frame_equal(graph.links("rna", "adt"), expected.links("rna", "adt"))
-    with pytest.raises(ValueError, match="names do not fit"):
+    with pytest.raises(ValueError, match="give both the same names"):
         GuidanceGraph.from_matrix(mosaic, "rna", "adt", matrix.reset_index(drop=True))

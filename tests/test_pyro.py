@@ -257,6 +257,33 @@ def test_posterior_of_global_variables_is_returned_saved_and_loaded(data, automa
             MultiVI.load(tmp_path)
 
 
+class ScaledForPredictive(NB):
+    """The same, with two event dimensions, as docs/extending.md asks for Pyro's `Predictive`."""
+
+    def __init__(self, schema):
+        super().__init__(schema)
+        n = schema.n_features
+        self.spread = PyroSample(dist.HalfNormal(1.0))
+        self.log_theta = PyroSample(lambda self: dist.Normal(0.0, self.spread).expand([1, n]).to_event(2))
+
+
+@pytest.mark.parametrize("likelihood", [Scaled, ScaledForPredictive])
+def test_hierarchical_global_variables_in_predictions(data, likelihood):
+    model = MultiVI(Mosaic.from_mudata(data, {"rna": ModalitySpec(likelihood)}), n_latent=3, n_hidden=16)
+    minibatch = to_predict(model.mosaic, np.arange(20), ("rna",))
+    assert model.posterior_predictive_sample("rna", n_samples=3).shape == (3, model.mosaic.n_cells, 30)
+    for parallel in (False, True):
+        predictive = Predictive(model.model, guide=model.guide, num_samples=3, parallel=parallel)
+        if likelihood is ScaledForPredictive and not parallel:
+            drawn = predictive(minibatch)
+            assert drawn["rna"].shape == (3, 20, 30)
+            spread, theta = (drawn[f"modalities.rna.likelihood.{name}"] for name in ("spread", "log_theta"))
+            assert len(spread.unique()) == 3 and len(theta.unique()) == 90  # each draw has other values
+        else:  # an error, never measurements of a wrong shape
+            with pytest.raises(RuntimeError, match="expand"):
+                predictive(minibatch)
+
+
 def test_a_model_without_global_variables_says_so(model):
     with pytest.raises(ValueError, match="no global latent variable"):
         model.get_global_posterior(2)

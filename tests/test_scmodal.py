@@ -713,7 +713,7 @@ def test_the_reference_says_what_it_cannot_answer(mosaic, graph, data):
 
 def test_bad_input_is_answered_in_one_sentence(mosaic, graph, data):
     adatas = {name: adata.copy() for name, adata in data[0].mod.items()}
-    with pytest.raises(ValueError, match="modality 'adt' has 1 cell; accepted: at least 2"):
+    with pytest.raises(ValueError, match="modality 'adt' must have at least 2 cells; found 1"):
         small(Mosaic.from_anndata({**adatas, "adt": adatas["adt"][:1].copy()}), graph)
     with pytest.raises(ValueError, match="needs at least 2 modalities; found 'rna'"):
         small(Mosaic.from_anndata({"rna": adatas["rna"]}), None, linkage=None)
@@ -723,7 +723,7 @@ def test_bad_input_is_answered_in_one_sentence(mosaic, graph, data):
         reference(mosaic, graph, n_private=2)
     with pytest.raises(ValueError, match="geometry must be .* or Geometry.* found 'cosine'"):
         small(mosaic, graph, geometry="cosine")
-    with pytest.raises(ValueError, match="unknown likeness 'flat'; accepted: 'alignment', 'cosine'"):
+    with pytest.raises(ValueError, match="likeness must be a function or one of 'alignment', 'cosine'; found 'flat'"):
         Geometry(likeness="flat")
     with pytest.raises(ValueError, match="anchors must be a number from 0 to 1e9 or Anchors\\(...\\); found"):
         small(mosaic, graph, anchors=Geometry())

@@ -64,7 +64,7 @@ def test_a_batch_of_one_modality_is_known_to_the_other_cells_that_share_it(muon)
 
 def test_a_cell_whose_batch_no_table_knows_is_refused(muon):
     mdata = muon({"rna": make(CELLS[:4], "g", 3, **batches(CELLS[:4])), "adt": make(CELLS[2:], "p", 2)})
-    with pytest.raises(ValueError, match="modality 'adt': column 'batch' is missing for cell 'c4'"):
+    with pytest.raises(ValueError, match="modality 'adt': column 'batch' has no value for cell 'c4'"):
         Mosaic.from_mudata(mdata, batch_key="batch")
 
 
@@ -174,7 +174,7 @@ def test_nullable_categories(values, words):
     adata = make(CELLS, "g", 3, batch=values)
     assert Mosaic.from_anndata({"rna": adata}, batch_key="batch").modalities["rna"].schema.categories["batch"] == words
     adata.obs.loc["c2", "batch"] = pd.NA
-    with pytest.raises(ValueError, match="column 'batch' is missing for cell 'c2'"):
+    with pytest.raises(ValueError, match="column 'batch' has no value for cell 'c2'"):
         Mosaic.from_anndata({"rna": adata}, batch_key="batch")
 
 
@@ -188,9 +188,7 @@ def test_nullable_numbers_as_covariates_and_missing_labels():
     )
     assert mosaic.modalities["rna"].labels.tolist() == [0, -1, 1, 1, -1, 0]
     adata.obs.loc["c2", "age"] = pd.NA
-    with pytest.raises(
-        ValueError, match="column 'age' of cell 'c2' is <NA>; a continuous covariate takes finite numbers"
-    ):
+    with pytest.raises(ValueError, match="covariate 'age' must be finite in every cell; found <NA> in cell 'c2'"):
         Mosaic.from_anndata({"rna": adata}, {"rna": spec})
 
 

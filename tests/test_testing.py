@@ -486,5 +486,5 @@ def test_what_is_no_model_is_refused(mosaic):
     wrong, _ = faults(Guideless, mosaic)
     assert "Guideless builds self.guide, a pyromosaic.program.Program, inside" in wrong["construction from a mosaic"]
     assert (faults(Guideless, mosaic)[0].index == ["construction from a mosaic"]).all()
-    with pytest.raises(TypeError, match="check_model takes a subclass of pyromosaic.models.MosaicModel; found 3"):
+    with pytest.raises(TypeError, match="cls must be a subclass of pyromosaic.models.MosaicModel; found 3"):
         check_model(3, mosaic)

@@ -275,7 +275,7 @@ def _compare(values: np.ndarray, names: list[str]) -> pd.DataFrame:
 
 
 def _overall(values: np.ndarray) -> float:
-    """Exact p-value of the data's distance from all rows, among the draws' distances: all rows are treated alike."""
+    """Exact p-value of the data's distance from all rows, among the distances of the draws."""
     spread = values.std(0)
     standard = (values - values.mean(0)) / np.where(spread > 0, spread, 1.0)
     distance = np.square(standard).mean(1)

@@ -1,4 +1,4 @@
-"""Cohorts: which cells are background and which are target, for models that contrast the two."""
+"""Cohorts: which cells are background and which are target, for models that contrast them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ class Cohorts:
     Parameters
     ----------
     key
-        The column of `obs` that tells them apart; None if cells were named one by one.
+        The column of `obs` that distinguishes them; None if the cells themselves were given.
     names
         Names of the groups, the background first.
     values
-        For each group its values in the column.
+        For each group, its values in the column.
 
     Examples
     --------
@@ -51,7 +51,7 @@ class Cohorts:
 
 
 def from_column(mosaic: "Mosaic", key: str, background: Any, target: Any) -> tuple[Cohorts, np.ndarray]:
-    """Cohorts by the values of a column of `obs`, and the group number of every cell."""
+    """Cohorts from the values of a column of `obs`, and the group number of every cell."""
     there = tuple(sorted(mosaic.words(key).dropna().unique()))
     controls = _words(background)
     targets = tuple(v for v in there if v not in controls) if target is None else _words(target)
@@ -62,15 +62,15 @@ def from_column(mosaic: "Mosaic", key: str, background: Any, target: Any) -> tup
     if both:
         raise ValueError(f"{both[0]!r} is both background and target; cohorts must not overlap")
     if not targets:
-        raise ValueError(f"column {key!r} has no value beside the background's {', '.join(map(repr, controls))}")
+        raise ValueError(f"column {key!r} has only values of the background: {', '.join(map(repr, controls))}")
     cohorts = Cohorts(key, ("+".join(controls), *targets), (controls, *((value,) for value in targets)))
     return cohorts, cohorts.codes(mosaic)
 
 
 def from_cells(mosaic: "Mosaic", background: Any, target: Any) -> tuple[Cohorts, np.ndarray]:
-    """Cohorts by names, numbers or masks of cells, and the group number of every cell."""
+    """Cohorts from names, numbers or masks of cells, and the group number of every cell."""
     if target is None:
-        raise ValueError("say which cells are target: their names, numbers or a mask, or a dictionary of such")
+        raise ValueError("target must be cells (names, numbers or a mask) or a dictionary of these; found None")
     groups = {"background": background, **(target if isinstance(target, Mapping) else {"target": target})}
     codes = np.full(mosaic.n_cells, NEITHER, dtype=np.int64)
     for code, (name, cells) in enumerate(groups.items()):
@@ -92,5 +92,5 @@ def _words(values: Any) -> tuple[str, ...]:
     several = isinstance(values, Iterable) and not isinstance(values, str)
     found = tuple(map(word, values)) if several else (word(values),)
     if not found:
-        raise ValueError("a cohort takes at least one value of the column; found an empty list")
+        raise ValueError("a cohort needs at least one value of the column; found an empty list")
     return found

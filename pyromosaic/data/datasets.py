@@ -16,8 +16,9 @@ FILES = files("pyromosaic") / "data" / "files"
 def pbmc_mosaic() -> "MuData":
     """Peripheral blood cells of four donors: RNA, surface proteins, or both.
 
-    400 cells of each donor: the first has RNA only (500 genes), the second antibodies only (224), the third and
-    fourth both. Raw counts; `obs` holds ``batch`` (the donor) and ``celltype`` (8 types).
+    The data have 400 cells of each donor: the first donor has RNA only (500 genes), the second has antibodies only
+    (224), and the third and fourth have both. Values are raw counts; `obs` has ``batch`` (the donor) and ``celltype``
+    (8 types).
 
     Returns
     -------
@@ -41,12 +42,12 @@ def pbmc_mosaic() -> "MuData":
 
 
 def protein_gene_links() -> pd.DataFrame:
-    """Which gene encodes the target of which antibody of `pbmc_mosaic`: columns ``protein`` and ``gene``.
+    """The genes that encode the targets of the antibodies of `pbmc_mosaic`.
 
     Returns
     -------
     pandas.DataFrame
-        Columns ``protein`` and ``gene``, a row a link.
+        Columns ``protein`` and ``gene``, with one link per row.
 
     Examples
     --------

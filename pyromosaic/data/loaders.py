@@ -1,4 +1,4 @@
-"""In which order cells are gone through, and which are kept out of training."""
+"""The order of the cells in minibatches, and the split into training, validation and test cells."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,23 +33,24 @@ class _Portions(Sampler[np.ndarray]):
 
     def __iter__(self) -> Iterator[np.ndarray]:
         cells = self.cells if self.generator is None else self.generator.permutation(self.cells)
-        yield from np.array_split(cells, self.n_portions)  # lazily: a loader with workers makes one iterator in vain
+        # Lazily, because a loader with workers also makes an iterator that it does not use.
+        yield from np.array_split(cells, self.n_portions)
 
 
 @checked
 def loader(
     mosaic: Mosaic, cells: np.ndarray, batch_size: Count, seed: Seed | None = None, n_workers: Whole = 0
 ) -> DataLoader[Minibatch]:
-    """Minibatches over `cells`; shuffled anew each epoch when a seed is given.
+    """Minibatches over `cells`, shuffled again in each epoch if a seed is given.
 
     Parameters
     ----------
     mosaic
         The data.
     cells
-        Numbers of the cells to go through.
+        Numbers of the cells in the mosaic.
     batch_size
-        Largest number of cells in a minibatch; all minibatches are within one cell of the same size.
+        Largest number of cells in a minibatch. The sizes of minibatches differ by at most one cell.
     seed
         Seed of the shuffling; None leaves the order as it is.
     n_workers
@@ -58,7 +59,7 @@ def loader(
     Returns
     -------
     torch.utils.data.DataLoader
-        Of `Minibatch`, each to be trained on or validated with.
+        Yields a `Minibatch` at a time.
 
     Raises
     ------
@@ -84,7 +85,7 @@ def loader(
 
 
 class _Pairs(Sampler[np.ndarray]):
-    """Minibatches of as many background as target cells; an epoch goes through the larger cohort once."""
+    """Minibatches of as many background as target cells; an epoch has each cell of the larger cohort once."""
 
     def __init__(
         self, cohorts: tuple[np.ndarray, np.ndarray], size: int, generator: np.random.Generator | None, replay: bool
@@ -102,7 +103,7 @@ class _Pairs(Sampler[np.ndarray]):
         yield from self._replayed() if self.replay else self._resampled()
 
     def _resampled(self) -> Iterator[np.ndarray]:
-        """The smaller cohort begins anew, in a new order, whenever it is used up."""
+        """When the smaller cohort is used up, it begins again in a new order."""
         n = max(len(cells) for cells in self.cohorts)
         longs = []
         for cells in self.cohorts:
@@ -112,7 +113,7 @@ class _Pairs(Sampler[np.ndarray]):
             yield np.concatenate([background, target])
 
     def _replayed(self) -> Iterator[np.ndarray]:
-        """The smaller cohort's minibatches come again in the same order; the longer of two is cut to the shorter."""
+        """The minibatches of the smaller cohort repeat in the same order; the longer of two is cut to the shorter."""
         parts = []
         for cells in self.cohorts:
             order = self._order(cells)
@@ -135,15 +136,15 @@ def contrastive_loader(
 ) -> DataLoader[Minibatch]:
     """Minibatches of as many background cells as target cells, background first.
 
-    Both cohorts so have the same weight in the objective, whatever their sizes. An epoch goes through the larger cohort
-    once.
+    Therefore both cohorts have the same weight in the objective, whatever their sizes. An epoch has each cell of the
+    larger cohort once.
 
     Parameters
     ----------
     mosaic
         The data, with cohorts.
     cells
-        Numbers of the cells to go through; those of neither cohort are passed over.
+        Numbers of the cells in the mosaic; cells of neither cohort are left out.
     batch_size
         Largest number of cells of each cohort in a minibatch.
     seed
@@ -151,13 +152,14 @@ def contrastive_loader(
     n_workers
         Processes that read ahead; 0 reads in the process itself.
     replay
-        Within an epoch repeat the smaller cohort's minibatches in the same order and cut the longer of two minibatches
-        to the shorter, as the reference implementation does, instead of drawing the smaller cohort anew.
+        Whether to repeat the minibatches of the smaller cohort within an epoch in the same order, and to cut the longer
+        of two minibatches to the shorter, as the reference implementation does. If False, the smaller cohort is
+        shuffled again.
 
     Returns
     -------
     torch.utils.data.DataLoader
-        Of `Minibatch`.
+        Yields a `Minibatch` at a time.
 
     Raises
     ------
@@ -173,12 +175,12 @@ def contrastive_loader(
     [[20, 20], [20, 20], [20, 20]]
     """
     if mosaic.groups is None:
-        raise ValueError("the mosaic has no cohorts; mosaic.with_cohorts says which cells are background and target")
+        raise ValueError("the mosaic has no cohorts; choose background and target cells by mosaic.with_cohorts")
     cohorts = cells[mosaic.groups[cells] == 0], cells[mosaic.groups[cells] > 0]
     if min(map(len, cohorts)) == 0:
         raise ValueError(
-            "both cohorts need cells, to train on and (unless validation=0) to validate with; found "
-            f"{len(cohorts[0])} background and {len(cohorts[1])} target cells"
+            "both cohorts need cells for training and (unless validation=0) for validation; "
+            f"found {len(cohorts[0])} background and {len(cohorts[1])} target cells"
         )
     generator = None if seed is None else np.random.default_rng(seed)
     return DataLoader(
@@ -213,16 +215,17 @@ class Split:
 
 @checked
 def split(mosaic: Mosaic, validation: Rate = 0.1, test: Rate = 0.0, seed: Seed = 0) -> Split:
-    """Random split within each presence pattern and cohort; too few cells of a kind stay in the training part.
+    """Random split within each pattern of modalities and each cohort.
 
-    Cells of neither cohort, where there are cohorts, are in no part.
+    Numbers of cells are rounded down; therefore few cells of a kind are all in the training part. If the mosaic has
+    cohorts, cells of neither cohort are in no part.
 
     Parameters
     ----------
     mosaic
         The data.
     validation, test
-        Shares of the cells, from 0 up to less than 1 together.
+        Shares of the cells; their sum must be below 1.
     seed
         Seed of the split.
 
@@ -246,7 +249,7 @@ def split(mosaic: Mosaic, validation: Rate = 0.1, test: Rate = 0.0, seed: Seed =
     """
     if validation < 0 or test < 0 or validation + test >= 1:
         raise ValueError(
-            f"the shares of validation ({validation}) and test ({test}) must be at least 0 and below 1 together"
+            f"validation and test must be at least 0, and their sum below 1; found {validation} and {test}"
         )
     generator = np.random.default_rng(seed)
     parts: tuple[list[np.ndarray], ...] = ([], [], [])

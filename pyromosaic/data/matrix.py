@@ -1,4 +1,4 @@
-"""Reading a cells-by-features matrix row by row, whatever it is stored as, and refusing what no likelihood accepts."""
+"""Matrices of cells × features, in memory or in files: reading by rows, and checking of values."""
 
 from functools import lru_cache
 from itertools import pairwise
@@ -10,7 +10,7 @@ import torch
 from scipy import sparse
 
 CHUNK = 4096  # rows read at once in a pass over all cells
-DENSE_ABOVE = 0.3  # share of non-zero entries from which a minibatch is handed on as a dense tensor
+DENSE_ABOVE = 0.3  # share of non-zero entries above which minibatches are dense tensors
 
 
 def _is_sparse(matrix: Any) -> bool:
@@ -18,7 +18,7 @@ def _is_sparse(matrix: Any) -> bool:
 
 
 def is_readable(source: Any) -> bool:
-    """Whether rows come as NumPy or scipy arrays, from memory or from a file."""
+    """Whether rows of the source can be read as NumPy or scipy arrays."""
     if not (_is_sparse(source) or isinstance(source, np.ndarray)):
         source = source[:1] if hasattr(source, "shape") else None
     return _is_sparse(source) or isinstance(source, np.ndarray)
@@ -31,9 +31,9 @@ class Matrix:
     ----------
     source
         Cells × features: a scipy sparse matrix or array, a NumPy array, or the `X` of a backed `anndata.AnnData`
-        (sparse or dense). CSC has no fast rows, so in memory it is turned to CSR once, in a copy.
+        (sparse or dense). A CSC matrix in memory is copied to CSR, because it cannot be read by rows fast.
     columns
-        Columns to use, in this order; None for all as they are.
+        Columns to use, in this order; None for all columns.
     """
 
     def __init__(self, source: Any, columns: np.ndarray | None = None) -> None:
@@ -46,10 +46,10 @@ class Matrix:
             source, columns = source[:, columns], None
         self.source, self.columns = source, columns
         self.shape: tuple[int, int] = (source.shape[0], source.shape[1] if columns is None else len(columns))
-        self.marks: np.ndarray | None = None  # of the rows that `check_values` has read
+        self.marks: np.ndarray | None = None  # weighted sums of the rows, from `check_values`
 
     def __getitem__(self, rows: np.ndarray) -> Any:
-        """The rows asked for, in that order: a CSR matrix where the source is sparse, else a NumPy array."""
+        """Rows in the given order: a CSR matrix if the source is sparse, or else a NumPy array."""
         if self.in_memory:
             return self.source[rows]
         # Files are read in increasing order, each row once.
@@ -63,7 +63,7 @@ class Matrix:
         return as_tensor(self[rows], dense)
 
     def changed(self, rows: np.ndarray, block: Any) -> np.ndarray:
-        """Which of the rows in a block that was read are not as `check_values` has read them, as positions."""
+        """Positions in a block of the rows that have changed since `check_values` read them."""
         if self.marks is None:
             return np.empty(0, dtype=np.intp)
         registered = self.marks[rows]
@@ -71,12 +71,12 @@ class Matrix:
 
 
 def as_tensor(block: Any, dense: bool) -> torch.Tensor:
-    """Rows that were read as a float32 tensor: strided if `dense`, else a coalesced sparse COO tensor."""
+    """A block of rows as a float32 tensor: strided if `dense`, or else a coalesced sparse COO tensor."""
     if not _is_sparse(block):
         return torch.from_numpy(np.ascontiguousarray(block, dtype=np.float32))
     if dense:
         return torch.from_numpy(block.toarray().astype(np.float32, copy=False))
-    block.sum_duplicates()  # and sorts; does nothing where that is done already
+    block.sum_duplicates()  # also sorts; does nothing if this was done before
     cells = np.repeat(np.arange(block.shape[0]), np.diff(block.indptr))
     indices = torch.from_numpy(np.stack([cells, block.indices.astype(np.int64)]))
     values = torch.from_numpy(block.data.astype(np.float32, copy=False))
@@ -84,7 +84,7 @@ def as_tensor(block: Any, dense: bool) -> torch.Tensor:
 
 
 def row_totals(block: Any) -> np.ndarray:
-    """Sum of each row that was read."""
+    """Sum of each row of a block."""
     return np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
 
 
@@ -94,27 +94,27 @@ def _weights(n_features: int) -> np.ndarray:
 
 
 def marks(block: Any) -> np.ndarray:
-    """Sum of each row that was read, weighted by position, so that the order of the values matters too."""
+    """Sum of each row of a block with a weight for each column, which depends on the order of the values."""
     weights = _weights(block.shape[1])
     if _is_sparse(block):
         return np.asarray(block @ weights)
-    parts = np.array_split(block, 1 + len(block) // 256)  # few rows at a time are in double precision
+    parts = np.array_split(block, 1 + len(block) // 256)  # only few rows at a time are in double precision
     return np.concatenate([part @ weights for part in parts])
 
 
 class Summary(NamedTuple):
-    """What a pass over the data has found.
+    """Result of a pass over the data.
 
     Parameters
     ----------
     totals
         Sum of each row.
     empty
-        Whether a row is 0 throughout.
+        Whether all values of a row are 0.
     density
         Share of non-zero entries.
     detected
-        Number of non-zero entries by group of rows and feature.
+        Number of non-zero entries, shape (groups of rows, features).
     """
 
     totals: np.ndarray
@@ -133,14 +133,14 @@ def check_values(
     groups: np.ndarray | None = None,
     n_groups: int = 1,
 ) -> Summary:
-    """Refuse values that the likelihood cannot have produced; one pass over the data, by which it is known again.
+    """Refuse values that the likelihood cannot produce, in one pass over the data that also marks the rows.
 
     Parameters
     ----------
     matrix
         The measurements.
     rows
-        Rows to look at.
+        Rows to check.
     kind
         ``"count"`` (whole numbers from 0), ``"nonnegative"`` or ``"real"``.
     name
@@ -148,15 +148,15 @@ def check_values(
     cells, features
         Names of these rows and of the columns, for the message.
     groups
-        Number of the group of each row, in which features are looked for; None for one group.
+        Group number of each row, for `Summary.detected`; None for one group.
     n_groups
-        How many groups there are.
+        Number of groups.
 
     Raises
     ------
     ValueError
-        On the first value that is not finite, negative (``"count"``, ``"nonnegative"``) or not whole (``"count"``),
-        naming its cell and feature.
+        If a value is not finite, negative (``"count"``, ``"nonnegative"``) or not whole (``"count"``). The message
+        names the cell and feature of the first such value.
     """
     totals, n_nonzero = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
     matrix.marks = np.full(matrix.shape[0], np.nan)
@@ -185,12 +185,14 @@ def check_values(
     return Summary(totals, n_nonzero == 0, float(density), detected)
 
 
-#: Largest value of each kind: a count that float32 holds exactly, and what can be squared in it.
+#: Largest value of each kind: counts must be exact in float32, and the squares of other values finite.
 LARGEST = {"count": 2.0**24, "nonnegative": 1e15, "real": 1e15}
 
 
 def suspicion(matrix: Matrix, rows: np.ndarray, totals: np.ndarray, kind: str, sized: bool) -> str | None:
-    """What makes values of the right kind look like those of another, from all totals and up to 200 cells.
+    """Why values look normalised, or like counts, although their kind is accepted; None if they do not.
+
+    All totals, and the values of up to 200 cells, are examined.
 
     Examples
     --------
@@ -217,7 +219,7 @@ def suspicion(matrix: Matrix, rows: np.ndarray, totals: np.ndarray, kind: str, s
 
 
 def _check_indices(matrix: Any) -> None:
-    """Refuse a damaged sparse matrix, which scipy would read beyond its end."""
+    """Refuse a damaged sparse matrix, for which scipy would read beyond the end of the memory."""
     if matrix.format not in ("csr", "csc"):
         return
     length, width = matrix.shape if matrix.format == "csr" else matrix.shape[::-1]
@@ -243,12 +245,12 @@ def _fine(values: np.ndarray, kind: str) -> bool:
         return False
     if kind != "count" or values.dtype.kind != "f":
         return True
-    parts = np.array_split(values.ravel(), 1 + values.size // 65_536)  # each stays in the processor's cache
+    parts = np.array_split(values.ravel(), 1 + values.size // 65_536)  # each part stays in the processor's cache
     return all((part == np.floor(part)).all() for part in parts)
 
 
 def _refuse(block: Any, kind: str, name: str, cells: pd.Index, features: pd.Index) -> None:
-    """Say which value is not accepted."""
+    """Raise the error for the first value that is not accepted."""
     values = block.data if _is_sparse(block) else block
     bad = ~np.isfinite(values)
     problem, accepted = "is not a finite number", "finite numbers"

@@ -1,4 +1,4 @@
-"""Minibatches of a mosaic: per modality only the cells that have it."""
+"""Minibatches of a mosaic: for each modality, only the cells that have it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,28 +15,28 @@ from pyromosaic.data.tables import word
 
 @dataclass
 class View:
-    """One modality in a minibatch, for the b cells in it that are concerned.
+    """One modality in a minibatch, for the b cells in which it is observed or decoded.
 
     Parameters
     ----------
     rows
         Positions of these cells in the minibatch, shape (b,).
     codes
-        Category numbers, batch first, shape (b, number of categorical columns); -1 for a category that this modality
-        was never measured in.
+        Category numbers, batch first, shape (b, number of categorical columns); -1 for a category in which the
+        modality was never measured.
     n_categories
         Number of categories of each categorical column.
     continuous
         Standardised continuous covariates, shape (b, number of columns).
     library
-        Size of each cell in counts, shape (b, 1); NaN where the model is to say what it expects.
+        Size of each cell in counts, shape (b, 1); NaN where the model predicts it.
     counts
-        Measurements, shape (b, features), strided or sparse COO; None where the model is to predict them.
+        Measurements, shape (b, features), strided or sparse COO; None if the model predicts them.
     labels
-        Label numbers of the modality, shape (b,); -1 where unknown.
+        Label numbers, shape (b,); -1 where unknown.
     exposure
-        What each measurement was made out of (trials, coverage), shape (b, features); the median where nothing was
-        measured. None unless the modality has an exposure layer.
+        Exposure of each measurement (e.g. its coverage), shape (b, features); the median where nothing was measured.
+        None if the modality has no exposure layer.
 
     Examples
     --------
@@ -60,7 +60,7 @@ class View:
 
     @classmethod
     def typical(cls, schema: ModalitySchema, like: Tensor) -> "View":
-        """A modality to predict in n cells of median size and average covariates, for a tensor with n rows."""
+        """View to predict a modality in cells of median size and average covariates, one for each row of `like`."""
         n, device = len(like), like.device
         return cls(
             rows=torch.arange(n, device=device),
@@ -76,11 +76,11 @@ class View:
     def dense_counts(self) -> Tensor:
         """Measurements as a strided tensor, shape (b, features)."""
         if self.counts is None:
-            raise ValueError("this view holds no measurements: it asks the model to predict them")
+            raise ValueError("this view has no measurements; pass one of a minibatch from `measured`")
         return self.counts.to_dense() if self.counts.is_sparse else self.counts
 
     def rates(self, counts: Tensor) -> Tensor:
-        """Measurements per exposure, ``(x + 1/2) / (exposure + 1)``, so that none is far off where it was small."""
+        """Measurements per exposure, ``(x + 1/2) / (exposure + 1)``, which is stable where the exposure is small."""
         assert self.exposure is not None
         return (counts + 0.5) / (self.exposure + 1)
 
@@ -98,7 +98,7 @@ class View:
         return torch.cat([rows, torch.full_like(rows[:1], 1 / n)])[codes]  # code -1 is the last row
 
     def design(self) -> Tensor:
-        """All covariates side by side: indicators of each categorical column, then the continuous ones."""
+        """All covariates as columns: indicators of each categorical covariate, then the continuous covariates."""
         columns = [self.one_hot(i) for i in range(len(self.n_categories))]
         return torch.cat([*columns, self.continuous], dim=-1)
 
@@ -112,18 +112,18 @@ class View:
 
 @dataclass
 class Minibatch:
-    """B cells of a mosaic.
+    """B cells of a mosaic: what the guide sees of them, and what the model explains.
 
     Parameters
     ----------
     index
-        Their numbers in the mosaic, shape (B,).
+        Numbers of the cells in the mosaic, shape (B,).
     n_cells
-        Number of cells that the minibatch stands for; likelihoods are scaled by `n_cells / B`.
+        Number of cells that the minibatch represents; likelihoods are scaled by `n_cells / B`.
     observed
-        What the guide may look at: the modalities measured in at least one of the cells.
+        What the guide sees: the modalities that were measured in at least one of the cells.
     decoded
-        What the model explains (views with counts: training) or predicts (views without).
+        What the model explains (views with measurements, in training) or predicts (views without).
     groups
         Cohort of each cell, shape (B,): 0 background, 1, 2, … target groups, -1 neither; None without cohorts.
 
@@ -149,11 +149,11 @@ class Minibatch:
 
     @property
     def scale(self) -> float:
-        """Cells that each cell of the minibatch stands for."""
+        """Number of cells that each cell of the minibatch represents."""
         return self.n_cells / len(self)
 
     def dense(self) -> "Minibatch":
-        """The same with strided measurements, for tools of Pyro that know no others."""
+        """The same minibatch with strided measurements, for tools of Pyro that accept only these."""
 
         def strided(views: dict[str, View]) -> dict[str, View]:
             known = {k: v for k, v in views.items() if v.counts is not None}
@@ -164,7 +164,7 @@ class Minibatch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Minibatch":
         """The same minibatch on another device."""
         observed = {k: v.to(device, non_blocking) for k, v in self.observed.items()}
-        # In training both sides hold the very same views: move them once.
+        # In training, both sides hold the same views; move them once.
         decoded = {
             k: observed[k] if v is self.observed.get(k) else v.to(device, non_blocking) for k, v in self.decoded.items()
         }
@@ -173,7 +173,7 @@ class Minibatch:
 
 
 def measured(mosaic: Mosaic, index: np.ndarray, n_cells: int | None = None) -> Minibatch:
-    """Training minibatch: each modality is encoded and explained in the cells that have it.
+    """Minibatch for training: each modality is encoded and explained in the cells that have it.
 
     Parameters
     ----------
@@ -182,12 +182,12 @@ def measured(mosaic: Mosaic, index: np.ndarray, n_cells: int | None = None) -> M
     index
         Numbers of the cells, shape (B,).
     n_cells
-        Number of cells that the minibatch stands for (default: all of the mosaic).
+        Number of cells that the minibatch represents; by default all cells of the mosaic.
 
     Returns
     -------
     Minibatch
-        What is observed is also what is to be explained.
+        `observed` and `decoded` are the same views.
 
     Examples
     --------
@@ -224,7 +224,7 @@ def to_predict(
     batch: object = None,
     library: float | np.ndarray | None = None,
 ) -> Minibatch:
-    """Minibatch in which the model predicts modalities for every cell, whether they were measured in it or not.
+    """Minibatch in which the model predicts modalities for every cell, whether or not they were measured.
 
     Parameters
     ----------
@@ -235,17 +235,17 @@ def to_predict(
     decode
         Modalities to predict.
     encode
-        Modalities that the guide may look at (default: all that are there).
+        Modalities that the guide sees; by default all that were measured.
     batch
-        Batch to predict for; by default each cell's own, or an average over batches where the modality was never
-        measured in the cell's batch.
+        Batch to predict for; by default the batch of each cell, or the average over batches if the modality was never
+        measured in that batch.
     library
-        Size to predict at, one number or one a cell; by default the cell's own, missing (NaN) where unmeasured.
+        Size to predict at, one number or one per cell; by default the measured size, NaN in cells without the modality.
 
     Returns
     -------
     Minibatch
-        Views to decode hold no counts, and one row for every cell.
+        The views in `decoded` have no counts, and a row for every cell.
 
     Raises
     ------

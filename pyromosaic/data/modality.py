@@ -1,4 +1,4 @@
-"""One modality of a mosaic: its measurements, and what is known of the cells that have it."""
+"""One modality of a mosaic: its measurements and the covariates of its cells."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from pyromosaic.data.matrix import Matrix, as_tensor
 from pyromosaic.data.spec import ModalitySchema, ModalitySpec
 
-ENTRIES_FOR_START = 5_000_000  # entries, of at most 10,000 cells, from which start values are computed
+ENTRIES_FOR_START = 5_000_000  # start values are computed from at most this many entries and 10,000 cells
 
 
 @dataclass
@@ -19,13 +19,13 @@ class Modality:
     Parameters
     ----------
     name
-        Its name.
+        Name of the modality.
     schema
-        What a model remembers of it.
+        What a model remembers of the modality.
     matrix
-        Its measurements, read by rows.
+        The measurements, which are read by rows.
     rows
-        Row of each cell in `matrix`, shape (N,); -1 where the cell has no such measurement.
+        Row of each cell in `matrix`, shape (N,); -1 for cells without the modality.
     codes
         Category numbers, batch first, shape (N, categorical columns); -1 where unknown.
     continuous
@@ -37,7 +37,7 @@ class Modality:
     dense
         Whether minibatches are strided tensors rather than sparse ones.
     exposures
-        What each measurement was made out of, rows as in `matrix`; None if the likelihood needs no such thing.
+        Exposure of each measurement (e.g. its coverage), rows as in `matrix`; None if the likelihood needs none.
 
     Examples
     --------
@@ -61,7 +61,7 @@ class Modality:
 
     @property
     def spec(self) -> ModalitySpec:
-        """The user's specification."""
+        """How the user described the modality."""
         return self.schema.spec
 
     @property
@@ -79,9 +79,9 @@ class Modality:
         return as_tensor(self.read(cells), self.dense)
 
     def exposure(self, cells: np.ndarray) -> torch.Tensor | None:
-        """What each measurement was made out of, shape (len(cells), features), the median where there is none.
+        """Exposure of each measurement, shape (len(cells), features); the median where nothing was measured.
 
-        Raises as `read` does.
+        Raises the error of `read` if the layer was changed after registration.
         """
         if self.exposures is None:
             return None
@@ -93,7 +93,7 @@ class Modality:
         return exposure
 
     def take(self, cells: np.ndarray) -> "Modality":
-        """The modality of a mosaic of these cells, with the same matrix."""
+        """The same modality for a selection of cells; the matrix is shared, not copied."""
         columns = ("rows", "codes", "continuous", "library", "labels")
         return replace(self, **{name: getattr(self, name)[cells] for name in columns})
 
@@ -103,7 +103,7 @@ class Modality:
         Raises
         ------
         ValueError
-            If the user's matrix has been changed since it was registered: by each row's sum, weighted by position.
+            If the user's matrix was changed after registration. To notice it, the weighted sum of each row is compared.
         """
         return self._as_registered(self.matrix, cells, "measurements")
 
@@ -113,14 +113,14 @@ class Modality:
         changed = matrix.changed(rows, block)
         if len(changed):
             raise ValueError(
-                f"modality {self.name!r}: the {what} were changed after registration, in place, {len(changed)} of "
-                f"{len(cells)} cells that were read, cell number {cells[changed[0]]} first; keep raw counts in a layer "
-                "of their own, name it at registration, and register again"
+                f"modality {self.name!r}: the {what} of {len(changed)} of the {len(cells)} cells read were changed in "
+                f"place after registration (the first: cell number {cells[changed[0]]}); keep raw counts in a separate "
+                "layer, name it at registration, and register again"
             )
         return block
 
     def sample(self, seed: int = 0) -> np.ndarray:
-        """Numbers of some cells that have the modality, few enough to be dense in memory, for start values."""
+        """Numbers of some cells that have the modality, for start values; few enough to be dense in memory."""
         cells = np.flatnonzero(self.present)
         n = min(10_000, max(500, ENTRIES_FOR_START // self.schema.n_features))
         if len(cells) > n:

@@ -48,8 +48,8 @@ from pyromosaic.data.registration import (
 class Mosaic:
     """Cells × modalities with holes.
 
-    Made by `from_mudata`, `from_anndata` or `from_obsm`. Holds references to the user's matrices (never dense copies)
-    and changes nothing in the user's objects.
+    Make one with `from_mudata`, `from_anndata` or `from_obsm`. A mosaic refers to the user's matrices, without dense
+    copies, and changes nothing in the user's objects.
 
     Parameters
     ----------
@@ -58,9 +58,9 @@ class Mosaic:
     modalities
         The registered modalities, by name.
     tables
-        The user's `obs` tables, of the whole and of each modality.
+        The user's `obs` tables: of the whole MuData, and of each modality.
     cohorts
-        Background and target groups, see `with_cohorts`; None if there are none.
+        Background and target groups, see `with_cohorts`; None without cohorts.
     groups
         Group number of each cell, shape (N,): 0 background, 1, 2, … target groups, -1 neither; None without cohorts.
 
@@ -106,12 +106,12 @@ class Mosaic:
 
     @property
     def presence(self) -> pd.DataFrame:
-        """Which cell has which modality: cells × modalities, boolean."""
+        """Which cells have which modality: cells × modalities, boolean."""
         return pd.DataFrame({k: m.present for k, m in self.modalities.items()}, index=self.obs_names)
 
     @property
     def patterns(self) -> pd.Series:
-        """The modalities of each cell joined by ``"+"``, ``"rna+adt"`` say."""
+        """The modalities of each cell, joined by ``"+"``, e.g. ``"rna+adt"``."""
         names = np.array(list(self.modalities))
         present = self.presence.to_numpy()
         codes = present @ (1 << np.arange(len(names)))
@@ -125,7 +125,7 @@ class Mosaic:
         return Schema({name: m.schema for name, m in self.modalities.items()}, self.cohorts)
 
     def labels(self) -> pd.Series:
-        """The label of each cell, from the first modality that knows it; missing where none does."""
+        """The label of each cell, from the first modality that has one; missing if none has."""
         labels = np.full(self.n_cells, None, dtype=object)
         for m in self.modalities.values():
             known = (m.labels >= 0) & pd.isna(labels)
@@ -133,10 +133,10 @@ class Mosaic:
         return pd.Series(labels, index=self.obs_names, dtype="category")
 
     def column(self, key: str) -> pd.Series:
-        """A column of the user's `obs` for every cell, from the first table that knows it; missing where none does.
+        """A column of the user's `obs` for every cell, from the first table that has a value; missing if none has.
 
-        The modalities' tables come first, in their order, then that of the whole. The word for "not known" that
-        registration was told for labels is missing.
+        The tables of the modalities come first, in their order, then that of the whole MuData. The value
+        `ModalitySpec.unlabelled` of labels counts as missing.
 
         Parameters
         ----------
@@ -152,7 +152,7 @@ class Mosaic:
         Warns
         -----
         UserWarning
-            If two tables say different things of a cell.
+            If two tables have different values for a cell.
         """
         found = readings(self.tables, key, self.obs_names, self._unlabelled(key))
         warn_of(contradictions(found))
@@ -162,11 +162,11 @@ class Mosaic:
         return column
 
     def has_column(self, key: str) -> bool:
-        """Whether any of the user's tables has such a column."""
+        """Whether any of the user's tables has this column."""
         return bool(readings(self.tables, key, self.obs_names))
 
     def words(self, key: str) -> pd.Series:
-        """A column as the words by which cells are grouped; missing where `column` is.
+        """A column as the strings by which cells are grouped; missing where `column` is missing.
 
         Parameters
         ----------
@@ -176,14 +176,14 @@ class Mosaic:
         Warns
         -----
         UserWarning
-            If a word usually means "not known", and registration was not told that it does.
+            If a value usually means "not known" and was not named as `unlabelled` at registration.
         """
         column = words(self.column(key))
         warn_of_not_known(column, f"column {key!r}")
         return column
 
     def _unlabelled(self, key: str) -> set[str]:
-        """The words for "not known" that registration was told for a column."""
+        """The values of a column that mean "not known", as given at registration."""
         return unlabelled({name: m.spec for name, m in self.modalities.items()}, key)
 
     def with_cohorts(self, key: str | None = None, *, background: Any, target: Any = None) -> "Mosaic":
@@ -192,17 +192,17 @@ class Mosaic:
         Parameters
         ----------
         key
-            Column of `obs` that tells conditions apart; None if cells are given one by one.
+            Column of `obs` with the condition of each cell; None to give the cells themselves.
         background
-            Value or values of the column; without `key`, cells by names, numbers or a mask.
+            Value or values of the column; without `key`, cells, given by names, numbers or a mask.
         target
-            Value or values of the column, each a group; by default all others. Without `key`, cells, or a dictionary
-            from a group's name to its cells. Cells of neither cohort take no part in training.
+            Value or values of the column, each of which is a group; by default all other values. Without `key`, cells,
+            or a dictionary from names of groups to their cells. Cells of neither cohort are not used in training.
 
         Raises
         ------
         ValueError
-            If a cohort is empty or not there, or cohorts overlap.
+            If a cohort is empty or does not exist, or cohorts overlap.
 
         Examples
         --------
@@ -224,8 +224,8 @@ class Mosaic:
     def find(self, cells: Sequence[str] | np.ndarray | pd.Index | pd.Series | None) -> np.ndarray:
         """Numbers of cells, given by names, by numbers or by a mask (None: all).
 
-        A pandas mask is matched by the names in its index, whatever their order; cells that it does not name are not
-        asked for. An array has no names and is taken by position.
+        A pandas mask is matched by the names in its index, in any order; cells that are not in the index are left out.
+        An array has no names; its entries are matched by position.
 
         Raises
         ------
@@ -246,34 +246,35 @@ class Mosaic:
         new_batches: str = "refuse",
         **shared: Any,
     ) -> "Mosaic":
-        """Read a MuData as it is: a cell that is missing from a modality is a hole.
+        """Register a MuData as it is: a cell that is missing from a modality is a hole.
 
         Parameters
         ----------
         mdata
-            The data. Columns are looked up in the modality's `obs`, then in the other modalities', then in
+            The data. Columns are looked up in the `obs` of the modality, then in those of other modalities, then in
             `mdata.obs`.
         modalities
-            The modalities to use, each with a `ModalitySpec` or the name of its likelihood. By default all of them,
-            with the likelihood that goes with their name (``"rna"``: ``"nb"``, ``"atac"``: ``"bernoulli"``,
+            The modalities to use, each with a `ModalitySpec` or the name of its likelihood. By default, all modalities
+            are used, with a likelihood that depends on their name (``"rna"``: ``"nb"``, ``"atac"``: ``"bernoulli"``,
             ``"adt"`` and ``"protein"``: ``"nb_mixture"``).
         schema
-            The schema of a trained model; the data are then checked against it and features put in its order. One of
-            the model's modalities may be missing: no cell has it then.
+            The schema of a trained model. The data are checked against it, and features are put in its order. A
+            modality of the model may be missing from the data.
         new_batches
-            What becomes of batches that the schema does not know: ``"refuse"``; ``"average"``, they are treated as an
-            average of those it knows; ``"add"``, the schema of the mosaic knows them, see `MosaicModel.adapt`.
+            What to do with batches that the schema does not have: ``"refuse"`` raises an error; ``"average"`` treats
+            them as the average of its batches; ``"add"`` adds them to the schema of the mosaic, see
+            `MosaicModel.adapt`.
         **shared
-            Fields of `ModalitySpec` for all modalities given by a likelihood's name, ``batch_key="batch"`` say.
+            Fields of `ModalitySpec`, e.g. ``batch_key="batch"``, for all modalities given by the name of a likelihood.
 
         Raises
         ------
         ValueError
-            With one sentence that names the modality, column, cell or feature at fault.
+            If the data cannot be used. The message names the modality, column, cell or feature.
         """
         if not hasattr(mdata, "mod"):
             raise ValueError(
-                f"from_mudata takes a MuData; found a {type(mdata).__name__}. For one AnnData per modality, use "
+                f"mdata must be a MuData; found a {type(mdata).__name__}. For one AnnData per modality, use "
                 'from_anndata({"rna": adata}); mudata.read_h5mu reads a file'
             )
         sources = {name: lambda spec, n=name, a=adata: _source(n, a, spec) for name, adata in mdata.mod.items()}
@@ -290,26 +291,26 @@ class Mosaic:
         new_batches: str = "refuse",
         **shared: Any,
     ) -> "Mosaic":
-        """Read one AnnData a modality.
+        """Register one AnnData per modality.
 
         Parameters
         ----------
         adatas
-            The data by modality.
+            The data of each modality, by its name.
         match_cells
-            Whether cells of the same name are the same cell. If not, every row is a cell of its own; should a name
-            occur in two modalities, cells are named ``"modality:name"``.
+            Whether rows of the same name are the same cell. If not, every row is a separate cell; if a name occurs in
+            two modalities, all cells are named ``"modality:name"``.
         modalities, schema, new_batches, **shared
             As in `from_mudata`.
 
         Raises
         ------
         ValueError
-            With one sentence that names the modality, column, cell or feature at fault.
+            If the data cannot be used. The message names the modality, column, cell or feature.
         """
         if not isinstance(adatas, Mapping) or not all(hasattr(adata, "obs_names") for adata in adatas.values()):
             raise ValueError(
-                f'from_anndata takes a dictionary from modality to AnnData, for example {{"rna": adata}}; found a '
+                f'adatas must be a dictionary from modality to AnnData, e.g. {{"rna": adata}}; found a '
                 f"{type(adatas).__name__}"
             )
         names = pd.Index(np.concatenate([np.asarray(a.obs_names) for a in adatas.values()])) if adatas else pd.Index([])
@@ -331,25 +332,25 @@ class Mosaic:
         new_batches: str = "refuse",
         **shared: Any,
     ) -> "Mosaic":
-        """Read one AnnData whose `X` is one modality and whose `obsm` holds the others.
+        """Register one AnnData whose `X` is one modality and whose `obsm` has the others.
 
         Parameters
         ----------
         adata
             The data.
         blocks
-            For each modality the key in `obsm`, or None for `X`. A row that is missing (NaN) throughout is a hole.
-            Feature names are the columns of a DataFrame, else ``"modality_0"``, ``"modality_1"``, …
+            For each modality, the key in `obsm`, or None for `X`. A row of which all values are missing (NaN) is a
+            hole. Features are named by the columns of a DataFrame, or else ``"modality_0"``, ``"modality_1"``, …
         modalities, schema, new_batches, **shared
             As in `from_mudata`.
 
         Raises
         ------
         ValueError
-            With one sentence that names the modality, column, cell or feature at fault.
+            If the data cannot be used. The message names the modality, column, cell or feature.
         """
         if not hasattr(adata, "obsm") or hasattr(adata, "mod"):
-            raise ValueError(f"from_obsm takes an AnnData; found a {type(adata).__name__}")
+            raise ValueError(f"adata must be an AnnData; found a {type(adata).__name__}")
         obs = _obs(next(iter(blocks), ""), adata)
 
         def block(name: str, key: str | None, spec: ModalitySpec) -> _Source:
@@ -359,7 +360,7 @@ class Mosaic:
                 raise ValueError(f"modality {name!r}: obsm has no key {key!r}; it has {_words(adata.obsm.keys())}")
             elif (layer := spec.layer or spec.exposure_layer) is not None:
                 raise ValueError(
-                    f"modality {name!r}: obsm has no layers, but its ModalitySpec names {layer!r}; drop it"
+                    f"modality {name!r}: obsm has no layers, but its ModalitySpec names {layer!r}; leave it out"
                 )
             else:
                 values: Any = adata.obsm[key]
@@ -385,14 +386,14 @@ class Mosaic:
         new_batches: str,
     ) -> "Mosaic":
         if new_batches not in ("refuse", "average", "add"):
-            raise ValueError(f'new_batches is "refuse", "average" or "add"; found {new_batches!r}')
+            raise ValueError(f'new_batches must be "refuse", "average" or "add"; found {new_batches!r}')
         specs = _specifications(list(sources), modalities, schema, shared)
         known = {} if schema is None else schema.modalities
         read = {name: sources[name](spec) for name, spec in specs.items() if name in sources}
-        if known:  # a selection of cells may leave a modality of the model empty
+        if known:  # a selection of cells may have no cell with a modality of the model
             read = {name: source for name, source in read.items() if len(source.cells)}
             if not read:
-                raise ValueError("the data have no cell")
+                raise ValueError("the data have no cell; register at least one")
         for name, source in read.items():
             if not is_readable(source.matrix):
                 raise ValueError(
@@ -425,7 +426,7 @@ class Mosaic:
                 found = not_empty(source.matrix)
                 source.measured = found if source.measured is None else source.measured & found
                 if not source.measured.any():
-                    raise ValueError(f"modality {name!r} has 0 throughout in all cells; leave it out")
+                    raise ValueError(f"modality {name!r}: all values of all cells are 0; leave the modality out")
         present = [s.cells if s.measured is None else s.cells[s.measured] for s in read.values()]
         cells = pd.Index(np.concatenate([np.asarray(c) for c in present])).unique()
         if obs is not None:

@@ -1,4 +1,4 @@
-"""From the user's tables and matrices to registered modalities, checked on the way."""
+"""Registration: from the user's tables and matrices to checked modalities."""
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -33,7 +33,7 @@ from pyromosaic.data.modality import Modality
 
 @dataclass
 class _Source:
-    """One modality as it came: measurements, names, and the cells' columns."""
+    """One modality as the user gave it: measurements, names, and the table of its cells."""
 
     matrix: Any
     cells: pd.Index
@@ -44,6 +44,7 @@ class _Source:
 
 
 def _words(names: Any) -> str:
+    """All names, in quotes, for a message."""
     return ", ".join(repr(str(n)) for n in names) or "none"
 
 
@@ -52,7 +53,7 @@ def _first_duplicate(names: pd.Index) -> str:
 
 
 def _obs(name: str, data: "AnnData | MuData") -> pd.DataFrame:
-    """The table of the cells, which must be in memory."""
+    """The `obs` of the data, which must be in memory."""
     if not isinstance(data.obs, pd.DataFrame):
         raise ValueError(
             f"modality {name!r} was opened by read_lazy; accepted: anndata.read_h5ad(path), "
@@ -75,7 +76,7 @@ def _source(name: str, adata: "AnnData", spec: ModalitySpec, prefix: str = "") -
 
 
 def _absent(known: ModalitySchema) -> _Source:
-    """A modality of the model that no cell of the data has."""
+    """Empty data for a modality of the model that no cell has."""
     names = pd.Index([], dtype=object)
     matrix = np.zeros((0, known.n_features), dtype=np.float32)
     return _Source(matrix, names, pd.Index(known.features), pd.DataFrame(index=names))
@@ -87,12 +88,12 @@ def _specifications(
     schema: Schema | None,
     shared: Mapping[str, Any],
 ) -> dict[str, ModalitySpec]:
-    """The specification of each modality to be used."""
+    """The specification of each modality."""
     if not found or modalities == {}:
-        raise ValueError("there is no modality to register")
+        raise ValueError("there is no modality to register; give at least one")
     if schema is not None:
         if modalities is not None or shared:
-            raise ValueError("the schema already says how modalities are modelled; pass no other settings with it")
+            raise ValueError("the schema already specifies the modalities; leave out modalities and other settings")
         absent = [name for name in schema.modalities if name not in found]
         strange = [name for name in found if name not in schema.modalities]
         if absent and strange:
@@ -106,7 +107,7 @@ def _specifications(
             if name.lower() not in LIKELIHOOD_BY_NAME:
                 raise ValueError(
                     f"modality {name!r}: its name does not say which likelihood it needs; "
-                    f'name one, for example modalities={{"{name}": "nb"}}'
+                    f'pass one, e.g. modalities={{"{name}": "nb"}}'
                 )
         modalities = {name: LIKELIHOOD_BY_NAME[name.lower()] for name in found}
     specs = {}
@@ -125,26 +126,26 @@ def _specifications(
 def _columns(
     specs: Mapping[str, ModalitySpec], tables: Sequence[Table], cells: pd.Index, absent: Collection[str]
 ) -> dict[str, pd.DataFrame]:
-    """For each modality its columns over all cells of the mosaic.
+    """For each modality, its columns for all cells of the mosaic.
 
-    A cell's value is looked up in the modality's own columns, then in another modality's of the same name, then in
-    those of the whole: so a cell that lacks the modality still knows its batch. Only sizes are each modality's own.
-    An absent modality needs no columns.
+    A value is looked up in the table of the modality, then in those of other modalities, then in that of the whole
+    MuData. Therefore a cell without the modality has a batch, too. Sizes are never taken from another modality. An
+    absent modality needs no columns.
     """
     found: dict[str, pd.DataFrame] = {}
-    read: dict[tuple[str, str], list[Reading]] = {}  # each column once, sizes once a modality
+    read: dict[tuple[str, str], list[Reading]] = {}  # each column once, sizes once per modality
     batch_keys = [spec.batch_key for spec in specs.values()]
     for name, spec in specs.items():
         wanted = [*spec.categorical, *spec.continuous_covariates]
         wanted += [k for k in (spec.label_key, spec.size_factor_key) if k is not None]
         columns = {}
         for key in wanted:
-            own = name if key == spec.size_factor_key else WHOLE
+            own = name if key == spec.size_factor_key else WHOLE  # sizes are not looked up in other modalities
             places = [t for t in tables if own == WHOLE or t.modality in (name, WHOLE)]
             if (key, own) not in read:
                 read[key, own] = readings(places, key, cells, unlabelled(specs, key))
                 said = contradictions(read[key, own])
-                if key in spec.continuous_covariates:  # what is measured may differ by modality
+                if key in spec.continuous_covariates:  # measured covariates may differ by modality
                     said = [each for each in said if each.second.modality == WHOLE]
                 _check_agreement(said, [n for n, k in zip(specs, batch_keys, strict=True) if k == key])
             column = look_up(read[key, own], name)
@@ -158,7 +159,7 @@ def _columns(
 
 
 def unlabelled(specs: Mapping[str, ModalitySpec], key: str) -> set[str]:
-    """The words for "not known" that registration was told for a column."""
+    """The values of a column that mean "not known", by the specifications."""
     labels = {name: spec for name, spec in specs.items() if spec.label_key is not None}
     return {
         word(spec.unlabelled)
@@ -168,19 +169,19 @@ def unlabelled(specs: Mapping[str, ModalitySpec], key: str) -> set[str]:
 
 
 def _check_agreement(said: list[Contradiction], modalities_with_this_batch: Collection[str]) -> None:
-    """Refuse a cell that two modalities place in different batches: it is two cells. Warn of other contradictions."""
+    """Refuse a cell that has different batches in two modalities, and warn about other contradictions."""
     for each in said:
         if each.first.modality in modalities_with_this_batch and each.second.modality in modalities_with_this_batch:
             raise ValueError(
-                f"{each}: one name stands for two cells, or one batch has two names; add the sample, for example, to "
-                "the names of cells, or use one name for the batch. If a column differs between modalities on purpose, "
-                "give it another name in each"
+                f"{each}: two cells have the same name, or a batch has two names; make the names of cells unique, e.g. "
+                "by adding the sample, or use one name for the batch. If a column differs between modalities on "
+                "purpose, give it another name in each"
             )
     warn_of(said)
 
 
 def _check_vocabularies(modalities: Mapping[str, Modality]) -> None:
-    """Warn where modalities use one column with words that do not meet, or that differ by capital letters alone."""
+    """Warn about columns whose values differ only by capital letters, or of which a modality shares no value."""
     for key in dict.fromkeys(k for m in modalities.values() for k in m.schema.categories):
         used = {name: set(m.schema.categories[key]) for name, m in modalities.items() if key in m.schema.categories}
         everywhere = set().union(*used.values())
@@ -190,8 +191,8 @@ def _check_vocabularies(modalities: Mapping[str, Modality]) -> None:
         for same in spelled.values():
             if len(same) > 1:
                 warnings.warn(
-                    f"column {key!r} has the values {_words(sorted(same))}, which are taken for different ones; if "
-                    "they mean the same, spell them in the same way",
+                    f"column {key!r} has the values {_words(sorted(same))}, which count as different; if they "
+                    "mean the same, spell them in the same way",
                     stacklevel=2,
                 )
         for name, own in used.items():
@@ -199,25 +200,26 @@ def _check_vocabularies(modalities: Mapping[str, Modality]) -> None:
             if others and not own & others:
                 warnings.warn(
                     f"column {key!r} has no value in common between modality {name!r} ({_some(own)}) and others "
-                    f"({_some(others)}): imputed values of {name!r} there are averages over its values. If "
-                    "the values mean the same, spell them in the same way",
+                    f"({_some(others)}); in cells with the latter, {name!r} is imputed as an average over its "
+                    "values. If values mean the same, spell them in the same way",
                     stacklevel=2,
                 )
                 break
 
 
 def _some(names: Collection[str]) -> str:
+    """The first three names, in quotes, for a message."""
     return _words(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
 
 
 def _columns_of(places: Sequence[Table], tables: Sequence[Table]) -> str:
-    """Names of the columns in some places, without the copies that MuData makes of a modality's column."""
+    """Names of the columns of some tables, without the copies that MuData makes of columns of modalities."""
     copies = {f"{t.modality}:{column}" for t in tables for column in t.obs}
     return _words(dict.fromkeys(str(column) for t in places for column in t.obs if column not in copies))
 
 
 def _with_batches(known: ModalitySchema, cells: pd.Index, table: pd.DataFrame) -> ModalitySchema:
-    """The schema with the batches of these cells behind those that it knows."""
+    """The schema with the new batches of these cells after its own."""
     key = known.spec.batch_key
     if key is None:
         return known
@@ -235,14 +237,14 @@ def _modality(
     known: ModalitySchema | None,
     average_new_batches: bool = False,
 ) -> Modality:
-    """Check one modality and bring it into the mosaic's order of cells (and the schema's order of features)."""
+    """Check one modality, and put it in the mosaic's order of cells and the schema's order of features."""
     features, columns = source.features.astype(str), None
     if known is not None and tuple(features) != known.features:
         columns = features.get_indexer(pd.Index(known.features))
         if (columns < 0).any() or len(features) != len(known.features):
             strange = features[~features.isin(known.features)]
             raise ValueError(
-                f"modality {name!r}: the model knows {len(known.features)} features and the data have {len(features)}; "
+                f"modality {name!r}: the model has {len(known.features)} features and the data have {len(features)}; "
                 f"missing: {_words(np.array(known.features)[columns < 0][:3])}; unknown: {_words(strange[:3])}; "
                 "accepted: the same features in any order"
             )
@@ -259,8 +261,8 @@ def _modality(
         lacking = values[present].isna()
         if lacking.any():
             raise ValueError(
-                f"modality {name!r}: column {key!r} is missing for cell {lacking.index[lacking][0]!r}; "
-                "every cell needs a value"
+                f"modality {name!r}: column {key!r} has no value for cell {lacking.index[lacking][0]!r}; "
+                "every cell needs one"
             )
         found = words(values)
         warn_of_not_known(found[present], f"modality {name!r}: column {key!r}")
@@ -279,7 +281,7 @@ def _modality(
     groups: np.ndarray | None = None
     batches: tuple[str, ...] = ("",)
     if spec.batch_key:
-        groups, batches = categorical[present, 0] + 1, ("", *categories[spec.batch_key])  # 0: new to the model
+        groups, batches = categorical[present, 0] + 1, ("", *categories[spec.batch_key])  # 0: a new batch
     summary = check_values(matrix, rows[present], spec.data_kind, name, cells[present], features, groups, len(batches))
     _check_empty(name, spec, summary.empty, cells[present])
     sizes = np.bincount(np.zeros(present.sum(), int) if groups is None else groups, minlength=len(batches))
@@ -288,8 +290,8 @@ def _modality(
     if looks is not None and isinstance(spec.likelihood, str) and not spec.allow_non_integer:
         warnings.warn(
             f"modality {name!r}: {looks}, and likelihood {spec.likelihood!r} is for "
-            f"{'raw counts' if spec.data_kind == 'count' else 'values on a continuous scale'}; if they are not, name "
-            "the layer that holds them, or another likelihood",
+            f"{'raw counts' if spec.data_kind == 'count' else 'values on a continuous scale'}; if the values are not, "
+            "name the layer that has such values, or another likelihood",
             stacklevel=2,
         )
     library = _library(name, spec, summary.totals, cells, present, table)
@@ -301,8 +303,8 @@ def _modality(
         bad = present & ~np.isfinite(numbers)
         if bad.any():
             raise ValueError(
-                f"modality {name!r}: column {key!r} of cell {cells[bad][0]!r} is {table[key][bad].iloc[0]!r}; "
-                "a continuous covariate takes finite numbers"
+                f"modality {name!r}: the continuous covariate {key!r} must be finite in every cell; found "
+                f"{table[key][bad].iloc[0]!r} in cell {cells[bad][0]!r}"
             )
         own = numbers[present]
         moments[key] = known.continuous[key] if known else (float(own.mean()), float(own.std()) or 1.0)
@@ -323,25 +325,25 @@ def _modality(
         exposure=exposure,
         detected=tuple((summary.detected.sum(axis=0) / present.sum()).round(4).tolist()),
     )
-    # A likelihood of the user's own need not know of sparse tensors.
+    # A user's likelihood may not support sparse tensors.
     dense = not isinstance(spec.likelihood, str) or DATA_KINDS[spec.likelihood] != "count"
     dense |= summary.density > DENSE_ABOVE
     return Modality(name, schema, matrix, rows, categorical, continuous, library, labels, dense, exposures)
 
 
 def not_empty(matrix: Any) -> np.ndarray:
-    """Which rows are not 0 throughout; missing values are not 0."""
+    """Which rows have a value other than 0; a missing value counts as other than 0."""
     rows, found = np.arange(matrix.shape[0]), Matrix(matrix)
     parts = [found[rows[start : start + CHUNK]] != 0 for start in range(0, len(rows), CHUNK)]
     return np.concatenate([np.asarray(part.sum(axis=1)).ravel() > 0 for part in parts])
 
 
 def _check_empty(name: str, spec: ModalitySpec, empty: np.ndarray, cells: pd.Index) -> None:
-    """Refuse cells without any measurement, unless they are known to be measured so."""
+    """Refuse cells whose values are all 0, unless the specification keeps them."""
     if empty.any() and spec.empty_cells != "keep" and spec.exposure_layer is None:
         raise ValueError(
-            f"modality {name!r}: {empty.sum()} of {len(cells)} cells have 0 throughout, {cells[empty][0]!r} first, "
-            "which is no measurement; if the modality was not measured in them, remove them from it, or set "
+            f"modality {name!r}: all values are 0 in {empty.sum()} of {len(cells)} cells (the first: "
+            f"{cells[empty][0]!r}); if the modality was not measured in them, remove them from it, or set "
             'empty_cells="holes" in its ModalitySpec'
         )
 
@@ -349,10 +351,10 @@ def _check_empty(name: str, spec: ModalitySpec, empty: np.ndarray, cells: pd.Ind
 def _warn_unmeasured(
     name: str, detected: np.ndarray, n_cells: np.ndarray, batches: Sequence[str], known: ModalitySchema | None
 ) -> None:
-    """Warn of features that a batch has in no cell, though by the training data or the other batches it would.
+    """Warn about features that are 0 in all cells of a batch, but not in the training data or in other batches.
 
-    If all cells were alike, such a feature would be absent by chance with probability below ``exp(-10)``. Cells differ;
-    therefore the warning needs two such features and one per cent of all, or one that half of the other cells have.
+    If all cells were alike, such a feature would be 0 by chance with a probability below ``exp(-10)``. Because cells
+    differ, the warning needs two such features and one per cent of all, or one that half of the other cells have.
     """
     if known is not None and known.detected:
         share, where = np.array(known.detected), "in the training data"
@@ -367,10 +369,10 @@ def _warn_unmeasured(
             f"{lacking[i].sum()} in all {n_cells[i]} cells" + f" of batch {batches[i]!r}" * (batches[i] != "")
             for i in found
         ]
-        more = f" and so in {len(said) - 3} further batches" if len(said) > 3 else ""
+        more = f", and some in {len(said) - 3} further batches" if len(said) > 3 else ""
         warnings.warn(
-            f"modality {name!r}: of {detected.shape[1]} features some are always 0, but not {where}: "
-            f"{', '.join(said[:3])}{more}; if they were not measured there, the zeros count as "
+            f"modality {name!r}: some of {detected.shape[1]} features are always 0, but not {where}: "
+            f"{', '.join(said[:3])}{more}; if they were not measured there, the model takes these zeros for "
             "measurements: keep only the features that were measured everywhere",
             stacklevel=2,
         )
@@ -379,7 +381,7 @@ def _warn_unmeasured(
 def _exposure(
     name: str, spec: ModalitySpec, exposures: Matrix, rows: np.ndarray, cells: pd.Index, features: pd.Index
 ) -> float:
-    """Median exposure above 0 in a sample of the cells, once all are seen to be finite and not negative."""
+    """Median exposure above 0 in a sample of the cells, after all exposures were checked."""
     check_values(exposures, rows, "nonnegative", f"{name}, layer {spec.exposure_layer}", cells, features)
     some = exposures.tensor(rows[:: 1 + len(rows) // 1000], dense=True)
     return float(some[some > 0].median()) if (some > 0).any() else 1.0
@@ -399,7 +401,7 @@ def _library(
     if bad.any() and (spec.needs_library or spec.size_factor_key is not None):
         raise ValueError(
             f"modality {name!r}: cell {cells[bad][0]!r} has size {library[bad][0]} ({source}), but likelihood "
-            f"{spec.likelihood_name!r} takes a finite size above 0; remove the cell from this modality"
+            f"{spec.likelihood_name!r} needs a finite size above 0; remove the cell from this modality"
         )
     if spec.size_factor_key is not None and spec.traits.kind == "count":
         _warn_of_sizes(
@@ -409,7 +411,7 @@ def _library(
 
 
 def _warn_of_sizes(what: str, sizes: np.ndarray, totals: np.ndarray) -> None:
-    """Warn of sizes that are far from the cells' total counts, or hardly correlate with them."""
+    """Warn about sizes that are far from the total counts of cells, or hardly correlate with them."""
     sizes, totals = sizes[totals > 0], totals[totals > 0]
     if len(totals) == 0:
         return
@@ -417,8 +419,8 @@ def _warn_of_sizes(what: str, sizes: np.ndarray, totals: np.ndarray) -> None:
     logs = np.log(sizes), np.log(totals)
     if not 0.5 <= ratio <= 2:
         problem = (
-            f"are {ratio:.2g} times the cells' total counts (median), and imputed values change by the same factor; a "
-            "size is a number of counts: multiply size factors near 1 by the median total count"
+            f"are {ratio:.2g} times the cells' total counts (median), and imputed values change by the same factor; "
+            "sizes are numbers of counts: multiply size factors near 1 by the median total count"
         )
     elif len(totals) >= 20 and logs[1].std() > 0.1:
         together = float(np.corrcoef(logs)[0, 1]) if logs[0].std() > 0 else 0.0
@@ -447,8 +449,8 @@ def _labels(
     names = known.labels if known else tuple(sorted(found.dropna().unique()))
     if spec.dispersion == "gene-label" and not names:
         raise ValueError(
-            f"modality {name!r}: no cell has a label in column {spec.label_key!r}, so that dispersion 'gene-label' has "
-            "no groups; choose dispersion 'gene'"
+            f"modality {name!r}: dispersion 'gene-label' needs labels; found none in column {spec.label_key!r}. "
+            "Choose dispersion 'gene'"
         )
     unseen = present & (found.notna() & ~found.isin(names)).to_numpy()
     if unseen.any():

@@ -1,8 +1,8 @@
 """Simulated mosaics with their ground truth: the generative story that the package's models invert.
 
-Each cell has a type, a batch, and a latent variable z around the centre of its type; a treated cell also has a salient
-latent variable s around the centre of its response. Every feature reads a signal from them, ``w'z + v's``, and the
-modality's likelihood turns signals to measurements. A cell's pattern says which modalities it is measured by.
+Each cell has a type, a batch, and a latent variable z around the centre of its type. A treated cell also has a salient
+latent variable s around the centre of its response. The signal of a feature is ``w'z + v's``, and the likelihood of the
+modality draws measurements from signals. The pattern of a cell says by which modalities it is measured.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,14 +23,16 @@ from pyromosaic.data.tables import kept_apart
 if TYPE_CHECKING:
     from mudata import MuData
 
-ENTRIES = 4_000_000  # entries of a matrix that are drawn at once
+ENTRIES = 4_000_000  # number of entries of a matrix that are drawn at once
 DENSE = ("nb_mixture", "normal")  # likelihoods whose matrices have few zeros
 WITHIN_RESPONSE = 0.4  # standard deviation of s around the centre of its response; 1 over all treated cells
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What `simulate` drew, for every cell and modality whether measured or not; cells in the order of the MuData.
+    """The parameters and variables that `simulate` drew, for every cell and modality, whether or not it was measured.
+
+    Cells are in the order of the MuData.
 
     Parameters
     ----------
@@ -41,15 +43,15 @@ class Truth:
     centers
         Mean of z in each type, shape (types, latent dimensions).
     type, batch, condition, response
-        Groups of the cells; their ``codes`` are rows of `centers` and of parameters by type or batch.
+        Groups of the cells; their ``codes`` are row numbers of `centers` and of parameters by type or batch.
     loadings, salient_loadings
-        For each modality the w and v of its features, shapes (features, latent dimensions) and (features, salient
+        For each modality, w and v of its features, shapes (features, latent dimensions) and (features, salient
         dimensions).
     parameters
-        For each modality the arrays that its story names (`genes`, `regions`, `proteins`, `values`); ``base`` and
-        ``background_loc`` by batch, shape (batches, features), ``background_probability`` by type.
+        For each modality, the arrays named in its function (`genes`, `regions`, `proteins`, `values`). ``base`` and
+        ``background_loc`` have shape (batches, features), ``background_probability`` has shape (types, features).
     mean
-        For each modality the expected measurements, shape (cells, features); empty if not kept.
+        For each modality, the expected measurements, shape (cells, features); empty unless `keep_means`.
     links
         Features that have the signal of a gene: columns ``gene``, ``modality``, ``feature`` and ``sign`` (1 or -1).
 
@@ -75,8 +77,8 @@ class Truth:
     mean: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-# A story draws the parameters of a modality, and returns them with a function that draws cells, given their numbers and
-# the signals of their features: expected and drawn measurements, shape (cells, features) both.
+# A story draws the parameters of a modality. It returns them and a function that takes the numbers of cells and the
+# signals of their features, and returns their expected and their drawn measurements, each of shape (cells, features).
 Story = tuple[dict[str, np.ndarray], Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]]
 
 
@@ -86,7 +88,7 @@ def genes(
     """RNA, ``NB(mean = size * softmax(base + signal), theta)``; a count becomes 0 with probability ``gate`` (zinb)."""
     n = len(w)
     if depth * n < 10:
-        raise ValueError(f"{n} genes of depth {depth} make less than 10 counts in the median cell; give more")
+        raise ValueError(f"the median cell must have at least 10 counts; found {n} genes of depth {depth}")
     p = _float32(
         base=rng.normal(size=n) + batch,
         theta=rng.lognormal(1.0, 0.5, n),
@@ -106,7 +108,7 @@ def genes(
 
 
 def regions(rng: np.random.Generator, truth: Truth, w: np.ndarray, batch: np.ndarray, depth: float) -> Story:
-    """Chromatin, open (1, else 0) with probability ``cell_factor * region_factor * sigmoid(base + signal)``."""
+    """Chromatin, open (1, or else 0) with probability ``cell_factor * region_factor * sigmoid(base + signal)``."""
     n = len(w)
     p = _float32(
         base=rng.normal(-0.5, 1.0, n) + batch,
@@ -125,9 +127,9 @@ def regions(rng: np.random.Generator, truth: Truth, w: np.ndarray, batch: np.nda
 def proteins(rng: np.random.Generator, truth: Truth, w: np.ndarray, batch: np.ndarray, depth: float) -> Story:
     """Antibodies, a mixture of background and foreground.
 
-    The log background of a cell is ``b ~ Normal(background_loc of its batch, background_scale)``. With the
-    ``background_probability`` of its type its count is ``NB(mean = size * exp(b), theta)``, else
-    ``NB(mean = size * exp(b) * (1 + exp(foreground + signal)), theta)``. The expected count is over all b.
+    The log background of a cell is ``b ~ Normal(background_loc of its batch, background_scale)``. With probability
+    ``background_probability`` of its type, the count is ``NB(mean = size * exp(b), theta)``, or else
+    ``NB(mean = size * exp(b) * (1 + exp(foreground + signal)), theta)``. The expected count averages over b.
     """
     n = len(w)
     p = _float32(
@@ -198,8 +200,8 @@ def simulate(
 ) -> "tuple[MuData, Truth]":
     """Draw a mosaic from known parameters.
 
-    Groups (patterns, types, batches, conditions, responses) have the sizes asked for, to the nearest whole cell. A
-    cell without a single count in a modality would not have been found; its counts are drawn again.
+    Groups (patterns, types, batches, conditions, responses) have exactly the given shares, to the nearest cell. If all
+    counts of a cell in a modality are 0, they are drawn again, because such a cell would not be detected.
 
     Parameters
     ----------
@@ -208,57 +210,58 @@ def simulate(
     modalities
         Number of features of each modality; by default ``{"rna": 300, "atac": 500, "adt": 30}``.
     likelihoods
-        ``"nb"``, ``"zinb"``, ``"bernoulli"``, ``"nb_mixture"`` or ``"normal"`` for modalities whose name does not say
-        it, or says another.
+        ``"nb"``, ``"zinb"``, ``"bernoulli"``, ``"nb_mixture"`` or ``"normal"``, for each modality whose likelihood does
+        not follow from its name, or should be another.
     patterns
-        Share of the cells in each pattern of modalities, ``{"rna+adt": 0.5, "atac": 0.5}`` say, or patterns of equal
-        shares; by default all there are.
+        Share of the cells in each pattern of modalities, e.g. ``{"rna+adt": 0.5, "atac": 0.5}``, or a list of patterns
+        with equal shares; by default all possible patterns.
     types
-        Number of types of equal shares, or their shares, or their shares in each pattern.
+        Number of types, with equal shares; or their shares; or a dictionary with their shares in each pattern.
     private
-        Types that occur in the given patterns only, ``{"type4": ["rna"]}`` say; the others fill their place elsewhere.
+        Types that occur in the given patterns only, e.g. ``{"type4": ["rna"]}``; elsewhere, the shares of the other
+        types are larger.
     n_latent
         Dimensions of z.
     separation
-        Spread of the types' centres over the spread within a type.
+        Standard deviation of the centres of types, divided by the standard deviation within a type.
     n_batches, batch_effect
-        Number of batches, and standard deviation of their effect on a feature (log rate, log odds, log background or
-        value).
+        Number of batches, and standard deviation of their effect on a feature (on the log rate, the log odds, the log
+        background or the value).
     depth
-        Counts per gene in the median cell; fewer make sparser data.
+        Counts per gene in the median cell; data with fewer are sparser.
     links
-        For each modality the share of its features that have the signal of a gene of the first RNA modality.
+        For each modality, the share of its features that have the signal of a gene of the first RNA modality.
     negative_links
-        Share of the links in which that signal is reversed.
+        Share of the links for which the sign of this signal is reversed.
     treated
-        Share of treated cells, or the share of each condition; the others are controls.
+        Share of treated cells, or a dictionary with the share of each condition; other cells are controls.
     treated_types
-        Shares of the types in treated cells; by default as in controls.
+        Shares of the types in treated cells; by default those of the controls.
     n_responses
         Number of response groups of each condition, ``"treated:0"``, ``"treated:1"``, …
     n_salient
-        Dimensions of s, at least half as many as there are response groups: each has a direction of its own.
+        Dimensions of s; at least half the number of response groups, because each group has a separate direction.
     affected
-        Share of features of each modality that s acts on.
+        Share of the features of each modality on which s acts.
     effect
-        Standard deviation, over treated cells and affected features, of the signal of s.
+        Standard deviation of the signal of s over treated cells and affected features.
     keep_means
-        Whether the truth holds the expected value of every cell and feature.
+        Whether to return the expected value of every cell and feature in the truth.
     seed
         The same seed draws the same data.
 
     Returns
     -------
     MuData
-        Cells ``cell0``, … with the modalities of their pattern; `obs` (of the whole and of each modality) holds
+        Cells ``cell0``, … with the modalities of their pattern. `obs`, of the MuData and of each modality, has
         ``celltype``, ``batch`` and, if cells are treated, ``condition`` and ``response``.
     Truth
-        What was drawn.
+        Parameters, latent variables and groups.
 
     Raises
     ------
     ValueError
-        With one sentence on the first argument that is out of its range.
+        If an argument is out of range, or two arguments do not fit together.
 
     Examples
     --------
@@ -280,7 +283,7 @@ def simulate(
     all_treated = round(sum(conditions.values()), 9)
     _check("from 0 to 1", 1, treated=all_treated)
     if "control" in conditions:
-        raise ValueError("'control' names the cells that are not treated; give the condition another name")
+        raise ValueError("'control' is the name of the cells that are not treated; give the condition another name")
     chosen = _likelihoods(modalities, likelihoods or {})
     words, present, pattern_shares = _patterns(list(modalities), patterns)
     type_shares = _type_shares(types, treated_types, private or {}, list(modalities), words)
@@ -288,7 +291,7 @@ def simulate(
     responses = [f"{name}:{i}" for name in conditions for i in range(n_responses)]
     if all_treated and len(responses) > 2 * n_salient:
         raise ValueError(
-            f"{len(responses)} groups of responses take an n_salient of at least half that; found {n_salient}"
+            f"n_salient must be at least half the number of response groups, {len(responses)}; found {n_salient}"
         )
     rng = np.random.default_rng(seed)
 
@@ -297,7 +300,9 @@ def simulate(
     pattern = pattern[np.argsort(present[pattern].argmax(1), kind="stable")]
     measured = present[pattern]
     if not measured.any(0).all():
-        raise ValueError(f"modality {list(modalities)[measured.any(0).argmin()]!r} has no cell; give it a share")
+        raise ValueError(
+            f"modality {list(modalities)[measured.any(0).argmin()]!r} has no cell; raise its share, or n_cells"
+        )
     condition = _assign(rng, cohort_shares, n_cells)
     kind, response = np.zeros((2, n_cells), int)
     for k in range(len(cohort_shares)):
@@ -351,7 +356,7 @@ def simulate(
             mean, x = draw(cells, signal)
             if keep_means:
                 truth.mean[name][cells] = mean
-            if ModalitySpec(likelihood).data_kind != "real":  # cells with 0 throughout are refused at registration
+            if ModalitySpec(likelihood).data_kind != "real":  # registration refuses cells whose values are all 0
                 while (empty := has[cells] & ~x.any(1)).any():
                     x[empty] = draw(cells[empty], signal[empty])[1]
             blocks.append(sparse.csr_matrix(x[has[cells]], dtype=np.float32))
@@ -369,12 +374,12 @@ def simulate(
 
 
 def _negative_binomial(rng: np.random.Generator, mu: np.ndarray, theta: np.ndarray) -> np.ndarray:
-    """Poisson counts with gamma distributed rates, of variance ``mu + mu**2 / theta``."""
+    """Poisson counts with gamma-distributed rates: mean ``mu``, variance ``mu + mu**2 / theta``."""
     return rng.poisson(mu / theta * rng.standard_gamma(theta, mu.shape, np.float32))
 
 
 def _assign(rng: np.random.Generator, shares: Any, n: int) -> np.ndarray:
-    """Groups of n things in random order; sizes are the shares to the nearest whole number."""
+    """Group numbers of n cells or features in random order; sizes of groups are their shares, rounded."""
     ends = np.cumsum(shares)
     return rng.permutation(np.searchsorted(np.round(ends / ends[-1] * n), np.arange(n), side="right"))
 
@@ -390,48 +395,48 @@ def _float32(**arrays: np.ndarray) -> dict[str, np.ndarray]:
 def _check(accepted: str, top: float, **numbers: float) -> None:
     for what, number in numbers.items():
         if not (0 <= number <= top and np.isfinite(number)):
-            raise ValueError(f"{what} takes a number {accepted}; found {number!r}")
+            raise ValueError(f"{what} must be a number {accepted}; found {number!r}")
 
 
 def _shares(what: str, shares: Any) -> np.ndarray:
     array = np.asarray(list(shares), dtype=float)
     if array.ndim != 1 or not (np.isfinite(array).all() and (array >= 0).all() and array.sum() > 0):
-        raise ValueError(f"{what}: shares are numbers from 0 upwards, one of them above 0; found {list(shares)}")
+        raise ValueError(f"{what} must be shares of at least 0, one of them above 0; found {list(shares)}")
     return array / array.sum()
 
 
 def _likelihoods(modalities: Mapping[str, int], given: Mapping[str, str]) -> dict[str, str]:
     """The likelihood of each modality."""
     if not modalities:
-        raise ValueError("there is no modality to draw; name at least one with its number of features")
+        raise ValueError("there is no modality to draw; give at least one with its number of features")
     for name in [*given, *modalities]:
         if name not in modalities or "+" in name:
-            raise ValueError(f"there can be no modality {name!r}; accepted: names without '+', each with its features")
+            raise ValueError(f"there is no modality {name!r} in modalities; accepted: names without '+'")
     chosen = {name: given.get(name) or LIKELIHOOD_BY_NAME.get(name.lower(), "none") for name in modalities}
     for name, likelihood in chosen.items():
         if likelihood not in STORIES:
             raise ValueError(
-                f"modality {name!r} has likelihood {likelihood!r}; give one of {', '.join(STORIES)} in likelihoods"
+                f"the likelihood of modality {name!r} must be one of {', '.join(STORIES)}; found {likelihood!r}"
             )
     return chosen
 
 
 def _pattern(word: str, names: list[str]) -> str:
-    """A pattern with its modalities in order."""
+    """The pattern with its modalities in the order of `names`."""
     parts = word.split("+")
     if not set(parts) <= set(names) or len(set(parts)) < len(parts):
-        raise ValueError(f"the pattern {word!r} is not made of {', '.join(map(repr, names))} joined by '+', each once")
+        raise ValueError(f"a pattern must be some of {', '.join(map(repr, names))}, joined by '+'; found {word!r}")
     return "+".join(name for name in names if name in parts)
 
 
 def _patterns(names: list[str], given: Any) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Patterns, the modalities of each, and their shares."""
+    """The patterns, the modalities of each (patterns × modalities), and their shares."""
     if given is None:
         given = ["+".join(c) for k in range(len(names), 0, -1) for c in combinations(names, k)]
     shares = dict(given) if isinstance(given, Mapping) else dict.fromkeys(given, 1.0)
     words = [_pattern(word, names) for word in shares]
     if len(set(words)) < len(given):
-        raise ValueError(f"a pattern is given more than once among {', '.join(map(repr, given))}")
+        raise ValueError(f"patterns must be different; found {', '.join(map(repr, given))}")
     present = np.array([[name in word.split("+") for name in names] for word in words])
     return words, present, _shares("patterns", shares.values())
 
@@ -445,21 +450,23 @@ def _type_shares(
     if isinstance(types, Mapping):
         by_pattern = {_pattern(word, names): _shares(f"types of {word!r}", own) for word, own in types.items()}
         if by_pattern.keys() != set(words):
-            raise ValueError(f"types are given for {', '.join(by_pattern)}; needed: {', '.join(words)}")
+            raise ValueError(
+                f"types must have shares for the patterns {', '.join(words)}; found {', '.join(by_pattern)}"
+            )
     else:
         by_pattern = dict.fromkeys(words, _shares("types", types))
     n_types = len(by_pattern[words[0]])
     second = by_pattern if treated is None else dict.fromkeys(words, _shares("treated_types", treated))
     if any(len(own) != n_types for own in [*by_pattern.values(), *second.values()]):
-        raise ValueError("types and treated_types name different numbers of types; give each the same number of shares")
+        raise ValueError("types and treated_types have different numbers of types; give each the same number of shares")
     shares = np.stack([[by_pattern[word], second[word]] for word in words])
     for kind, where in private.items():
         if kind not in (known := [f"type{i}" for i in range(n_types)]):
-            raise ValueError(f"there is no {kind!r} to be private; types are {', '.join(known)}")
+            raise ValueError(f"private must name some of the types {', '.join(known)}; found {kind!r}")
         shares[~np.isin(words, [_pattern(word, names) for word in where]), :, known.index(kind)] = 0
     if (lacking := shares.sum(2).min(1) == 0).any():
         raise ValueError(
-            f"private types leave no type for the pattern {words[lacking.argmax()]!r}; let one occur there"
+            f"no type occurs in the pattern {words[lacking.argmax()]!r}; add the pattern to a type in private"
         )
     return shares
 
@@ -472,12 +479,12 @@ def _link(
     shares: Mapping[str, float],
     negative: float,
 ) -> pd.DataFrame:
-    """Give features the loadings of genes, some with the sign reversed; the table of these links."""
+    """Copy the loadings of genes to linked features, some with reversed sign, and return the table of links."""
     rna = next((name for name, likelihood in likelihoods.items() if likelihood in ("nb", "zinb")), "none")
     tables = [pd.DataFrame({"gene": [], "modality": [], "feature": [], "sign": []}, dtype=object)]
     for name, share in shares.items():
         if rna not in w or name not in w or name == rna:
-            raise ValueError(f"links go from RNA (nb or zinb) to another modality; found {rna!r} and {name!r}")
+            raise ValueError(f"links must be between RNA (nb or zinb) and another modality; found {rna!r} and {name!r}")
         _check("from 0 to 1", 1, **{f"the linked share of {name!r}": share})
         n, n_genes = round(share * len(w[name])), len(w[rna])
         features = np.sort(rng.choice(len(w[name]), n, replace=False))

@@ -1,4 +1,4 @@
-"""What a modality is (`ModalitySpec`, given by the user) and what a model remembers of its data (`Schema`)."""
+"""How the user describes a modality (`ModalitySpec`), and what a model remembers of its data (`Schema`)."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -8,10 +8,10 @@ from typing import Any
 from pyromosaic.data.cohorts import Cohorts
 from pyromosaic.data.traits import TRAITS, DataKind, Traits
 
-#: The kind of number that each likelihood describes; registration checks the data against it.
+#: The kind of number that each named likelihood describes; registration checks the data against it.
 DATA_KINDS: Mapping[str, str] = {name: traits.kind for name, traits in TRAITS.items()}
 
-#: Likelihoods that are used for a modality whose name says what it is.
+#: The default likelihood of a modality, by the name of the modality.
 LIKELIHOOD_BY_NAME: Mapping[str, str] = {
     **dict.fromkeys(("rna", "gex", "gene_expression", "expression"), "nb"),
     **dict.fromkeys(("atac", "chromatin", "accessibility", "peaks", "regions"), "bernoulli"),
@@ -34,24 +34,25 @@ class ModalitySpec:
     batch_key
         Column of `obs` with the batch of each cell.
     categorical_covariates, continuous_covariates
-        Further columns of `obs` that the decoder (and encoder) may use. Continuous ones are standardised.
+        Further columns of `obs` that decoders (and encoders) use. Continuous covariates are standardised.
     label_key
-        Column of `obs` with labels, if there are any.
+        Column of `obs` with the labels of cells, e.g. cell types; None if there are no labels.
     unlabelled
-        The value in `label_key` that means "not known"; missing values mean the same.
+        The value of the labels that means "not known". Missing values mean the same.
     size_factor_key
-        Column of `obs` with each cell's size in counts; by default the cell's total count.
+        Column of `obs` with the size of each cell, in counts; by default its total count.
     allow_non_integer
-        Accept values that are not whole under a count likelihood (e.g. corrected counts).
+        Whether a likelihood for counts accepts values that are not whole numbers, e.g. corrected counts.
     dispersion
-        The inverse dispersion of a negative binomial likelihood is one number per feature, ``"gene"``, or one per
+        Whether the inverse dispersion of a negative binomial likelihood is one number per feature, ``"gene"``, per
         feature and batch, ``"gene-batch"``, or per feature and label, ``"gene-label"``.
     exposure_layer
-        Layer that holds what each value was measured out of (trials, coverage, exposure), for likelihoods that need it;
-        0 where nothing was measured.
+        Layer with the exposure of each value (e.g. the number of trials, or the coverage), for likelihoods that need
+        it; 0 where nothing was measured.
     empty_cells
-        What a cell is that has 0 throughout: ``"refuse"``; ``"holes"``, it was not measured, as where missing
-        modalities were filled with zeros; ``"keep"``, it was measured so, for likelihoods that need no size.
+        What to do with a cell whose values are all 0: ``"refuse"`` raises an error; ``"holes"`` treats it as not
+        measured, for data in which missing modalities were filled with zeros; ``"keep"`` treats the zeros as
+        measurements, for likelihoods that need no size.
     background
         How the likelihood ``"nb_mixture"`` treats the unknown background level of each cell and protein: ``"latent"``
         infers it, as totalVI does; ``"marginal"`` sums it out (see `pyromosaic.likelihoods.NBMixture`).
@@ -89,7 +90,7 @@ class ModalitySpec:
         for name in ("categorical_covariates", "continuous_covariates"):
             columns = getattr(self, name)
             if isinstance(columns, str):
-                raise ValueError(f"{name} takes a sequence of column names; found the single string {columns!r}")
+                raise ValueError(f"{name} must be a sequence of column names; found the single string {columns!r}")
             object.__setattr__(self, name, tuple(columns))
         covariates = [*self.categorical, *self.continuous_covariates]
         for column in covariates:
@@ -97,19 +98,21 @@ class ModalitySpec:
                 raise ValueError(f"the column {column!r} is given more than once among batch and covariates")
 
         if self.empty_cells not in ("refuse", "holes", "keep"):
-            raise ValueError(f'empty_cells is "refuse", "holes" or "keep"; found {self.empty_cells!r}')
+            raise ValueError(f'empty_cells must be "refuse", "holes" or "keep"; found {self.empty_cells!r}')
         if self.dispersion not in ("gene", "gene-batch", "gene-label"):
-            raise ValueError(f'dispersion is "gene", "gene-batch" or "gene-label"; found {self.dispersion!r}')
+            raise ValueError(f'dispersion must be "gene", "gene-batch" or "gene-label"; found {self.dispersion!r}')
         if self.dispersion != "gene" and not (self.traits.sized and self.traits.dispersed):
-            raise ValueError(f"likelihood {self.likelihood_name!r} has no inverse dispersion to be {self.dispersion!r}")
+            raise ValueError(
+                f"likelihood {self.likelihood_name!r} has no inverse dispersion that could be {self.dispersion!r}"
+            )
         if self.background not in ("latent", "marginal"):
             raise ValueError(f'background must be "latent" or "marginal"; found {self.background!r}')
         if self.background == "marginal" and not self.traits.background:
             raise ValueError(f"likelihood {self.likelihood_name!r} has no background that could be 'marginal'")
         if self.dispersion == "gene-batch" and self.batch_key is None:
-            raise ValueError("dispersion 'gene-batch' takes a batch_key; found none")
+            raise ValueError("dispersion 'gene-batch' needs a batch_key; found none")
         if self.dispersion == "gene-label" and self.label_key is None:
-            raise ValueError("dispersion 'gene-label' takes a label_key; found none")
+            raise ValueError("dispersion 'gene-label' needs a label_key; found none")
 
     @property
     def likelihood_name(self) -> str:
@@ -118,7 +121,7 @@ class ModalitySpec:
 
     @property
     def family(self) -> str:
-        """The likelihood among those with a name that this is, or derives from; empty if there is none."""
+        """The named likelihood that this is, or that its class derives from; empty if there is none."""
         return self.likelihood if isinstance(self.likelihood, str) else self.likelihood.family  # type: ignore[attr-defined]
 
     @property
@@ -128,12 +131,12 @@ class ModalitySpec:
 
     @property
     def data_kind(self) -> DataKind:
-        """What the data are checked to be: ``"count"``, ``"nonnegative"`` or ``"real"``."""
+        """Which numbers registration accepts: ``"count"``, ``"nonnegative"`` or ``"real"``."""
         return "nonnegative" if self.traits.kind == "count" and self.allow_non_integer else self.traits.kind
 
     @property
     def needs_library(self) -> bool:
-        """Whether the likelihood's mean is proportional to the cell's size."""
+        """Whether the mean of the likelihood is proportional to the size of the cell."""
         return self.traits.sized
 
     @property
@@ -144,27 +147,27 @@ class ModalitySpec:
 
 @dataclass(frozen=True)
 class ModalitySchema:
-    """What a model remembers of a modality: enough to be rebuilt, and to check new data against.
+    """What a model remembers of a modality, to be rebuilt and to check new data.
 
     Parameters
     ----------
     spec
-        The user's specification.
+        How the user described the modality.
     features
         Names of the features, in the model's order.
     categories
-        For each categorical column the categories among the cells that have the modality. A cell whose category was
-        never measured in this modality is treated as an average over the categories.
+        For each categorical column, the categories of the cells that have the modality. A cell of another category is
+        treated as an average over these.
     continuous
         Mean and standard deviation of each continuous covariate.
     labels
-        Label categories.
+        Names of the labels.
     library
         Median size of a cell, in counts.
     exposure
-        Median exposure of a value that was measured, at which others are predicted.
+        Median exposure of the measured values; other values are predicted at this exposure.
     detected
-        Share of the cells in which each feature is not 0; empty if that is not known.
+        For each feature, the share of the cells in which it is not 0; empty if this is not known.
 
     Examples
     --------
@@ -189,7 +192,7 @@ class ModalitySchema:
 
     @property
     def n_covariates(self) -> int:
-        """Width of the covariates' design: one-hot categories and continuous columns."""
+        """Number of columns of the covariates: one for each category and each continuous covariate."""
         return sum(len(c) for c in self.categories.values()) + len(self.continuous)
 
     @property
@@ -203,14 +206,14 @@ class ModalitySchema:
 
 @dataclass(frozen=True)
 class Schema:
-    """The modalities of a model, by name, in the model's order; and its cohorts, if it contrasts any.
+    """The modalities of a model, in its order, and its cohorts, if it contrasts cohorts.
 
     Parameters
     ----------
     modalities
         What is remembered of each modality, by name.
     cohorts
-        Background and target groups, see `Mosaic.with_cohorts`; None if there are none.
+        Background and target groups, see `Mosaic.with_cohorts`; None without cohorts.
 
     Examples
     --------
@@ -230,7 +233,7 @@ class Schema:
         return self.modalities[name]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings; of a likelihood's class the name."""
+        """The schema as lists, numbers and strings; a class of likelihood is given by its name."""
         modalities = {name: asdict(modality) for name, modality in self.modalities.items()}
         for name, modality in self.modalities.items():
             modalities[name]["spec"]["likelihood"] = modality.spec.likelihood_name

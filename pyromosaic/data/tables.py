@@ -1,4 +1,4 @@
-"""The user's `obs` tables: of the whole and of each modality, kept apart, and read by one rule."""
+"""The user's `obs` tables, of the whole MuData and of each modality, and the rule by which all columns are read."""
 
 import re
 import warnings
@@ -13,19 +13,19 @@ import pandas as pd
 WHOLE = ""
 WHOLE_NUMBER = re.compile(r"-?\d+\.0+")
 ONE_KIND = ("string", "integer", "floating", "mixed-integer-float", "boolean", "categorical")
-#: Words, in small letters, that usually mean "not known".
+#: Values, in lower case, that usually mean "not known".
 NOT_KNOWN = frozenset(
     ["", "unknown", "nan", "na", "n/a", "<na>", "null", "unassigned", "unlabelled", "unlabeled", "undefined", "missing"]
 )
 
 
 class Table(NamedTuple):
-    """An `obs` table of the user's.
+    """One of the user's `obs` tables.
 
     Parameters
     ----------
     modality
-        The modality whose cells it describes; empty for the whole.
+        The modality whose cells it describes; empty for the whole MuData.
     cells
         Names of its rows in the mosaic.
     obs
@@ -38,28 +38,28 @@ class Table(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What one table says of a column: its value for each cell of the mosaic, missing where it does not know one."""
+    """The values of a column in one table, for each cell of the mosaic; missing where the table has none."""
 
     modality: str
     values: pd.Series
-    is_copy: bool = False  # made by MuData of a modality's column
-    unlabelled: np.ndarray | None = None  # cells of which it says so in a word
+    is_copy: bool = False  # of a column of a modality, made by MuData
+    unlabelled: np.ndarray | None = None  # cells whose value is a word for "not known"
 
 
 def readings(tables: Iterable[Table], key: str, cells: pd.Index, unlabelled: Collection[str] = ()) -> list[Reading]:
-    """What each table says of a column, in the one order that holds everywhere: the modalities', then the whole's.
+    """The values of a column in each table. The tables of modalities always come before that of the whole MuData.
 
     Parameters
     ----------
     tables
-        Where to look.
+        The tables to read.
     key
         Name of the column. ``"rna:batch"`` is the column ``"batch"`` of modality ``"rna"``, whether or not MuData
-        has copied it into the whole.
+        has copied it into its table.
     cells
         Names of the cells.
     unlabelled
-        Words that mean "not known": where they stand, the table knows no value.
+        Values that mean "not known"; they count as missing.
     """
     modality, _, name = key.partition(":")
     order = sorted(tables, key=lambda table: table.modality == WHOLE)
@@ -79,19 +79,19 @@ def readings(tables: Iterable[Table], key: str, cells: pd.Index, unlabelled: Col
 
 
 def look_up(found: Iterable[Reading], first: str = WHOLE) -> pd.Series | None:
-    """A column, each value from the first table that knows it; None if no table has the column.
+    """A column in which each value is from the first table that has one; None if no table has the column.
 
     Parameters
     ----------
     found
-        What the tables say, see `readings`.
+        The values in each table, see `readings`.
     first
         The modality whose table comes before the others.
 
     Returns
     -------
     pandas.Series
-        Of objects, so that holes do not turn whole numbers into floats. Missing where no table knows the cell.
+        Objects, because missing values would turn integers into floats. Missing if no table has a value.
     """
     column = None
     for reading in sorted(found, key=lambda reading: reading.modality != first or first == WHOLE):
@@ -103,7 +103,7 @@ def look_up(found: Iterable[Reading], first: str = WHOLE) -> pd.Series | None:
 
 
 class Contradiction(NamedTuple):
-    """Two tables that say different words of a cell: which, of which cell, and of how many cells."""
+    """Two tables with different values for the same cells: the tables, the first such cell, and the number of cells."""
 
     first: Reading
     second: Reading
@@ -119,12 +119,12 @@ class Contradiction(NamedTuple):
 
 
 def place(modality: str) -> str:
-    """How a table is called in a message."""
-    return f"modality {modality!r}" if modality != WHOLE else "the obs of the whole"
+    """The name of a table in messages."""
+    return f"modality {modality!r}" if modality != WHOLE else "the obs of the MuData"
 
 
 def contradictions(found: Iterable[Reading]) -> list[Contradiction]:
-    """Pairs of tables that do not say the same of a cell: other words, or a word where a modality says "not known"."""
+    """Pairs of tables with different values for a cell, or with a value where a modality has "not known"."""
     pairs = []
     for one, other in combinations([r for r in found if not r.is_copy], 2):
         a, b = one.values, other.values
@@ -142,17 +142,17 @@ def contradictions(found: Iterable[Reading]) -> list[Contradiction]:
 
 
 def warn_of(found: list[Contradiction]) -> None:
-    """Say what is taken, once for all pairs of tables."""
+    """Warn about the first contradiction, and say which value is used."""
     if found:
         warnings.warn(
-            f"{found[0]}; the value of the first table that has one is used, modalities before the whole. Make the "
+            f"{found[0]}; the value of the first table that has one is used, modalities before the MuData. Make the "
             "values equal",
             stacklevel=2,
         )
 
 
 def word(value: Any) -> str:
-    """A category as a word, the same for 1, 1.0, "1" and " 1.0 "."""
+    """A category as a string, which is the same for 1, 1.0, "1" and " 1.0 "."""
     if isinstance(value, float | np.floating) and np.isfinite(value) and float(value).is_integer():
         return str(int(value))
     text = str(value).strip()
@@ -160,26 +160,26 @@ def word(value: Any) -> str:
 
 
 def words(values: pd.Series) -> pd.Series:
-    """Categories as words, so that they mean the same in every table; missing values stay missing."""
+    """Categories as strings, which are the same in every table; missing values stay missing."""
     objects = values.astype(object)
     if pd.api.types.infer_dtype(objects, skipna=True) not in ONE_KIND:
         return objects.map(word, na_action="ignore")
-    numbers, distinct = pd.factorize(objects)  # would take True for 1, hence only where all are of one kind
+    numbers, distinct = pd.factorize(objects)  # equates True and 1, therefore only if all are of one kind
     spelled = np.array([*map(word, distinct), None], dtype=object)
     return pd.Series(spelled[numbers], values.index, dtype=object, name=values.name)
 
 
 def warn_of_not_known(found: pd.Series, what: str, unlabelled: Iterable[str] = ()) -> None:
-    """Warn of words that usually mean "not known" and are about to count as any other.
+    """Warn about values that usually mean "not known" but count as ordinary values.
 
     Parameters
     ----------
     found
-        Words.
+        The values, as strings.
     what
-        Where they stand, for the message.
+        The name of the column, for the message.
     unlabelled
-        Words that are known to mean "not known".
+        Values that were declared to mean "not known".
     """
     for doubtful in pd.unique(found.dropna()):
         if (doubtful == "None" or doubtful.casefold() in NOT_KNOWN) and doubtful not in unlabelled:
@@ -192,19 +192,19 @@ def warn_of_not_known(found: pd.Series, what: str, unlabelled: Iterable[str] = (
 
 
 def in_order(names: pd.Index, wanted: pd.Index, what: str, of: str) -> np.ndarray:
-    """Where each of the wanted names stands among others; numbers as names are names.
+    """Positions of the wanted names among all names; numbers are compared as names.
 
     Parameters
     ----------
     names, wanted
-        Names to look among, and those to look for.
+        All names, and those to find.
     what, of
-        What has the `names` and what the `wanted` ones, for the message.
+        The owners of `names` and `wanted`, for the message.
 
     Raises
     ------
     ValueError
-        If a name occurs twice, or stands on one side only.
+        If a name occurs twice, or is not among both.
     """
     found = []
     for index, owner in ((names, what), (wanted, of)):
@@ -217,8 +217,8 @@ def in_order(names: pd.Index, wanted: pd.Index, what: str, of: str) -> np.ndarra
         if len(stray):
             n = len(missing[0]) + len(missing[1])
             raise ValueError(
-                f"{owner} has {str(stray[0])!r} and {other} has not ({n} names are in only one of the two), so their "
-                "names do not fit; if their rows are in the same order, pass one of them without names, by .to_numpy()"
+                f"{owner} has the name {str(stray[0])!r} and {other} does not ({n} names are in only one of them); "
+                "give both the same names, or if the rows are in the same order, pass one without names, by .to_numpy()"
             )
     return found[0].get_indexer(found[1]).astype(np.int64)
 
@@ -226,37 +226,37 @@ def in_order(names: pd.Index, wanted: pd.Index, what: str, of: str) -> np.ndarra
 def find(names: pd.Index, wanted: Any, noun: str, owner: str, numbers: bool = True) -> np.ndarray:
     """Numbers of cells or features, given by names, by a mask, or by numbers.
 
-    What has names is matched by them: the values of an Index, a mask that is a Series by its own index. Arrays and
-    lists have none: masks are taken by position, whole numbers are positions.
+    The values of an Index are names, and a mask that is a Series is matched by its index. Arrays and lists have no
+    names: masks are matched by position, and integers are positions.
 
     Parameters
     ----------
     names
         All names.
     wanted
-        Those asked for; a single name is one.
+        The cells or features to find; a single name is accepted.
     noun
         ``"cell"`` or ``"feature"``, for the message.
     owner
-        Where they are, for the message.
+        The object that has them, for the message.
     numbers
-        Whether whole numbers are positions; if not, they are names.
+        Whether integers are positions; if not, they are names.
 
     Raises
     ------
     ValueError
-        If one is not there, or none is given.
+        If one does not exist, or none is given.
     """
-    accepted = f"names, {'numbers ' if numbers else ''}or a mask with at least one {noun}"
+    accepted = f"names{', numbers' if numbers else ''} or a mask with at least one {noun}"
     if isinstance(wanted, tuple) and len(wanted) == 1 and isinstance(wanted[0], np.ndarray):
-        wanted = wanted[0]  # what np.where gives
+        wanted = wanted[0]  # the result of np.where
     if isinstance(wanted, pd.DataFrame | Mapping | Set) or hasattr(wanted, "obs_names"):
-        raise ValueError(f"{noun}s are given by {accepted}; found a {type(wanted).__name__}")
+        raise ValueError(f"{noun}s must be {accepted}; found a {type(wanted).__name__}")
     values = np.atleast_1d(np.asarray(wanted))
     if values.ndim != 1:
-        raise ValueError(f"{noun}s are given by {accepted}, in one dimension; found the shape {values.shape}")
+        raise ValueError(f"{noun}s must be {accepted}, in one dimension; found the shape {values.shape}")
     if values.size == 0:
-        raise ValueError(f"no {noun} was asked for; give {accepted}")
+        raise ValueError(f"{noun}s must be {accepted}; found none")
     kind = "boolean" if values.dtype == bool else pd.api.types.infer_dtype(values, skipna=True)
     spelled = names.astype(str)
     if kind == "boolean":
@@ -266,12 +266,15 @@ def find(names: pd.Index, wanted: Any, noun: str, owner: str, numbers: bool = Tr
         if len(chosen) and isinstance(wanted, pd.Series):
             named = wanted.index.astype(str)
             if named.has_duplicates:
-                raise ValueError(f"the mask has the {noun} {str(named[named.duplicated()][0])!r} twice")
-            chosen = np.sort(_places(spelled, named[chosen], noun, f"{owner}; a mask without names is mask.to_numpy()"))
+                twice = str(named[named.duplicated()][0])
+                raise ValueError(f"the mask has the {noun} {twice!r} twice; names must be unique")
+            chosen = np.sort(
+                _places(spelled, named[chosen], noun, f"{owner}; to match by position, pass mask.to_numpy()")
+            )
         elif len(values) != len(names):
-            raise ValueError(f"the mask has shape {values.shape}; {owner} has {len(names)} {noun}s")
+            raise ValueError(f"the mask must have an entry for each of the {len(names)} {noun}s; found {len(values)}")
         if len(chosen) == 0:
-            raise ValueError(f"no {noun} was asked for; give {accepted}")
+            raise ValueError(f"{noun}s must be {accepted}; found none")
         return chosen.astype(np.int64)
     if kind == "integer" and numbers and not isinstance(wanted, pd.Index):
         positions = values.astype(np.int64)
@@ -279,16 +282,16 @@ def find(names: pd.Index, wanted: Any, noun: str, owner: str, numbers: bool = Tr
             by_name = spelled.get_indexer(pd.Index(positions).astype(str))
             if (by_name >= 0).all() and (by_name != positions).any():
                 raise ValueError(
-                    f"a Series of whole numbers could be names or positions of {noun}s; pass names as text, by "
+                    f"a Series of integers could be names or positions of {noun}s; pass names as strings, by "
                     ".astype(str), or positions without an index, by .to_numpy()"
                 )
         if len(positions) == len(names) > 2 and np.isin(positions, (0, 1)).all():
             raise ValueError(
-                f"a 0 or 1 for each {noun} may be a mask or {noun} numbers; give a mask as booleans, .astype(bool)"
+                f"a 0 or 1 for each {noun} could be a mask or {noun} numbers; pass a mask as booleans, by .astype(bool)"
             )
         low, high = np.min(positions), np.max(positions)
         if low < 0 or high >= len(names):
-            raise ValueError(f"{noun} numbers run from 0 to {len(names) - 1}; found {low} to {high}")
+            raise ValueError(f"{noun} numbers must be from 0 to {len(names) - 1}; found {low} to {high}")
         return positions
     return _places(spelled, pd.Index([str(value) for value in values], dtype=object), noun, owner)
 
@@ -301,15 +304,15 @@ def _places(names: pd.Index, wanted: pd.Index, noun: str, owner: str) -> np.ndar
 
 
 def codes(values: pd.Series, categories: Iterable[str]) -> np.ndarray:
-    """Position of each word among the categories, -1 for a missing or another one."""
+    """Position of each value among the categories; -1 for a missing or unknown value."""
     return pd.Index(list(categories), dtype=object).get_indexer(pd.Index(values, dtype=object)).astype(np.int64)
 
 
 @contextmanager
 def kept_apart() -> Iterator[None]:
-    """MuData made, read or updated here has in its `obs` what was put there, as from mudata 0.4.
+    """Inside this context, MuData does not copy the columns of modalities into its `obs`.
 
-    Earlier releases copy the modalities' columns into the whole unless they are told not to.
+    mudata 0.4 never copies them; earlier versions do by default.
     """
     import mudata
 

@@ -1,4 +1,4 @@
-"""What kind of measurement a likelihood describes, said once for all that look at it."""
+"""What kind of measurement a likelihood describes; no other file asks for the name of a likelihood."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,31 +10,31 @@ EffectScale = Literal["log2", "difference"]
 
 @dataclass(frozen=True)
 class Traits:
-    """What follows from a likelihood for checks of the data, encoders, comparisons of cells and linkage.
+    """What the likelihood of a modality means for checks of the data, encoders, comparisons of cells and linkage.
 
     Parameters
     ----------
     kind
-        The numbers that the data are checked to be: ``"count"``, ``"nonnegative"`` or ``"real"``.
+        Which numbers registration accepts: ``"count"``, ``"nonnegative"`` or ``"real"``.
     sized
-        Whether what is expected is proportional to the cell's size.
+        Whether the expected measurement is proportional to the size of the cell.
     shares
-        Whether the denoised values are shares of a cell's total, as of RNA.
+        Whether denoised values are shares of the total of a cell, as they are for RNA.
     dispersed
-        Whether counts have an inverse dispersion, as `ModalitySpec.dispersion` shapes it; only those that are `sized`.
+        Whether counts have an inverse dispersion, whose shape `ModalitySpec.dispersion` sets; requires `sized`.
     latent_size
-        Whether ``library="latent"`` of a model infers the cell's size.
+        Whether the model option ``library="latent"`` infers the size of the cell.
     binary
-        Whether a count is only asked whether it is above 0.
+        Whether only the presence of a count matters: above 0 or not.
     background
-        Whether a count may be background, as of antibodies.
+        Whether a count may be background, as it may for antibodies.
     effect
-        Scale on which two groups of cells are compared, ``"log2"`` (fold change) or ``"difference"``; None for
-        differences of real and binary values and fold changes of others.
+        Scale on which two groups of cells are compared, ``"log2"`` (fold change) or ``"difference"``. If None, real
+        and binary values are compared by differences, and others by fold changes.
     pseudocount
-        Added to both sides of a fold change, in measured units of a cell of median size.
+        Number that is added to both sides of a fold change, in units of the measurements of a cell of median size.
     transform
-        What linkage does before it standardises: ``"log"`` (of size-normalised counts), ``"centred_log_ratio"``,
+        Transformation in linkage before standardising: ``"log"`` (of size-normalised counts), ``"centred_log_ratio"``,
         ``"open"`` (above 0 or not), ``"log1p"`` or ``"as_is"``.
 
     Examples
@@ -56,7 +56,7 @@ class Traits:
 
     def __post_init__(self) -> None:
         if self.kind not in ("count", "nonnegative", "real"):
-            raise ValueError(f'the kind of data is "count", "nonnegative" or "real"; found {self.kind!r}')
+            raise ValueError(f'the kind of data must be "count", "nonnegative" or "real"; found {self.kind!r}')
 
     @property
     def scale(self) -> EffectScale:

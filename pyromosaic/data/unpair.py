@@ -1,4 +1,4 @@
-"""Taking measurements away from paired cells, so that what a model says of them can be compared with the truth."""
+"""Hiding measurements of cells, to compare the predictions of a model with them."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,7 +24,7 @@ def _complete(mdata: "MuData") -> pd.Index:
 
 
 def _mudata(modalities: "dict[str, AnnData]", obs: pd.DataFrame, origin: Mapping[str, str]) -> "MuData":
-    """A MuData whose cells have the columns `obs` of the cells that they come from."""
+    """A MuData in which each cell has the columns of `obs` of the cell that it was made from."""
     import mudata
 
     with kept_apart():
@@ -37,14 +37,14 @@ def _mudata(modalities: "dict[str, AnnData]", obs: pd.DataFrame, origin: Mapping
 
 @checked
 def hide(mdata: "MuData", n_hidden: Mapping[str, Whole], seed: Seed = 0) -> "tuple[MuData, dict[str, AnnData]]":
-    """Hide modalities of randomly chosen cells that have them all; no cell loses more than one.
+    """Hide modalities in randomly chosen cells that have all modalities; each of them loses one.
 
     Parameters
     ----------
     mdata
         The data; left as they are.
     n_hidden
-        How many cells lose each modality, ``{"adt": 200, "rna": 200}`` say.
+        Number of cells that lose each modality, e.g. ``{"adt": 200, "rna": 200}``.
     seed
         Seed of the choice.
 
@@ -53,7 +53,7 @@ def hide(mdata: "MuData", n_hidden: Mapping[str, Whole], seed: Seed = 0) -> "tup
     mosaic
         The data without the hidden measurements.
     truth
-        For each modality the hidden measurements.
+        The hidden measurements of each modality.
 
     Raises
     ------
@@ -73,7 +73,7 @@ def hide(mdata: "MuData", n_hidden: Mapping[str, Whole], seed: Seed = 0) -> "tup
             raise ValueError(f"there is no modality {name!r}; found {', '.join(map(repr, mdata.mod))}")
     total = sum(n_hidden.values())
     if total > len(complete):
-        raise ValueError(f"{total} cells are to lose a modality, but only {len(complete)} cells have all modalities")
+        raise ValueError(f"n_hidden must sum to at most {len(complete)}, the cells with all modalities; found {total}")
     chosen = np.random.default_rng(seed).permutation(complete)[:total]
     ends = np.cumsum(list(n_hidden.values()), dtype=int)
     lost = {name: chosen[end - n : end] for (name, n), end in zip(n_hidden.items(), ends, strict=True)}
@@ -88,7 +88,7 @@ def hide(mdata: "MuData", n_hidden: Mapping[str, Whole], seed: Seed = 0) -> "tup
 
 @checked
 def unpair(mdata: "MuData", share: Share, seed: Seed = 0) -> "MuData":
-    """Replace a share of the complete cells by copies that have one modality each (MultiVI's artificial unpairing).
+    """Replace a share of the complete cells by copies with one modality each (as in the MultiVI paper).
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ def unpair(mdata: "MuData", share: Share, seed: Seed = 0) -> "MuData":
     Returns
     -------
     MuData
-        Every unpaired cell ``c`` stands in it as ``c:rna``, ``c:atac``, …, once for each modality.
+        Every unpaired cell ``c`` is replaced by ``c:rna``, ``c:atac``, …, one for each modality.
 
     Raises
     ------
@@ -127,7 +127,7 @@ def unpair(mdata: "MuData", share: Share, seed: Seed = 0) -> "MuData":
 
 
 def separate(mosaic: Mosaic) -> Mosaic:
-    """The same measurements with every one a cell of its own: which of them share a cell is forgotten.
+    """The same measurements with one modality per cell: which measurements share a cell is removed.
 
     Parameters
     ----------
@@ -137,7 +137,8 @@ def separate(mosaic: Mosaic) -> Mosaic:
     Returns
     -------
     Mosaic
-        Modality after modality, cells named ``"modality:cell"``; the mosaic itself if no cell has two modalities.
+        One modality after the other, with cells named ``"modality:cell"``; the given mosaic if no cell has two
+        modalities.
 
     Examples
     --------

@@ -18,6 +18,7 @@ from pyromosaic.likelihoods.continuous import ZIG, ZILN, Log1pNormalLikelihood, 
 from pyromosaic.likelihoods.likelihood import CountLikelihood, Likelihood, Predictors, logit
 from pyromosaic.likelihoods.protein import NBMixture, two_normals
 from pyromosaic.likelihoods.rna import NB, ZINB, MultinomialLikelihood
+from pyromosaic.nn import Decoder
 
 __all__ = [
     "Bernoulli",
@@ -35,6 +36,7 @@ __all__ = [
     "ZINB",
     "likelihoods_of",
     "logit",
+    "posterior_decoders",
     "two_normals",
 ]
 
@@ -70,3 +72,37 @@ def likelihoods_of(schema: Schema) -> dict[str, Any]:
         likelihood: Any = modality.spec.likelihood
         made[name] = LIKELIHOODS[likelihood](modality) if isinstance(likelihood, str) else likelihood(modality)
     return made
+
+
+def posterior_decoders(
+    schema: Schema,
+    likelihoods: Mapping[str, Any],
+    width: Mapping[str, int],
+    n_hidden: int,
+    n_layers: int = 1,
+    embedding: int = 0,
+) -> dict[str, Decoder]:
+    """Decoders in the guide, for the posteriors of the latent variables of likelihoods.
+
+    Parameters
+    ----------
+    schema
+        The modalities.
+    likelihoods
+        Likelihoods by modality.
+    width
+        By modality, the dimension of the latent variables that the decoder receives.
+    n_hidden, n_layers, embedding
+        See `pyromosaic.nn.Decoder`.
+
+    Returns
+    -------
+    dict
+        Decoders by modality, for likelihoods with `Likelihood.posterior_predictors`.
+    """
+    heads = {name: likelihood.posterior_predictors for name, likelihood in likelihoods.items()}
+    return {
+        name: Decoder(schema[name], predictors, width[name], n_hidden, n_layers, embedding=embedding)
+        for name, predictors in heads.items()
+        if predictors
+    }

@@ -44,7 +44,7 @@ class Likelihood(PyroModule):
     data_kind
         Kind of values that registration accepts: ``"count"``, ``"nonnegative"`` or ``"real"``.
     traits
-        In place of `data_kind`, if there is more to say: whether the cell's size matters, how groups of cells are
+        Use it in place of `data_kind` to set more, e.g. whether sizes of cells matter, and how groups of cells are
         compared; see `pyromosaic.data.Traits`.
     predictors
         Names of the decoder's outputs, each of shape (..., cells, features).

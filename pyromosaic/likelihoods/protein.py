@@ -150,7 +150,7 @@ def two_normals(x: np.ndarray, n_cells: int = 500, n_steps: int = 20) -> tuple[n
     """
     x = x[:: max(1, len(x) // n_cells)]
     loc = np.quantile(x, [0.25, 0.9], axis=0)
-    scale = np.stack([x.std(0), x.std(0)]) + 1e-2
+    scale = np.stack([x.std(0), x.std(0)]) + 1e-2  # here and below, so that no component shrinks to one value
     weight = np.full((2, x.shape[1]), 0.5)
     for _ in range(n_steps):
         log_density = np.log(weight) - np.log(scale) - 0.5 * ((x[:, None] - loc) / scale) ** 2

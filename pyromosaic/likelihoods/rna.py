@@ -80,7 +80,7 @@ class MultinomialLikelihood(NB):
 
     def __init__(self, schema: ModalitySchema) -> None:
         super().__init__(schema)
-        del self.log_theta
+        del self.log_theta  # a multinomial has no inverse dispersion
 
     def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
         """Multinomial of every cell."""

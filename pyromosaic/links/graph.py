@@ -273,8 +273,8 @@ class GuidanceGraph:
         """
         features = _features(data)
         nodes = _find(features, [end for edge in edges for end in edge], False).reshape(-1, 2).T
-        n = (len(edges),)
-        return cls(features, nodes, np.broadcast_to(weight, n), np.broadcast_to(sign, n))
+        shape = (len(edges),)
+        return cls(features, nodes, np.broadcast_to(weight, shape), np.broadcast_to(sign, shape))
 
     @classmethod
     def from_data(cls, data: Mosaic | Schema, graph: Any) -> "GuidanceGraph":
@@ -446,8 +446,8 @@ class GuidanceGraph:
             return cls.from_data(data, graph)
         if not isinstance(graph, cls):
             raise ValueError(
-                f"found a graph of type {type(graph).__name__}; accepted: GuidanceGraph, Links, "
-                "pandas.DataFrame, torch_geometric.data.Data, or None for equal names"
+                "graph must be a GuidanceGraph, Links, pandas.DataFrame or torch_geometric.data.Data, or None for "
+                f"equal names; found a {type(graph).__name__}"
             )
         if graph.features != _features(data):
             raise ValueError("the guidance graph was made for other features; build it from the data of the model")

@@ -54,14 +54,14 @@ def as_finite(values: ArrayLike, name: str) -> NDArray[np.floating]:
     """Return a non-empty real array; float32 stays float32, other types become float64."""
     array = np.asarray(values)
     if array.dtype.kind not in "fiub":
-        raise ValueError(f"`{name}` has dtype {array.dtype}; expected real numbers.")
+        raise ValueError(f"`{name}` must be real numbers; found dtype {array.dtype}.")
     if array.size == 0:
-        raise ValueError(f"`{name}` has shape {array.shape}; expected at least one entry.")
+        raise ValueError(f"`{name}` must have at least one entry; found shape {array.shape}.")
     if array.dtype != np.float32:
         array = array.astype(np.float64, copy=False)
     n_bad = array.size - np.count_nonzero(np.isfinite(array))
     if n_bad:
-        raise ValueError(f"`{name}` is NaN or infinite in {n_bad} of {array.size} entries; every entry must be finite.")
+        raise ValueError(f"`{name}` must be finite; found NaN or infinity in {n_bad} of {array.size} entries.")
     return array
 
 
@@ -69,7 +69,7 @@ def as_latent(values: ArrayLike, name: str) -> NDArray[np.float64]:
     """Return latents, cells by dimensions, in double precision so that distances keep their order."""
     latent = as_finite(values, name)
     if latent.ndim != 2:
-        raise ValueError(f"`{name}` has shape {latent.shape}; expected a matrix of cells by dimensions.")
+        raise ValueError(f"`{name}` must be a matrix of cells by dimensions; found shape {latent.shape}.")
     return latent.astype(np.float64, copy=False)
 
 
@@ -81,8 +81,7 @@ def as_latent_pair(
     first, second = as_latent(x, names[0]), as_latent(y, names[1])
     if first.shape[1] != second.shape[1]:
         raise ValueError(
-            f"`{names[0]}` has {first.shape[1]} dimensions and `{names[1]}` has {second.shape[1]}; "
-            "both must lie in the same latent space."
+            f"`{names[0]}` and `{names[1]}` need the same dimensions; found {first.shape[1]} and {second.shape[1]}."
         )
     if np.array_equal(first, second):
         raise ValueError(f"`{names[0]}` and `{names[1]}` are the same matrix; pass the latents of two modalities.")
@@ -95,11 +94,10 @@ def as_copies(x: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDArray[
     first, second = as_latent_pair(x, y)
     if len(first) != len(second):
         raise ValueError(
-            f"`x` has {len(first)} rows and `y` has {len(second)}; row i of both must be the same cell, "
-            "therefore both need the same number of rows."
+            f"`x` and `y` must have the same cells, row by row; found {len(first)} and {len(second)} rows."
         )
     if len(first) < 2:
-        raise ValueError("`x` and `y` have 1 row; at least two cells are needed to compare distances.")
+        raise ValueError("`x` and `y` must have at least 2 cells, whose distances are compared; found 1.")
     return first, second
 
 
@@ -109,7 +107,7 @@ def as_labels(labels: Any, n_cells: int, name: str) -> NDArray[np.object_]:
     if array.ndim == 2 and array.shape[1] == 1 and isinstance(labels, pd.DataFrame):
         array = array[:, 0]
     if array.shape != (n_cells,):
-        raise ValueError(f"`{name}` has shape {array.shape}; expected one label for each of {n_cells} cells.")
+        raise ValueError(f"`{name}` must have one label for each of {n_cells} cells; found shape {array.shape}.")
     n_missing = np.count_nonzero(pd.isna(array))
     if n_missing:
         raise ValueError(f"`{name}` has no label for {n_missing} of {n_cells} cells; leave out cells without a label.")
@@ -120,7 +118,7 @@ def as_labels(labels: Any, n_cells: int, name: str) -> NDArray[np.object_]:
 def as_sparse(values: Any, name: str) -> sparse.csr_array:
     """Return a finite matrix, cells by features, dense or sparse, as CSR without stored zeros."""
     if len(np.shape(values)) != 2 or 0 in np.shape(values):
-        raise ValueError(f"`{name}` has shape {np.shape(values)}; expected a matrix of cells by features.")
+        raise ValueError(f"`{name}` must be a matrix of cells by features; found shape {np.shape(values)}.")
     if not sparse.issparse(values):
         values = as_finite(values, name)
     matrix = sparse.csr_array(values, copy=True)
@@ -135,7 +133,7 @@ def as_counts(values: Any, name: str) -> sparse.csr_array:
     """Return a matrix of counts, cells by features, as CSR without stored zeros."""
     matrix = as_sparse(values, name)
     if matrix.nnz and matrix.data.min() < 0:
-        raise ValueError(f"`{name}` has the value {matrix.data.min():g}; counts must not be negative.")
+        raise ValueError(f"`{name}` must not be negative; found {matrix.data.min():g}.")
     return matrix
 
 
@@ -143,11 +141,11 @@ def check_same_shape(first: Any, second: Any, names: tuple[str, str]) -> None:
     """Refuse two arrays whose entries do not correspond."""
     if first.shape != second.shape:
         raise ValueError(
-            f"`{names[0]}` has shape {first.shape} and `{names[1]}` has shape {second.shape}; both need the same shape."
+            f"`{names[0]}` and `{names[1]}` must have the same shape; found {first.shape} and {second.shape}."
         )
 
 
 def check_number(value: int, name: str, most: int, limit: str) -> None:
-    """Refuse a number of neighbours, bins, blocks or components that is not an integer from 1 to `most`."""
+    """Refuse a number of neighbours, bins, blocks or components that is not a whole number from 1 to `most`."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or not 1 <= value <= most:
-        raise ValueError(f"`{name}` is {value!r}; an integer from 1 to {most} is accepted ({limit}).")
+        raise ValueError(f"`{name}` must be a whole number from 1 to {most} ({limit}); found {value!r}.")

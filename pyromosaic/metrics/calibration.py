@@ -42,9 +42,7 @@ def interval_coverage(truth: ArrayLike, lower: ArrayLike, upper: ArrayLike) -> f
     check_same_shape(truth, upper, ("truth", "upper"))
     n_reversed = np.count_nonzero(lower > upper)
     if n_reversed:
-        raise ValueError(
-            f"`lower` is above `upper` in {n_reversed} of {truth.size} intervals; lower <= upper is required."
-        )
+        raise ValueError(f"`lower` must not be above `upper`; found this in {n_reversed} of {truth.size} intervals.")
     return float(np.mean((lower <= truth) & (truth <= upper)))
 
 
@@ -85,9 +83,9 @@ def reliability_curve(confidence: ArrayLike, correct: ArrayLike, n_bins: Count =
     check_same_shape(confidence, correct, ("confidence", "correct"))
     low, high = np.min(confidence), np.max(confidence)
     if low < 0 or high > 1:
-        raise ValueError(f"`confidence` ranges from {low:g} to {high:g}; probabilities lie in [0, 1].")
+        raise ValueError(f"`confidence` must be probabilities, from 0 to 1; found {low:g} to {high:g}.")
     if not np.isin(correct, (0, 1)).all():
-        raise ValueError("`correct` has values other than 0 and 1; each prediction is either right or wrong.")
+        raise ValueError("`correct` must be 0 or 1 for each prediction; found other values.")
     check_number(n_bins, "n_bins", np.iinfo(np.int32).max, "bins of equal width")
     edges = np.linspace(0, 1, n_bins + 1)
     means = _means_by_bin(confidence, edges, {"confidence": confidence, "accuracy": correct}).reindex(range(n_bins))
@@ -179,7 +177,7 @@ def error_by_uncertainty(error: ArrayLike, uncertainty: ArrayLike, n_bins: Count
     error, uncertainty = as_finite(error, "error"), as_finite(uncertainty, "uncertainty")
     check_same_shape(error, uncertainty, ("error", "uncertainty"))
     if np.min(uncertainty) < 0:
-        raise ValueError(f"`uncertainty` has the value {np.min(uncertainty):g}; it must not be negative.")
+        raise ValueError(f"`uncertainty` must not be negative; found {np.min(uncertainty):g}.")
     check_number(n_bins, "n_bins", error.size, "the number of predictions")
     edges = np.quantile(uncertainty, np.linspace(0, 1, n_bins + 1), method="inverted_cdf")
     means = _means_by_bin(uncertainty, edges, {"uncertainty": uncertainty, "squared_error": error**2})

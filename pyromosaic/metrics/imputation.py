@@ -58,7 +58,7 @@ def imputation_spearman(
 
     """
     if per not in ("all", "cell", "feature"):
-        raise ValueError(f"`per` is {per!r}; 'all', 'cell' or 'feature' is accepted.")
+        raise ValueError(f"`per` must be 'all', 'cell' or 'feature'; found {per!r}.")
     truth, imputed = aligned(("truth", "imputed"), truth, imputed)
     truth, imputed = as_sparse(truth, "truth"), as_finite(imputed, "imputed")
     check_same_shape(truth, imputed, ("truth", "imputed"))
@@ -155,7 +155,7 @@ def scale_by_library(counts: Any, total: Positive = 1e4) -> sparse.csr_array:
 
     """
     if not 0 < total < np.inf:
-        raise ValueError(f"`total` is {total!r}; a positive number of counts is accepted.")
+        raise ValueError(f"`total` must be a number of counts above 0; found {total!r}.")
     counts = as_counts(counts, "counts").astype(np.float64)
     library = counts.sum(axis=1)
     factor = np.divide(total, library, out=np.zeros_like(library), where=library > 0)
@@ -211,7 +211,7 @@ def smooth_by_neighbors(
     (40, 20)
     """
     if method not in ("pca", "lsi"):
-        raise ValueError(f"`method` is {method!r}; 'pca' (expression) or 'lsi' (accessibility) is accepted.")
+        raise ValueError(f"`method` must be 'pca' (expression) or 'lsi' (accessibility); found {method!r}.")
     counts = as_counts(counts, "counts")
     check_number(n_components, "n_components", min(counts.shape) - 1, "fewer than cells and features")
     check_number(n_neighbors, "n_neighbors", counts.shape[0] - 1, "the number of other cells")

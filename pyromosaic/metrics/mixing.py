@@ -93,7 +93,7 @@ def modality_enrichment(latent: ArrayLike, groups: Any, n_neighbors: Count = 15)
     groups = as_labels(groups, len(latent), "groups")
     shares = pd.Series(groups).value_counts(normalize=True)
     if len(shares) < 2:
-        raise ValueError(f"Every cell belongs to group {groups[0]!r}; mixing needs at least two groups.")
+        raise ValueError(f"mixing needs at least 2 groups; found only {groups[0]!r}.")
     return _share_of_own(latent, groups, n_neighbors) / float(np.sum(shares**2))
 
 

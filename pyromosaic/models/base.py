@@ -71,10 +71,7 @@ class TrainedModel:
         model.options = _options(cls, args, kwargs)
         for data in (*args[:1], *(value for name, value in kwargs.items() if name == "data")):
             if not isinstance(data, Mosaic | Schema):
-                raise ValueError(
-                    f"{cls.__name__} takes a Mosaic, from Mosaic.from_mudata or Mosaic.from_anndata; found a "
-                    f"{type(data).__name__}"
-                )
+                raise ValueError(f"data must be a Mosaic, e.g. from Mosaic.from_mudata; found a {type(data).__name__}")
         return model
 
     @contextmanager
@@ -100,7 +97,7 @@ class TrainedModel:
         Raises
         ------
         TypeError
-            If ``self.model`` or ``self.guide`` is not there at the end, is no `pyromosaic.program.Program`, or holds
+            If ``self.model`` or ``self.guide`` is missing at the end, is not a `pyromosaic.program.Program`, or has
             modules in a dictionary.
         """
         self.mosaic = self.arranged(data) if isinstance(data, Mosaic) else None
@@ -108,7 +105,7 @@ class TrainedModel:
         check_names(self.schema)
         for name, modality in (self.mosaic.modalities if self.mosaic is not None else {}).items():
             if modality.present.sum() == 1:
-                raise ValueError(f"modality {name!r} has 1 cell; accepted: at least 2")
+                raise ValueError(f"modality {name!r} must have at least 2 cells; found 1")
         self.history = pd.DataFrame()
         self.split: Split | None = None
         with one_thread, torch.random.fork_rng(), pyro.settings.context(module_local_params=True):
@@ -419,7 +416,7 @@ def _options(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dic
     bound = constructor.bind_partial(None, *args, **kwargs)
     bound.apply_defaults()
     options: dict[str, Any] = {}
-    for name, value in list(bound.arguments.items())[2:]:  # behind the model itself and its data
+    for name, value in list(bound.arguments.items())[2:]:  # after the model itself and its data
         kind = constructor.parameters[name].kind
         options |= value if kind is Parameter.VAR_KEYWORD else {name: value}
     return options

@@ -21,7 +21,7 @@ from pyromosaic.accepted import Count, Layers, Positive, Rate, Seed, Share, Weig
 from pyromosaic.data import Minibatch, Mosaic, Schema, View, contrastive_loader
 from pyromosaic.described import complete
 from pyromosaic.fusion import Fusion, Posterior, agreement_weights, fusion_of, leave_out, presence
-from pyromosaic.likelihoods import likelihoods_of
+from pyromosaic.likelihoods import likelihoods_of, posterior_decoders
 from pyromosaic.measurement import Measurement, MeasurementGuide, Plates, cells, encoded
 from pyromosaic.models.mosaic_model import Preset
 from pyromosaic.models.salient import Contrasting, Parts, cohorts_of
@@ -328,39 +328,34 @@ class ContrastiveVI(Contrasting):
                 network = encoder or partial(Encoder, input_dropout=input_dropout)
                 return {name: network(m, n, *shape) for name, m in modalities}
 
-            def decoders(heads: str, network: Callable[..., nn.Module] = Decoder) -> dict[str, Any]:
-                wanted = {name: getattr(likelihood, heads) for name, likelihood in likelihoods.items()}
-                return {
-                    name: network(schema[name], predictors, width, n_hidden, n_decoder_layers)
-                    for name, predictors in wanted.items()
-                    if predictors
-                }
-
-            explaining = decoders("predictors", decoder or Decoder)
+            decoders: dict[str, Any] = {
+                name: (decoder or Decoder)(m, likelihoods[name].predictors, width, n_hidden, n_decoder_layers)
+                for name, m in modalities
+            }
             of_s = ARD() if isinstance(salient_prior, str) else salient_prior or StandardNormal()
             of_s = complete(of_s, n_latent=n_salient)
             if isinstance(of_s, ARD):
-                for network in explaining.values():
+                for network in decoders.values():
                     unit_columns(network.hidden[0], n_latent, width)
             latent = latent_sizes(library, schema)
             of_z, of_salient = encoders(n_latent), encoders(n_salient * len(parts))
             size_encoders = {name: Encoder(schema[name], 1, n_hidden, 1, dropout, encode_covariates) for name in latent}
-            inferring = decoders("posterior_predictors")
-            plates = {name: Plates(name, m.n_features) for name, m in modalities}
-            self.model = self.Model(
-                parts,
-                complete(prior or StandardNormal(), n_latent=n_latent),
-                of_s,
-                {
-                    name: Measurement(
-                        plates[name],
-                        (LatentSize if name in latent else Size)(name, m, width),
-                        explaining[name],
-                        likelihoods[name],
-                    )
-                    for name, m in modalities
-                },
+            inferring = posterior_decoders(
+                schema, likelihoods, dict.fromkeys(schema.modalities, width), n_hidden, n_decoder_layers
             )
+            explains, infers = {}, {}
+            for name, m in modalities:
+                plates, size = Plates(name, m.n_features), (LatentSize if name in latent else Size)(name, m, width)
+                explains[name] = Measurement(plates, size, decoders[name], likelihoods[name])
+                infers[name] = MeasurementGuide(
+                    plates,
+                    PairEncoder(of_z[name], of_salient[name]),
+                    n_latent,
+                    decoder=inferring.get(name),
+                    likelihood=likelihoods[name],
+                    size_encoder=size_encoders.get(name),
+                )
+            self.model = self.Model(parts, complete(prior or StandardNormal(), n_latent=n_latent), of_s, explains)
             given = penalties if isinstance(penalties, Mapping) else {"cohorts": penalties}
             between = [chosen("jeffreys", jeffreys, Jeffreys), chosen("mmd", mmd, MMD)]
             own_penalties: dict[str, list[Penalty]] = {
@@ -371,26 +366,11 @@ class ContrastiveVI(Contrasting):
             }
             if not set(given) <= set(own_penalties):
                 raise ValueError(
-                    f"penalties compare {', '.join(map(repr, own_penalties))}; found {', '.join(map(repr, given))}"
+                    f"the keys of penalties must be among {', '.join(map(repr, own_penalties))}; found "
+                    f"{', '.join(map(repr, given))}"
                 )
             used = {what: with_given(mine, given.get(what, ())) for what, mine in own_penalties.items()}
-            self.guide = self.Guide(
-                parts,
-                {
-                    name: MeasurementGuide(
-                        plates[name],
-                        PairEncoder(of_z[name], of_salient[name]),
-                        n_latent,
-                        decoder=inferring.get(name),
-                        likelihood=likelihoods[name],
-                        size_encoder=size_encoders.get(name),
-                    )
-                    for name, _ in modalities
-                },
-                fusion_of(fusion, tuple(schema.modalities)),
-                used,
-                left_out,
-            )
+            self.guide = self.Guide(parts, infers, fusion_of(fusion, tuple(schema.modalities)), used, left_out)
 
     def check_data(self, mosaic: Mosaic) -> None:
         """Refuse cohorts that cannot be distinguished from batches."""

@@ -23,12 +23,12 @@ from pyromosaic.described import complete
 from pyromosaic.fusion import Fusion, fusion_of, presence
 from pyromosaic.guidance import linked_scores
 from pyromosaic.labels import Labels, check_labels
-from pyromosaic.likelihoods import likelihoods_of
+from pyromosaic.likelihoods import likelihoods_of, posterior_decoders
 from pyromosaic.links import GuidanceGraph
 from pyromosaic.measurement import MeasurementGuide, Plates, cells, encoded
 from pyromosaic.models.embedded import Embedded, LinkedMeasurement, Weights, directed
 from pyromosaic.models.mosaic_model import Cells, Preset
-from pyromosaic.nn import Decoder, Encoder, GraphEncoder, InnerProductDecoder
+from pyromosaic.nn import Encoder, GraphEncoder, InnerProductDecoder
 from pyromosaic.penalties import (
     Anchors,
     Classifier,
@@ -46,7 +46,7 @@ from pyromosaic.program import Program, Slots, own
 from pyromosaic.sizes import Size
 from pyromosaic.tasks import inference_mode
 
-#: The loss of scvi-tools' DIAGVI with its default weights, and how that is trained (but for Adam's epsilon).
+#: The loss and the training of scvi-tools' DIAGVI with its default weights (except for the epsilon of Adam).
 REFERENCE = Preset(
     options={
         "n_latent": 50,
@@ -210,9 +210,9 @@ class DiagVI(Embedded):
         Whether a cell with several modalities stays one cell. By default each of its measurements becomes a separate
         cell, named ``"modality:cell"``.
     prior
-        Prior of z: ``"normal"``, standard normal; ``"mixture"``, of Gaussians, tied to labels if there are any
-        (without labels ``GaussianMixture(n_components=...)`` says how many); or a callable module from a minibatch to a
-        distribution.
+        Prior of z: ``"normal"``, a standard normal; ``"mixture"``, a mixture of Gaussians with one component per label
+        (without labels, set their number by ``GaussianMixture(n_components=...)``); or a module that maps a minibatch
+        to a distribution.
     fusion
         How to combine the posteriors of a cell's modalities, as in `MultiVI`; it has an effect only with `pairing`.
     encoder, decoder
@@ -228,9 +228,9 @@ class DiagVI(Embedded):
         `pyromosaic.penalties`, which also takes a reference modality.
     anchors, pull, classifier
         Weights of `Anchors` and `Pull` to the linkage's scores, and of the classifier of labels; or these penalties.
-        The pull is 20 by default, and 2 beside a mixture, whose components must be free to move.
+        The pull is 20 by default, or 2 with a mixture, because its components must be free to move.
     kl_per_feature
-        Divide the divergences of a modality's cells by its number of features, as the reference does.
+        Whether to divide the divergences of the cells of a modality by its number of features, as the reference does.
     linkage
         Scores of cells in one space for all modalities, used for anchors and pull: ``"cca"`` computes them before
         training from the links of the graph; or give a table of scores with one row per cell; None uses no scores.
@@ -317,12 +317,7 @@ class DiagVI(Embedded):
                 name: (decoder or InnerProductDecoder)(m, likelihoods[name].predictors, n_private)
                 for name, m in modalities.items()
             }
-            posterior_decoders = {
-                name: Decoder(modalities[name], likelihood.posterior_predictors, width, n_hidden)
-                for name, likelihood in likelihoods.items()
-                if likelihood.posterior_predictors
-            }
-            sizes = {name: Size(name, m, n_latent) for name, m in modalities.items()}
+            inferring = posterior_decoders(schema, likelihoods, dict.fromkeys(modalities, width), n_hidden)
             if isinstance(prior, str):
                 prior = GaussianMixture() if prior == "mixture" else StandardNormal()
             of_z: nn.Module = complete(prior, n_latent=n_latent, labels=labels)
@@ -330,10 +325,6 @@ class DiagVI(Embedded):
                 pull = 2.0 if isinstance(of_z, GaussianMixture) else 20.0
             per_feature = {name: m.n_features if kl_per_feature else 1 for name, m in modalities.items()}
             weights = Weights(graph_weight, {name: shared_kl / n for name, n in per_feature.items()})
-            plates = {
-                name: Plates(name, m.n_features, likelihood_weight, private_kl / per_feature[name], balanced=True)
-                for name, m in modalities.items()
-            }
             edges, strength, sign = directed(self.graph)
             known = {"labels": labels, "n_latent": n_latent}
             self.classifier = chosen("classifier", classifier, Classifier, **known) if len(labels) else None
@@ -343,29 +334,18 @@ class DiagVI(Embedded):
                 chosen("pull", pull, Pull, scores=self.scores),
                 *([] if self.classifier is None else [self.classifier]),
             ]
-            self.model = self.Model(
-                self.graph,
-                of_z,
-                {
-                    name: LinkedMeasurement(plates[name], sizes[name], decoders[name], likelihoods[name], n_private)
-                    for name in modalities
-                },
-                weights,
-                n_latent,
-            )
+            explains, infers = {}, {}
+            for name, m in modalities.items():
+                plates = Plates(name, m.n_features, likelihood_weight, private_kl / per_feature[name], balanced=True)
+                size, likelihood = Size(name, m, n_latent), likelihoods[name]
+                explains[name] = LinkedMeasurement(plates, size, decoders[name], likelihood, n_private)
+                infers[name] = MeasurementGuide(
+                    plates, encoders[name], n_latent, n_private, inferring.get(name), likelihood
+                )
+            self.model = self.Model(self.graph, of_z, explains, weights, n_latent)
             self.guide = self.Guide(
                 GraphEncoder(self.graph.n_features, edges, strength * sign, n_latent),
-                {
-                    name: MeasurementGuide(
-                        plates[name],
-                        encoders[name],
-                        n_latent,
-                        n_private,
-                        posterior_decoders.get(name),
-                        likelihoods[name],
-                    )
-                    for name in modalities
-                },
+                infers,
                 fusion_of(fusion, tuple(modalities)),
                 with_given(aligned, penalties),
                 weights,

@@ -198,10 +198,10 @@ class Keeping(TrainedModel):
 
     @checked
     def adapt(self, data: Any, n_epochs: Count = 50, **training: Any) -> Self:
-        """A copy of the model that knows the batches of new cells too; only what belongs to these is fitted.
+        """A copy of the model with additional batches; only the parameters of these batches are fitted.
 
-        All other parameters stay as they are, so nothing that the model says of cells of known batches changes. A model
-        without parameters of batches is not fitted at all. The new cells need not have all modalities.
+        All other parameters stay as they are; therefore results for cells of known batches do not change. A model
+        without parameters of batches is not fitted. The new cells need not have all modalities.
 
         Parameters
         ----------

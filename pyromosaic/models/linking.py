@@ -53,8 +53,8 @@ class Linking(MosaicModel):
     def link_agreement(self, graph: Any, n_neighbors: Count = 15) -> float:
         """Agreement of linked features between a cell and its nearest cells in the other modality.
 
-        With links that the model was not given, it says without pairs or labels which of two models aligns better. You
-        can use it to choose the weights of the penalties.
+        With links that the model was not trained with, it shows which of two models aligns better, without pairs or
+        labels. You can use it to choose the weights of the penalties.
 
         Parameters
         ----------
@@ -82,10 +82,10 @@ class Linking(MosaicModel):
     def feature_links(
         self, first: str, second: str, *, level: Share = 0.05, n_shuffles: Count = 100, seed: Seed = 0
     ) -> pd.DataFrame:
-        """Features of two modalities that respond alike to the shared latent variable: candidates for links.
+        """Features of two modalities with similar responses to the shared latent variable: candidates for links.
 
         The posterior means of all cells are decoded in both modalities. The association of two features is the
-        covariance of their standardised expected measurements, so it is large if z explains much of both. Responses to
+        covariance of their standardised expected measurements, which is large if z explains much of both. Responses to
         a few dimensions all resemble each other. Therefore the null distribution comes from unrelated latent spaces:
         the second modality decodes posterior means that were rotated at random. An association is beyond chance if its
         absolute value is larger than the largest of all pairs in all but a share `level` of the rotations.

@@ -18,12 +18,12 @@ class MosaicModel(Locating, Asking, Keeping):
     - The model samples ``z``, shape (cells, 1, latent), inside `pyromosaic.measurement.cells`, and for each modality of
       ``minibatch.decoded`` a site of its name with ``obs=view.counts``. To predict, ``view.counts`` is None.
     - The guide samples ``z``, and what else is latent in the model, from the modalities of ``minibatch.observed``.
-    - Where both hold their modalities as ``self.modalities``, `pyromosaic.program.Slots` of
-      `pyromosaic.measurement.Measurement` and `MeasurementGuide`, start values are set, sizes learnt and likelihoods
-      asked for denoised values and differences.
+    - If both have ``self.modalities``, `pyromosaic.program.Slots` of `pyromosaic.measurement.Measurement` and
+      `MeasurementGuide`, the base class sets start values, learns sizes, and computes denoised values and differences
+      from the likelihoods.
 
-    Arguments of the constructor, by name, are saved with a model, and given to it again with a `Schema` in place of
-    data by `load` and `adapt`. `pyromosaic.testing.check_model` tells whether a class answers all questions.
+    `save` stores the arguments of the constructor by name. `load` and `adapt` pass them to the constructor again, with
+    a `Schema` in place of data. `pyromosaic.testing.check_model` checks all methods of a class.
 
     Attributes
     ----------
@@ -44,7 +44,7 @@ class MosaicModel(Locating, Asking, Keeping):
     >>> from pyromosaic import Mosaic, MultiVI, simulate
     >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0], batch_key="batch")
     >>> model = MultiVI(mosaic, n_latent=3)
-    >>> model  # what it was not trained for it answers by its start values
+    >>> model  # before training, results are those of the start values
     MultiVI, not trained, on Mosaic of 60 cells
       rna: 40 cells × 50 features, nb, batch 'batch' (2)
       adt: 40 cells × 5 features, nb_mixture, batch 'batch' (2)

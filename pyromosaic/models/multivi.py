@@ -19,7 +19,7 @@ from pyromosaic.accepted import Dimensions, Layers, Rate, Seed, Share, Weight, W
 from pyromosaic.data import Minibatch, Mosaic, Schema, measured
 from pyromosaic.described import complete
 from pyromosaic.fusion import Fusion, Posterior, agreement_weights, fusion_of, leave_out, presence
-from pyromosaic.likelihoods import likelihoods_of
+from pyromosaic.likelihoods import likelihoods_of, posterior_decoders
 from pyromosaic.measurement import Measurement, MeasurementGuide, Plates, cells, encoded
 from pyromosaic.models.mosaic_model import Cells, MosaicModel, Preset
 from pyromosaic.nn import Decoder, Encoder
@@ -274,48 +274,26 @@ class MultiVI(MosaicModel):
                 )
                 for name, m in modalities.items()
             }
-
-            def decoders(heads: str, network: Callable[..., nn.Module]) -> dict[str, nn.Module]:
-                wanted = {name: getattr(likelihood, heads) for name, likelihood in likelihoods.items()}
-                return {
-                    name: network(schema[name], predictors, width[name], n_hidden, n_decoder_layers)
-                    for name, predictors in wanted.items()
-                    if predictors
-                }
-
-            explaining = decoders("predictors", decoder or decode)
+            decoders = {
+                name: (decoder or decode)(m, likelihoods[name].predictors, width[name], n_hidden, n_decoder_layers)
+                for name, m in modalities.items()
+            }
             latent = latent_sizes(library, schema)
             known = {"schema": schema, "n_latent": n_latent}
             adversaries = [chosen("adversary", adversary, Adversary, **known)] if adversary else []
             size_encoders = {name: encode(schema[name], 1, n_hidden, 1, dropout, encode_covariates) for name in latent}
-            inferring = decoders("posterior_predictors", decode)
-            plates = {name: Plates(name, m.n_features, private_kl=private_kl) for name, m in modalities.items()}
-            self.model = self.Model(
-                complete(prior or StandardNormal(), n_latent=n_latent),
-                {
-                    name: Measurement(
-                        plates[name],
-                        (LatentSize if name in latent else Size)(name, m, n_latent),
-                        explaining[name],
-                        likelihoods[name],
-                        private.get(name, 0),
-                    )
-                    for name, m in modalities.items()
-                },
-            )
+            inferring = posterior_decoders(schema, likelihoods, width, n_hidden, n_decoder_layers, covariate_embedding)
+            explains, infers = {}, {}
+            for name, m in modalities.items():
+                plates, likelihood = Plates(name, m.n_features, private_kl=private_kl), likelihoods[name]
+                size, own = (LatentSize if name in latent else Size)(name, m, n_latent), private.get(name, 0)
+                explains[name] = Measurement(plates, size, decoders[name], likelihood, own)
+                infers[name] = MeasurementGuide(
+                    plates, encoders[name], n_latent, own, inferring.get(name), likelihood, size_encoders.get(name)
+                )
+            self.model = self.Model(complete(prior or StandardNormal(), n_latent=n_latent), explains)
             self.guide = self.Guide(
-                {
-                    name: MeasurementGuide(
-                        plates[name],
-                        encoders[name],
-                        n_latent,
-                        private.get(name, 0),
-                        inferring.get(name),
-                        likelihoods[name],
-                        size_encoders.get(name),
-                    )
-                    for name in modalities
-                },
+                infers,
                 fusion_of(fusion, tuple(modalities)),
                 left_out,
                 with_given([chosen("jeffreys", jeffreys, Jeffreys), chosen("mmd", mmd, MMD)], penalties),

@@ -11,7 +11,7 @@ from pyromosaic.program import Slots
 
 
 def carry_over(old: nn.Module, new: nn.Module, before: Schema, after: Schema) -> dict[str, Tensor]:
-    """Give a program the weights of one that knows fewer batches.
+    """Copy weights to a program from one with fewer batches.
 
     Entries for a new batch start at the mean of the entries for the old ones, and follow them: along a dimension of
     batches they are at the end; along the inputs of a layer they are before the other covariates, which come last.
@@ -19,7 +19,7 @@ def carry_over(old: nn.Module, new: nn.Module, before: Schema, after: Schema) ->
     Parameters
     ----------
     old, new
-        Models or guides; `new` knows more batches than `old`.
+        Models or guides; `new` has more batches than `old`.
     before, after
         Their schemas.
 
@@ -39,7 +39,7 @@ def carry_over(old: nn.Module, new: nn.Module, before: Schema, after: Schema) ->
             n_old, n_new = len(schema.categories[key]), len(after[modality].categories[key])
             fresh = torch.zeros_like(state[name], dtype=torch.bool)
             for dim in (d for d in range(value.ndim) if value.shape[d] != state[name].shape[d]):
-                sums = name.endswith(".products")  # over cells, for how sure a layer is: of a new batch there are none
+                sums = name.endswith(".products")  # sums over cells for the posterior of a layer; 0 for a new batch
                 n = value.shape[dim] - sums  # whose last entry is the bias
                 stop = n_old if n == n_old else n - schema.n_covariates + n_old
                 known = value.narrow(dim, stop - n_old, n_old).mean(dim, keepdim=True) * (not sums)

@@ -27,7 +27,7 @@ from pyromosaic.data import Minibatch, Mosaic, Schema, separate
 from pyromosaic.described import complete
 from pyromosaic.fusion import MeanFusion, presence
 from pyromosaic.guidance import linked_scores
-from pyromosaic.likelihoods import Likelihood, likelihoods_of
+from pyromosaic.likelihoods import Likelihood, likelihoods_of, posterior_decoders
 from pyromosaic.links import GuidanceGraph
 from pyromosaic.measurement import Measurement, MeasurementGuide, Plates, cells, encoded
 from pyromosaic.models.linking import Linking
@@ -101,7 +101,9 @@ class ScModalModel(Program):
         super().__init__()
         self.prior = own(prior)
         self.modalities = Slots(modalities)
-        self.balanced = dict.fromkeys(modalities, 1.0)  # every modality counts alike, however many cells have it
+        self.balanced = dict.fromkeys(
+            modalities, 1.0
+        )  # every modality has the same total weight, regardless of its number of cells
 
     def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> Tensor:
         """``z, z_m ~ Normal(0, I)``, ``x_m ~ likelihood_m(decoder_m(z, z_m, batch))`` for each modality m.
@@ -186,19 +188,19 @@ class ScModal(Linking):
         Pairs of modalities to align: ``"chain"`` aligns each with the next in the order of the data; ``"all"`` aligns
         all pairs.
     linkage
-        What anchors are found by: ``"cca"``, scores that all modalities share, computed from the graph's links before
-        training; ``"features"``, linked features themselves, as the reference does; a table of scores of your own, a
-        row a cell; or None for no anchors.
+        What is compared to find anchors: ``"cca"``, scores in one space for all modalities, computed from the links of
+        the graph before training; ``"features"``, the linked features, as in the reference; a table of your scores with
+        one row per cell; or None for no anchors.
     refresh_every
-        After every so many epochs anchors are sought anew, by the mean of two cosines: of the linkage's scores and of
-        the current posterior means. 0 to keep to the linkage.
+        Number of epochs after which anchors are found again, from the mean of two cosine similarities: of the scores of
+        the linkage, and of the current posterior means. 0 always uses the linkage alone.
     likelihood_weight
         Weight of the likelihoods.
     adversary, cycle, anchors, pull, geometry
         Weights of `Discriminator`, `Cycle`, `Anchors`, `Pull` (to shared scores) and `Geometry` of
-        `pyromosaic.penalties`; or, but for the cycle, these penalties: ``Discriminator(n_steps=...)`` says how often
-        discriminators learn for each step of all else, ``Anchors(2.0, n_neighbors=...)`` among how many nearest in the
-        minibatch anchors are.
+        `pyromosaic.penalties`; or, except for the cycle, these penalties with more arguments, e.g.
+        ``Discriminator(n_steps=...)`` for the number of steps of the discriminators in each step of training, and
+        ``Anchors(2.0, n_neighbors=...)`` for the number of nearest cells in the minibatch that may be anchors.
     penalties
         Additional penalties, see `pyromosaic.penalties`.
     seed
@@ -308,11 +310,7 @@ class ScModal(Linking):
                     name: (decoder or Decoder)(m, likelihoods[name].predictors, width, n_hidden)
                     for name, m in modalities.items()
                 }
-            posterior_decoders = {
-                name: Decoder(modalities[name], likelihood.posterior_predictors, width, n_hidden)
-                for name, likelihood in likelihoods.items()
-                if likelihood.posterior_predictors
-            }
+            inferring = posterior_decoders(schema, likelihoods, dict.fromkeys(modalities, width), n_hidden)
             sizes = {"n_latent": n_latent, "n_hidden": n_hidden}
             discriminators = {pair: chosen("adversary", adversary, Discriminator, **sizes) for pair in aligned}
             matched = {pair: chosen("anchors", anchors, Anchors, scores=own) for pair, own in self.matches.items()}
@@ -328,33 +326,17 @@ class ScModal(Linking):
                 chosen("pull", pull, Pull, scores=self.scores),
                 chosen("geometry", geometry, Geometry),
             ]
-            plates = {
-                name: Plates(name, m.n_features, likelihood_weight, private_kl, True) for name, m in modalities.items()
-            }
-            self.model = self.Model(
-                complete(prior or (Flat() if deterministic else StandardNormal()), n_latent=n_latent),
-                {
-                    name: Measurement(
-                        plates[name], Size(name, m, n_latent), decoders[name], likelihoods[name], n_private
-                    )
-                    for name, m in modalities.items()
-                },
-            )
-            self.guide = self.Guide(
-                {
-                    name: MeasurementGuide(
-                        plates[name],
-                        encoders[name],
-                        n_latent,
-                        n_private,
-                        posterior_decoders.get(name),
-                        likelihoods[name],
-                    )
-                    for name in modalities
-                },
-                deterministic,
-                with_given(terms, penalties),
-            )
+            explains, infers = {}, {}
+            for name, m in modalities.items():
+                plates = Plates(name, m.n_features, likelihood_weight, private_kl, balanced=True)
+                size, likelihood = Size(name, m, n_latent), likelihoods[name]
+                explains[name] = Measurement(plates, size, decoders[name], likelihood, n_private)
+                infers[name] = MeasurementGuide(
+                    plates, encoders[name], n_latent, n_private, inferring.get(name), likelihood
+                )
+            of_z = complete(prior or (Flat() if deterministic else StandardNormal()), n_latent=n_latent)
+            self.model = self.Model(of_z, explains)
+            self.guide = self.Guide(infers, deterministic, with_given(terms, penalties))
 
     def arranged(self, mosaic: Mosaic) -> Mosaic:
         """Make every measurement a separate cell."""
@@ -365,7 +347,7 @@ class ScModal(Linking):
         for name, modality in mosaic.modalities.items():
             n = int(modality.present.sum())
             if n < 2:
-                raise ValueError(f"modality {name!r} has {n} cell{'s' * (n != 1)}; accepted: at least 2 to align")
+                raise ValueError(f"modality {name!r} must have at least 2 cells to be aligned; found {n}")
 
     @checked
     def train(self, n_epochs: Count = 150, *, callbacks: Sequence[Callback] = (), **options: Any) -> None:
@@ -384,17 +366,17 @@ class ScModal(Linking):
 
 
 class _Refresh(Callback):
-    """Seeks anchors anew every so many epochs, by what cells are matched by and by z; checkpoints hold the result."""
+    """Finds anchors again after `refresh_every` epochs, from the scores and z; checkpoints contain the result."""
 
     def __init__(self, model: ScModal) -> None:
         self.model = model
 
     def setup(self, trainer: lightning.Trainer, plan: lightning.LightningModule, stage: str) -> None:
-        """Remember what cells are matched by at first."""
+        """Remember the scores by which cells are matched at the start."""
         self.fixed = {pair: scores.values for pair, scores in self.model.matches.items()}
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, plan: lightning.LightningModule) -> None:
-        """Set what cells are matched by, if it is time."""
+        """Match cells by the scores and z, every `refresh_every` epochs."""
         every = self.model.refresh_every
         if every and trainer.current_epoch and trainer.current_epoch % every == 0:
             z = torch.tensor(self.model.get_latent_representation().to_numpy()).to(plan.device)
@@ -402,12 +384,12 @@ class _Refresh(Callback):
                 scores.set(torch.cat([normalize(self.fixed[pair]), normalize(z)], dim=1))
 
     def state_dict(self) -> dict[str, Any]:
-        """What cells are matched by."""
+        """The scores by which cells are matched, for a checkpoint."""
         return {"values": [scores.values for scores in self.model.matches.values()]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with it."""
+        """Set the scores from a checkpoint."""
         for scores, values in zip(self.model.matches.values(), state_dict["values"], strict=True):
             if len(values) != len(scores.values):
-                raise ValueError(f"anchors of {len(values)} cells, expected {len(scores.values)}")
+                raise ValueError(f"the checkpoint must have scores of {len(scores.values)} cells; found {len(values)}")
             scores.set(values)

@@ -56,7 +56,9 @@ class Geometry(Penalty):
         super().__init__(weight)
         self.encoders, self.found = dict(encoders or {}), encoders is None  # the guide owns their parameters
         if isinstance(likeness, str) and likeness not in LIKENESS:
-            raise ValueError(f"unknown likeness {likeness!r}; accepted: {', '.join(map(repr, LIKENESS))}")
+            raise ValueError(
+                f"likeness must be a function or one of {', '.join(map(repr, LIKENESS))}; found {likeness!r}"
+            )
         self.likeness = LIKENESS[likeness] if isinstance(likeness, str) else likeness
 
     def attach(self, modalities: Mapping[str, Any]) -> None:

@@ -55,7 +55,7 @@ P = TypeVar("P", bound=Penalty)
 
 
 def chosen(option: str, given: Any, kind: type[P], **known: Any) -> P:
-    """The penalty that an option of a model stands for: given as a weight, or as a penalty with more arguments.
+    """The penalty for an option of a model, which is a weight or a penalty with more arguments.
 
     Parameters
     ----------

@@ -377,7 +377,7 @@ def compare_groups(
         batches = tuple(schema.categories[schema.spec.batch_key])
     columns = np.arange(schema.n_features) if columns is None else columns
     if len(columns) == 0:
-        raise ValueError("no feature was asked for; pass at least one, or None for all")
+        raise ValueError("features must be names or a mask with at least one feature; found none")
     scale, pseudocount = effect_scale(schema)
 
     sides = [

@@ -12,7 +12,7 @@ from pyromosaic.threads import one_thread
 
 @contextmanager
 def inference_mode(*modules: nn.Module, seed: int | None = None) -> Iterator[None]:
-    """Without dropout, gradients, validation, other threads; with a seed, leave the caller's random numbers unchanged.
+    """Context without dropout, gradients, validation and other threads; with a seed, the caller's random state stays.
 
     Parameters
     ----------

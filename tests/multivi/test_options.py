@@ -190,10 +190,10 @@ def test_dispersion_is_checked():
         ({"likelihood": "bernoulli", "dispersion": "gene-batch", "batch_key": "b"}, "'bernoulli' has no inverse"),
         (
             {"likelihood": "multinomial", "dispersion": "gene-batch", "batch_key": "b"},
-            "'multinomial' has no inverse dispersion to be 'gene-batch'",
+            "'multinomial' has no inverse dispersion that could be 'gene-batch'",
         ),
-        ({"likelihood": "nb", "dispersion": "gene-batch"}, "takes a batch_key"),
-        ({"likelihood": "nb", "dispersion": "gene-label"}, "takes a label_key"),
+        ({"likelihood": "nb", "dispersion": "gene-batch"}, "needs a batch_key"),
+        ({"likelihood": "nb", "dispersion": "gene-label"}, "needs a label_key"),
     ]:
         with pytest.raises(ValueError, match=message):
             ModalitySpec(**spec)
