@@ -12,6 +12,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import numpy as np
+import pandas as pd
 from torch import nn
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -57,6 +58,35 @@ class Number:
         return value
 
 
+@dataclass(frozen=True)
+class Name:
+    """Text, or a number that stands for its text.
+
+    Parameters
+    ----------
+    says
+        What it is, in words.
+    empty
+        Whether it may be empty.
+
+    Examples
+    --------
+    >>> Name("the name of a column of obs").take(np.int64(3))
+    '3'
+    """
+
+    says: str
+    empty: bool = False
+
+    def take(self, value: Any) -> str:
+        """The name as text; raises a ValueError if it is none."""
+        if not isinstance(value, str | int | np.integer) or isinstance(value, bool) or (value == "" and not self.empty):
+            raise ValueError
+        return str(value)
+
+
+Column = Annotated[str, Name("the name of a column of obs")]
+Word = Annotated[str, Name("text or a whole number", empty=True)]
 Count = Annotated[int, Number("a whole number from 1 to 1e9", 1, 1e9, whole=True)]
 Whole = Annotated[int, Number("a whole number from 0 to 1e9", 0, 1e9, whole=True)]
 Width = Annotated[int, Number("a whole number from 1 to 100,000", 1, 100_000, whole=True)]
@@ -132,7 +162,7 @@ def _each(entry: _Rule, of: str) -> _Rule:
     def take(value: Any) -> Any:
         if isinstance(value, Mapping) and of == "a dictionary":
             return {key: entry.take(each) for key, each in value.items()}
-        if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str) and of == "a list":
+        if isinstance(value, Sequence | np.ndarray | pd.Index) and not isinstance(value, str) and of == "a list":
             return tuple(entry.take(each) for each in value)
         raise ValueError
 
@@ -142,7 +172,7 @@ def _each(entry: _Rule, of: str) -> _Rule:
 def _rule(annotation: Any) -> tuple[_Rule | None, bool]:
     """The rule that a type stands for, if it can be told; and whether the type says more than a class."""
     origin, args = get_origin(annotation), get_args(annotation)
-    if origin is Annotated and isinstance(args[1], Number):
+    if origin is Annotated and isinstance(args[1], Number | Name):
         return _Rule(args[1].take, (args[1].says,)), True
     if annotation in _PLAIN:
         return _Rule(_PLAIN[annotation].take, (_PLAIN[annotation].says,)), True
@@ -164,6 +194,8 @@ def _rule(annotation: Any) -> tuple[_Rule | None, bool]:
         return (_each(entry, kind) if entry is not None and more else None), more
     if origin is Callable:
         return _Rule(_callable, ("a class or function",)), True
+    if annotation is type:
+        return _instance(type, "a class"), False
     if origin is tuple and Ellipsis not in args:
         entries = [rule for rule, _ in map(_rule, args) if rule is not None]
         return (_tuple(entries), True) if len(entries) == len(args) else (None, False)
@@ -171,7 +203,8 @@ def _rule(annotation: Any) -> tuple[_Rule | None, bool]:
         return _instance(str, "text"), True
     if isclass(annotation) and origin is None and annotation not in (Any, object, Parameter.empty):
         made = issubclass(annotation, nn.Module) and annotation is not nn.Module
-        return _instance(annotation, f"{annotation.__name__}(...)" if made else f"a {annotation.__name__}"), True
+        says = f"{annotation.__name__}(...)" if made else f"a {annotation.__name__}"
+        return _instance(annotation, says + getattr(annotation, "made_by", "")), True
     return None, False
 
 
@@ -249,7 +282,7 @@ def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> N
             take(name, given[name], rule)
 
 
-def take(name: str, value: Any, rule: Number | _Rule) -> Any:
+def take(name: str, value: Any, rule: Number | Name | _Rule) -> Any:
     """A value as a rule takes it, or a sentence on what is accepted."""
     try:
         return rule.take(value)

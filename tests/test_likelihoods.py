@@ -79,3 +79,44 @@ def test_proteins_that_were_hardly_ever_seen_are_imputed_so():
     imputed = model.get_imputed_values("x", n_samples=5).mean.mean().to_numpy()
     assert imputed[:4] == pytest.approx(x[:, :4].mean(0), abs=0.015)
     assert imputed[4:] == pytest.approx(x[:, 4:].mean(0), rel=0.25)
+
+
+def rare_in_one_batch(n_cells=400):
+    """Proteins that one batch has hardly ever, and the other in all cells; others that both have."""
+    rng = np.random.default_rng(2)
+    batch = np.resize(["p", "q"], n_cells)
+    mean = np.tile(np.concatenate([[4, 8, 20], np.linspace(2, 60, 9)]), (n_cells, 1))
+    mean[batch == "q", :3] = [0.025, 0.03, 0.04]
+    x = rng.poisson(mean * rng.lognormal(0, 0.3, (n_cells, 1)))
+    adata = anndata.AnnData(x.astype(np.float32))
+    adata.obs["batch"] = batch
+    return x, batch == "q", adata
+
+
+def rare_model(background):
+    x, rare, adata = rare_in_one_batch()
+    spec = ModalitySpec("nb_mixture", batch_key="batch", background=background)
+    return x, rare, MultiVI(Mosaic.from_anndata({"x": adata}, {"x": spec}), n_latent=2, n_hidden=32)
+
+
+@pytest.mark.parametrize("background", ["latent", "marginal"])
+def test_a_background_starts_by_batch(background):
+    x, rare, model = rare_model(background)
+    view = measured(model.mosaic, np.arange(400)).observed["x"]
+    likelihood = model.model.modalities["x"].likelihood
+    start = likelihood.start(view)["loc"]
+    rate = (x[rare, :3].sum(0) + 0.5) / likelihood.cell_factor(view)[rare].sum().item()
+    np.testing.assert_allclose(likelihood.background_loc[1, :3].detach().exp(), rate, rtol=1e-3)
+    assert (likelihood.background_loc[0] >= np.log(np.expm1(0.1)) - 1e-6).all()
+    torch.testing.assert_close(start[:3], likelihood.background_loc[0, :3].detach())
+    torch.testing.assert_close(start[3:], likelihood.background_loc[:, 3:].detach().mean(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("background", ["latent", "marginal"])
+def test_a_protein_that_is_rare_in_one_batch_is_imputed_so_there(background):
+    x, rare, model = rare_model(background)
+    model.train(200, progress_bar=False)
+    imputed = model.get_imputed_values("x", n_samples=5).mean.to_numpy()
+    np.testing.assert_allclose(imputed[rare, :3].mean(0), x[rare, :3].mean(0), atol=0.04)
+    np.testing.assert_allclose(imputed[~rare, :3].mean(0), x[~rare, :3].mean(0), rtol=0.25)

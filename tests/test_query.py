@@ -31,7 +31,7 @@ def test_unknown_batches_are_refused_or_averaged(trained):
     model, _, query, last = trained
     with pytest.raises(ValueError, match=f"has batch '{last}', which the model has not seen"):
         model.register(query)
-    with pytest.raises(ValueError, match='new_batches must be "refuse", "average" or "add"; found \'yes\''):
+    with pytest.raises(ValueError, match="new_batches must be 'refuse', 'average' or 'add'; found 'yes'"):
         model.register(query, new_batches="yes")
     mosaic = model.register(query, new_batches="average")
     assert mosaic.schema == model.schema

@@ -43,7 +43,7 @@ def test_rows_of_zeros_are_no_measurement(likelihood, store):
 def test_zeros_that_are_measured():
     spec = ModalitySpec("bernoulli", empty_cells="keep")
     assert Mosaic.from_anndata({"x": with_zeros()}, {"x": spec}).presence["x"].all()
-    with pytest.raises(ValueError, match='empty_cells must be "refuse", "holes" or "keep"'):
+    with pytest.raises(ValueError, match="empty_cells must be 'refuse', 'holes' or 'keep'"):
         ModalitySpec("nb", empty_cells="drop")
     nothing = with_zeros()
     nothing.X[:] = 0

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from pyromosaic.data.tables import word
 
@@ -69,8 +70,9 @@ def from_column(mosaic: "Mosaic", key: str, background: Any, target: Any) -> tup
 
 def from_cells(mosaic: "Mosaic", background: Any, target: Any) -> tuple[Cohorts, np.ndarray]:
     """Cohorts from names, numbers or masks of cells, and the group number of every cell."""
-    if target is None:
-        raise ValueError("target must be cells (names, numbers or a mask) or a dictionary of these; found None")
+    if background is None or target is None:
+        which, several = ("background", "") if background is None else ("target", " or a dictionary of these")
+        raise ValueError(f"{which} must be cells (names, numbers or a mask){several}; found None")
     groups = {"background": background, **(target if isinstance(target, Mapping) else {"target": target})}
     codes = np.full(mosaic.n_cells, NEITHER, dtype=np.int64)
     for code, (name, cells) in enumerate(groups.items()):
@@ -89,6 +91,8 @@ def from_cells(mosaic: "Mosaic", background: Any, target: Any) -> tuple[Cohorts,
 
 
 def _words(values: Any) -> tuple[str, ...]:
+    if isinstance(values, Mapping | pd.DataFrame):
+        raise ValueError(f"a cohort takes a value or values of the column; found a {type(values).__name__}")
     several = isinstance(values, Iterable) and not isinstance(values, str)
     found = tuple(map(word, values)) if several else (word(values),)
     if not found:

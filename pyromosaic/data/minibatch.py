@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -287,6 +288,8 @@ def to_predict(
 
 
 def _batch_code(name: str, modality: Modality, batch: object) -> int:
+    if not pd.api.types.is_scalar(batch):
+        raise ValueError(f"batch takes one batch here; found a {type(batch).__name__}")
     batch = word(batch)
     batches = modality.schema.categories[modality.spec.batch_key] if modality.spec.batch_key else ()
     if batch not in batches:

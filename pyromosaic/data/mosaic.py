@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
 
+from pyromosaic.accepted import Column, checked
 from pyromosaic.data.cohorts import Cohorts, from_cells, from_column
 from pyromosaic.data.matrix import is_readable
 from pyromosaic.data.spec import ModalitySpec, Schema
@@ -42,6 +43,8 @@ from pyromosaic.data.registration import (
     not_empty,
     unlabelled,
 )
+
+NewBatches = Literal["refuse", "average", "add"]
 
 
 @dataclass
@@ -80,6 +83,8 @@ class Mosaic:
       rna: 4 cells × 3 features, nb, batch 'batch' (1)
       adt: 4 cells × 2 features, nb_mixture, batch 'batch' (1)
     """
+
+    made_by: ClassVar[str] = " (register the data: Mosaic.from_mudata, from_anndata, or model.register)"
 
     obs_names: pd.Index
     modalities: dict[str, Modality] = field(repr=False)
@@ -132,7 +137,8 @@ class Mosaic:
             labels[known] = np.array(m.schema.labels, dtype=object)[m.labels[known]]
         return pd.Series(labels, index=self.obs_names, dtype="category")
 
-    def column(self, key: str) -> pd.Series:
+    @checked
+    def column(self, key: Column) -> pd.Series:
         """A column of the user's `obs` for every cell, from the first table that has a value; missing if none has.
 
         The tables of the modalities come first, in their order, then that of the whole MuData. The value
@@ -161,11 +167,13 @@ class Mosaic:
             raise ValueError(f"no obs has a column {key!r}; there are {_columns_of(self.tables, self.tables)}")
         return column
 
-    def has_column(self, key: str) -> bool:
+    @checked
+    def has_column(self, key: Column) -> bool:
         """Whether any of the user's tables has this column."""
         return bool(readings(self.tables, key, self.obs_names))
 
-    def words(self, key: str) -> pd.Series:
+    @checked
+    def words(self, key: Column) -> pd.Series:
         """A column as the strings by which cells are grouped; missing where `column` is missing.
 
         Parameters
@@ -186,7 +194,8 @@ class Mosaic:
         """The values of a column that mean "not known", as given at registration."""
         return unlabelled({name: m.spec for name, m in self.modalities.items()}, key)
 
-    def with_cohorts(self, key: str | None = None, *, background: Any, target: Any = None) -> "Mosaic":
+    @checked
+    def with_cohorts(self, key: Column | None = None, *, background: Any, target: Any = None) -> "Mosaic":
         """The same mosaic with its cells divided into a background cohort and one or several target groups.
 
         Parameters
@@ -237,13 +246,14 @@ class Mosaic:
         return find(self.obs_names, cells, "cell", "the mosaic")
 
     @classmethod
+    @checked
     def from_mudata(
         cls,
         mdata: "MuData",
-        modalities: Mapping[str, ModalitySpec | str] | None = None,
+        modalities: Mapping[str, ModalitySpec | str | type] | None = None,
         *,
         schema: Schema | None = None,
-        new_batches: str = "refuse",
+        new_batches: NewBatches = "refuse",
         **shared: Any,
     ) -> "Mosaic":
         """Register a MuData as it is: a cell that is missing from a modality is a hole.
@@ -272,7 +282,7 @@ class Mosaic:
         ValueError
             If the data cannot be used. The message names the modality, column, cell or feature.
         """
-        if not hasattr(mdata, "mod"):
+        if not isinstance(getattr(mdata, "mod", None), Mapping):
             raise ValueError(
                 f"mdata must be a MuData; found a {type(mdata).__name__}. For one AnnData per modality, use "
                 'from_anndata({"rna": adata}); mudata.read_h5mu reads a file'
@@ -281,14 +291,15 @@ class Mosaic:
         return cls._register(sources, modalities, schema, shared, mdata.obs, new_batches)
 
     @classmethod
+    @checked
     def from_anndata(
         cls,
         adatas: Mapping[str, "AnnData"],
-        modalities: Mapping[str, ModalitySpec | str] | None = None,
+        modalities: Mapping[str, ModalitySpec | str | type] | None = None,
         *,
         match_cells: bool = False,
         schema: Schema | None = None,
-        new_batches: str = "refuse",
+        new_batches: NewBatches = "refuse",
         **shared: Any,
     ) -> "Mosaic":
         """Register one AnnData per modality.
@@ -310,8 +321,8 @@ class Mosaic:
         """
         if not isinstance(adatas, Mapping) or not all(hasattr(adata, "obs_names") for adata in adatas.values()):
             raise ValueError(
-                f'adatas must be a dictionary from modality to AnnData, e.g. {{"rna": adata}}; found a '
-                f"{type(adatas).__name__}"
+                'adatas must be a dictionary from modality to AnnData, e.g. {"rna": adata}; found a '
+                + (type(adatas).__name__ if not isinstance(adatas, Mapping) else "dictionary with other values")
             )
         names = pd.Index(np.concatenate([np.asarray(a.obs_names) for a in adatas.values()])) if adatas else pd.Index([])
         prefix = not match_cells and names.has_duplicates
@@ -322,14 +333,15 @@ class Mosaic:
         return cls._register(sources, modalities, schema, shared, None, new_batches)
 
     @classmethod
+    @checked
     def from_obsm(
         cls,
         adata: "AnnData",
         blocks: Mapping[str, str | None],
-        modalities: Mapping[str, ModalitySpec | str] | None = None,
+        modalities: Mapping[str, ModalitySpec | str | type] | None = None,
         *,
         schema: Schema | None = None,
-        new_batches: str = "refuse",
+        new_batches: NewBatches = "refuse",
         **shared: Any,
     ) -> "Mosaic":
         """Register one AnnData whose `X` is one modality and whose `obsm` has the others.
@@ -379,14 +391,12 @@ class Mosaic:
     def _register(
         cls,
         sources: Mapping[str, Any],
-        modalities: Mapping[str, ModalitySpec | str] | None,
+        modalities: Mapping[str, ModalitySpec | str | type] | None,
         schema: Schema | None,
         shared: Mapping[str, Any],
         obs: pd.DataFrame | None,
         new_batches: str,
     ) -> "Mosaic":
-        if new_batches not in ("refuse", "average", "add"):
-            raise ValueError(f'new_batches must be "refuse", "average" or "add"; found {new_batches!r}')
         specs = _specifications(list(sources), modalities, schema, shared)
         known = {} if schema is None else schema.modalities
         read = {name: sources[name](spec) for name, spec in specs.items() if name in sources}

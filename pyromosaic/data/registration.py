@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,13 +84,16 @@ def _absent(known: ModalitySchema) -> _Source:
 
 def _specifications(
     found: list[str],
-    modalities: Mapping[str, ModalitySpec | str] | None,
+    modalities: Mapping[str, ModalitySpec | str | type] | None,
     schema: Schema | None,
     shared: Mapping[str, Any],
 ) -> dict[str, ModalitySpec]:
     """The specification of each modality."""
     if not found or modalities == {}:
         raise ValueError("there is no modality to register; give at least one")
+    for name in found:
+        if not isinstance(name, str):
+            raise ValueError(f"the name of a modality must be text; found {name!r}")
     if schema is not None:
         if modalities is not None or shared:
             raise ValueError("the schema already specifies the modalities; leave out modalities and other settings")
@@ -110,6 +113,10 @@ def _specifications(
                     f'pass one, e.g. modalities={{"{name}": "nb"}}'
                 )
         modalities = {name: LIKELIHOOD_BY_NAME[name.lower()] for name in found}
+    settings = [field.name for field in fields(ModalitySpec)][1:]
+    unknown = [name for name in shared if name not in settings]
+    if unknown:
+        raise TypeError(f"registration has no argument {unknown[0]!r}; accepted for all modalities: {_words(settings)}")
     specs = {}
     for name, given in modalities.items():
         if name not in found:

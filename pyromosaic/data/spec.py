@@ -1,10 +1,11 @@
 """How the user describes a modality (`ModalitySpec`), and what a model remembers of its data (`Schema`)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
+from pyromosaic.accepted import Column, Word, checked
 from pyromosaic.data.cohorts import Cohorts
 from pyromosaic.data.traits import TRAITS, DataKind, Traits
 
@@ -19,6 +20,7 @@ LIKELIHOOD_BY_NAME: Mapping[str, str] = {
 }
 
 
+@checked
 @dataclass(frozen=True)
 class ModalitySpec:
     """How one modality is measured and modelled.
@@ -67,46 +69,35 @@ class ModalitySpec:
 
     likelihood: str | type
     layer: str | None = None
-    batch_key: str | None = None
-    categorical_covariates: tuple[str, ...] = ()
-    continuous_covariates: tuple[str, ...] = ()
-    label_key: str | None = None
-    unlabelled: str = "unknown"
-    size_factor_key: str | None = None
+    batch_key: Column | None = None
+    categorical_covariates: Sequence[Column] = ()
+    continuous_covariates: Sequence[Column] = ()
+    label_key: Column | None = None
+    unlabelled: Word = "unknown"
+    size_factor_key: Column | None = None
     allow_non_integer: bool = False
-    dispersion: str = "gene"
+    dispersion: Literal["gene", "gene-batch", "gene-label"] = "gene"
     exposure_layer: str | None = None
-    empty_cells: str = "refuse"
-    background: str = "latent"
+    empty_cells: Literal["refuse", "holes", "keep"] = "refuse"
+    background: Literal["latent", "marginal"] = "latent"
 
     def __post_init__(self) -> None:
-        own = isinstance(self.likelihood, type) and hasattr(self.likelihood, "traits")
+        own = isinstance(getattr(self.likelihood, "traits", None), Traits)
         if not own and self.likelihood not in TRAITS:
             names = ", ".join(TRAITS)
             raise ValueError(
                 f"there is no likelihood {self.likelihood!r}; accepted: {names}, or a subclass of "
                 "pyromosaic.likelihoods.Likelihood"
             )
-        for name in ("categorical_covariates", "continuous_covariates"):
-            columns = getattr(self, name)
-            if isinstance(columns, str):
-                raise ValueError(f"{name} must be a sequence of column names; found the single string {columns!r}")
-            object.__setattr__(self, name, tuple(columns))
         covariates = [*self.categorical, *self.continuous_covariates]
         for column in covariates:
             if covariates.count(column) > 1:
                 raise ValueError(f"the column {column!r} is given more than once among batch and covariates")
 
-        if self.empty_cells not in ("refuse", "holes", "keep"):
-            raise ValueError(f'empty_cells must be "refuse", "holes" or "keep"; found {self.empty_cells!r}')
-        if self.dispersion not in ("gene", "gene-batch", "gene-label"):
-            raise ValueError(f'dispersion must be "gene", "gene-batch" or "gene-label"; found {self.dispersion!r}')
         if self.dispersion != "gene" and not (self.traits.sized and self.traits.dispersed):
             raise ValueError(
                 f"likelihood {self.likelihood_name!r} has no inverse dispersion that could be {self.dispersion!r}"
             )
-        if self.background not in ("latent", "marginal"):
-            raise ValueError(f'background must be "latent" or "marginal"; found {self.background!r}')
         if self.background == "marginal" and not self.traits.background:
             raise ValueError(f"likelihood {self.likelihood_name!r} has no background that could be 'marginal'")
         if self.dispersion == "gene-batch" and self.batch_key is None:
@@ -142,7 +133,7 @@ class ModalitySpec:
     @property
     def categorical(self) -> tuple[str, ...]:
         """All categorical columns, the batch first."""
-        return ((self.batch_key,) if self.batch_key else ()) + self.categorical_covariates
+        return ((self.batch_key,) if self.batch_key else ()) + tuple(self.categorical_covariates)
 
 
 @dataclass(frozen=True)

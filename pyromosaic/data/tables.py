@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, nullcontext
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -63,11 +63,13 @@ def readings(tables: Iterable[Table], key: str, cells: pd.Index, unlabelled: Col
     """
     modality, _, name = key.partition(":")
     order = sorted(tables, key=lambda table: table.modality == WHOLE)
-    own = [(t, name, False) for t in order if t.modality == modality and name in t.obs]
-    own += [(t, key, bool(own)) for t in order if key in t.obs]
+    own = [(t, _named(t, name), False) for t in order if t.modality == modality and _named(t, name) is not None]
+    own += [(t, _named(t, key), bool(own)) for t in order if _named(t, key) is not None]
     found = []
     for table, column, is_copy in own:
         values = table.obs[column].astype(object)
+        if values.ndim > 1:
+            raise ValueError(f"{place(table.modality)} has the column {column!r} more than once; keep one of them")
         if not table.cells.equals(cells):
             values = values.set_axis(table.cells).reindex(cells)
         values, hidden = values.set_axis(cells).rename(key), None
@@ -76,6 +78,13 @@ def readings(tables: Iterable[Table], key: str, cells: pd.Index, unlabelled: Col
             values = values.where(~hidden, None)
         found.append(Reading(table.modality, values, is_copy, hidden))
     return found
+
+
+def _named(table: Table, name: str) -> Hashable | None:
+    """The column of this name; numbers as names are names. None if there is no such column."""
+    if name in table.obs:
+        return name
+    return next((column for column in table.obs if str(column) == name), None)
 
 
 def look_up(found: Iterable[Reading], first: str = WHOLE) -> pd.Series | None:
@@ -250,7 +259,8 @@ def find(names: pd.Index, wanted: Any, noun: str, owner: str, numbers: bool = Tr
     accepted = f"names{', numbers' if numbers else ''} or a mask with at least one {noun}"
     if isinstance(wanted, tuple) and len(wanted) == 1 and isinstance(wanted[0], np.ndarray):
         wanted = wanted[0]  # the result of np.where
-    if isinstance(wanted, pd.DataFrame | Mapping | Set) or hasattr(wanted, "obs_names"):
+    table = isinstance(wanted, pd.DataFrame | Mapping | Set) or hasattr(wanted, "obs_names")
+    if table or np.asarray(wanted).shape == () and np.asarray(wanted).dtype == object:  # a slice, a generator, ...
         raise ValueError(f"{noun}s must be {accepted}; found a {type(wanted).__name__}")
     values = np.atleast_1d(np.asarray(wanted))
     if values.ndim != 1:

@@ -34,10 +34,20 @@ def linked_scores(linkage: Any, mosaic: Mosaic, graph: GuidanceGraph | None, n_c
     (20, 2)
     """
     if isinstance(linkage, pd.DataFrame):
-        missing = mosaic.obs_names.difference(linkage.index)
-        if len(missing):
-            raise ValueError(f"the linkage has no scores for cell {missing[0]!r}; give a row for every cell")
-        return linkage.loc[mosaic.obs_names].to_numpy(dtype=np.float32)
+        names = linkage.index.astype(str)
+        if names.has_duplicates:
+            raise ValueError(
+                f"the linkage has scores of cell {str(names[names.duplicated()][0])!r} twice; keep one row"
+            )
+        rows = names.get_indexer(mosaic.obs_names.astype(str))
+        if (rows < 0).any():
+            missing = mosaic.obs_names[rows < 0][0]
+            raise ValueError(f"the linkage has no scores for cell {missing!r}; give a row for every cell")
+        scores: np.ndarray = linkage.iloc[rows].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=np.float32)
+        bad = ~np.isfinite(scores).all(axis=1)
+        if bad.any():
+            raise ValueError(f"the linkage's scores of cell {mosaic.obs_names[bad][0]!r} are not finite numbers")
+        return scores
     if linkage != "cca" or graph is None:
         raise ValueError(f'linkage must be "cca", a table of scores, or None; found {linkage!r}')
     return shared_scores(mosaic, graph, n_components)

@@ -59,24 +59,30 @@ class NBMixture(CountLikelihood):
         """
         counts, size = view.dense_counts(), self.cell_factor(view)
         x = torch.log1p(counts / size).numpy()
-        # A protein that was hardly ever seen starts at its mean; other backgrounds start higher.
-        mean = torch.log1p((counts.sum(0) + 0.5) / size.sum()).numpy()
         batches = view.one_hot().argmax(-1).numpy() if self.schema.spec.batch_key else np.zeros(len(x), dtype=int)
+        seen = torch.ones_like(self.background_loc, dtype=torch.bool)
         with torch.no_grad():
             self.log_theta.fill_(np.log(10.0))
             for batch in np.unique(batches):
-                loc, scale = two_normals(x[batches == batch])[:2]
+                cells = batches == batch
+                loc, scale = two_normals(x[cells])[:2]
+                # A protein that was hardly ever seen in the batch starts at its mean; other backgrounds start higher.
+                mean = torch.log1p((counts[cells].sum(0) + 0.5) / size[cells].sum()).numpy()
+                seen[batch] = torch.from_numpy(mean >= 0.1)
                 # x is log1p, the parameter is a log mean.
                 self.background_loc[batch] = torch.from_numpy(
                     np.log(np.expm1(np.where(mean < 0.1, mean, np.maximum(loc[0], 0.1))))
                 )
                 self.background_log_scale[batch] = torch.from_numpy(np.log(np.clip(scale[0], 0.1, 1.0)))
+        # The posterior starts at one level for all batches: that of the batches which have the protein.
+        levels = self.background_loc.detach()
+        level = levels.where(seen | ~seen.any(0), torch.nan).nanmean(0)
         loc, _, background = two_normals(x)
         gap = torch.from_numpy(np.maximum(loc[1] - loc[0], 0.1))
         return {
             "foreground": torch.log(torch.expm1(gap)),
             "mixing": logit(torch.from_numpy(background)).clamp(-3.0, 3.0),
-            "loc": self.background_loc.detach().mean(0),
+            "loc": level,
             "log_scale": self.background_log_scale.detach().mean(0),
         }
 

@@ -19,7 +19,7 @@ from scipy.sparse.csgraph import connected_components
 from pyromosaic.accepted import checked
 from pyromosaic.data import Mosaic, Schema
 from pyromosaic.data.tables import in_order
-from pyromosaic.links.pairs import Links, check_strength, links_by_overlap, links_from_table
+from pyromosaic.links.pairs import Links, check_strength, links_by_overlap, links_from_table, strengths
 
 FEW = 20  # warn if a modality has fewer linked features
 
@@ -230,10 +230,7 @@ class GuidanceGraph:
                     rows.append(row)
         nodes = _find(features, [end for pair in ends for end in pair], drop_absent).reshape(-1, 2).T
         known = (nodes >= 0).all(axis=0)
-        weight, sign = (
-            (table[column].to_numpy(dtype=float) if column in table else np.ones(len(table)))[rows]
-            for column in ("weight", "sign")
-        )
+        weight, sign = (strengths(table, column)[rows] for column in ("weight", "sign"))
         return cls(features, nodes[:, known], weight[known], sign[known])
 
     @classmethod

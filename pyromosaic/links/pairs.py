@@ -66,7 +66,8 @@ def links_from_table(mosaic: Mosaic, modalities: tuple[str, str], table: pd.Data
     Returns
     -------
     Links
-        The links whose features are both in the mosaic, each pair once; all others are counted.
+        The links whose features are both in the mosaic, each pair once with its greatest weight; all others are
+        counted.
 
     Raises
     ------
@@ -97,8 +98,14 @@ def links_from_table(mosaic: Mosaic, modalities: tuple[str, str], table: pd.Data
         )
     pairs = pd.DataFrame({m: table[c].astype(str).to_numpy() for m, c in zip(modalities, columns, strict=True)})
     for name in ("weight", "sign"):
-        pairs[name] = table[name].to_numpy(dtype=float) if name in table else 1.0
+        pairs[name] = strengths(table, name)
     check_strength(pairs["weight"].to_numpy(), pairs["sign"].to_numpy())
+    same = pairs.groupby(list(modalities))
+    both = (same["sign"].transform("nunique") > 1).to_numpy()
+    if both.any():
+        one, other = pairs.loc[both, list(modalities)].iloc[0]
+        raise ValueError(f"the link between {one!r} and {other!r} has both signs; choose one")
+    pairs["weight"] = same["weight"].transform("max")
     pairs = pairs.drop_duplicates(list(modalities))
     complete = pairs[modalities[0]].isin(features[0]) & pairs[modalities[1]].isin(features[1])
     if not complete.any():
@@ -107,6 +114,13 @@ def links_from_table(mosaic: Mosaic, modalities: tuple[str, str], table: pd.Data
             f"{len(features[0])} of {modalities[0]!r} and the {len(features[1])} of {modalities[1]!r}"
         )
     return Links(pairs[complete].reset_index(drop=True), int((~complete).sum()))
+
+
+def strengths(table: pd.DataFrame, column: str) -> np.ndarray:
+    """Weights or signs of links, 1 where the table has no such column; NaN for what is no number."""
+    if column not in table:
+        return np.ones(len(table))
+    return pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=float)
 
 
 def check_strength(weight: np.ndarray, sign: np.ndarray) -> None:
@@ -208,7 +222,9 @@ def links_by_overlap(mosaic: Mosaic, modalities: tuple[str, str], genes: pd.Data
     """
     wanted = ["chromosome", "start", "end", "strand"]
     if not set(wanted) <= set(genes.columns):
-        raise ValueError(f"the table of genes needs the columns {', '.join(wanted)}; found {', '.join(genes.columns)}")
+        raise ValueError(
+            f"the table of genes needs the columns {', '.join(wanted)}; found {', '.join(map(str, genes.columns))}"
+        )
     names = _features(mosaic, modalities[1])
     places = [re.fullmatch(r"(.+?)[:_-](\d+)[-_](\d+)", name) for name in names]
     if None in places:
@@ -221,6 +237,7 @@ def links_by_overlap(mosaic: Mosaic, modalities: tuple[str, str], genes: pd.Data
     regions["chromosome"] = regions["chromosome"].str.removeprefix("chr")
     pairs = []
     by_chromosome = dict(iter(regions.groupby("chromosome")))
+    genes = genes.set_axis(genes.index.astype(str))  # numbers as names are names
     known = genes[genes.index.isin(_features(mosaic, modalities[0]))]
     located = pd.DataFrame({"chromosome": words(known["chromosome"]).astype(object).str.removeprefix("chr")})
     for column in ("start", "end"):

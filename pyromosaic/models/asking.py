@@ -9,7 +9,7 @@ from pyro import poutine
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pyromosaic.accepted import Count, Level, Positive, Seed, Share, checked
+from pyromosaic.accepted import Column, Count, Level, Positive, Seed, Share, checked
 from pyromosaic.data import Mosaic, measured
 from pyromosaic.models.base import TrainedModel
 from pyromosaic.tasks import AtMean, Estimate, answers, compare_groups, contrasts, estimate, inference_mode
@@ -345,7 +345,7 @@ class Asking(TrainedModel):
     @checked
     def differential(
         self,
-        groupby: str | int | None = None,
+        groupby: Column | None = None,
         group1: object = None,
         group2: object = None,
         *,

@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from pyromosaic import __version__, described, penalties, priors
 from pyromosaic.accepted import Count, checked
 from pyromosaic.data import ModalitySpec, Mosaic, Schema
+from pyromosaic.data.mosaic import NewBatches
 from pyromosaic.likelihoods import Likelihood
 from pyromosaic.models.base import TrainedModel, accepted_options
 from pyromosaic.models.formats import FORMAT, READ, upgraded, upgraded_schema
@@ -166,7 +167,7 @@ class Keeping(TrainedModel):
             model.mosaic = model.register(data)
         return model
 
-    def register(self, data: Any, new_batches: str = "refuse") -> Mosaic:
+    def register(self, data: Any, new_batches: NewBatches = "refuse") -> Mosaic:
         """Register data for this model: a MuData, a dictionary of AnnData (cells matched by name), or a Mosaic.
 
         Parameters

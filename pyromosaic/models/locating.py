@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyromosaic.accepted import Count, Seed, Share, checked
+from pyromosaic.accepted import Column, Count, Seed, Share, checked
 from pyromosaic.data import Mosaic
 from pyromosaic.models.base import TrainedModel
 from pyromosaic.neighbors import nearest, vote
@@ -170,7 +170,7 @@ class Locating(TrainedModel):
 
     @checked
     def transfer_labels(
-        self, key: str | int, modality: str, to: str, cells: Cells = None, *, n_neighbors: Count = 15
+        self, key: Column, modality: str, to: str, cells: Cells = None, *, n_neighbors: Count = 15
     ) -> pd.DataFrame:
         """Transfer labels from cells of one modality to cells of another, by a vote of the nearest neighbours.
 
@@ -200,7 +200,7 @@ class Locating(TrainedModel):
         ['prediction', 'confidence']
         """
         self.schema[modality]
-        labels = self._data(None).words(str(key))
+        labels = self._data(None).words(key)
         known = labels.notna().to_numpy() & self._data(None).modalities[modality].present
         if not known.any():
             raise ValueError(f"no cell of modality {modality!r} has a value in column {key!r}")

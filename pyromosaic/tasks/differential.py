@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from pyromosaic.accepted import Count, Level, Positive, Seed, Weight, checked
+from pyromosaic.accepted import Column, Count, Level, Positive, Seed, Weight, checked
 from pyromosaic.data import Modality, ModalitySchema, Mosaic
 from pyromosaic.data.tables import word
 from pyromosaic.data.traits import EffectScale
@@ -231,9 +231,10 @@ def effect_scale(schema: ModalitySchema) -> tuple[Scale, float]:
     return "log2", traits.pseudocount / (schema.library if traits.shares else 1.0)
 
 
+@checked
 def contrasts(
     mosaic: Mosaic,
-    groupby: str | int | None = None,
+    groupby: Column | None = None,
     group1: object = None,
     group2: object = None,
     cells1: Sequence[str] | np.ndarray | pd.Index | pd.Series | None = None,
@@ -285,6 +286,8 @@ def contrasts(
         known, words = column.notna().to_numpy(), column.to_numpy()
         values = sorted(set(words[known]))
         for group in (group1, group2):
+            if group is not None and not pd.api.types.is_scalar(group):
+                raise ValueError(f"a group is one value of the column; found a {type(group).__name__}; pass its cells")
             if group is not None and word(group) not in values:
                 raise ValueError(f"column {groupby!r} has no value {group!r}; it has {', '.join(map(repr, values))}")
         names = values if group1 is None else [word(group1)]
