@@ -527,3 +527,12 @@ def test_lightnings_own_checkpoints_are_in_our_form_too(tmp_path):
     )
     (file,) = (tmp_path / "own").iterdir()
     assert json.dumps(sorted(read(file)["run"]["settings"]))
+
+
+def test_a_checkpoint_that_seems_far_larger_is_refused_before_it_is_read(tmp_path):
+    Packed({"a": torch.zeros(3)}).write(tmp_path / "last.ckpt")
+    os.truncate(tmp_path / "last.ckpt", 10**9)  # a hole, which takes no room
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="cut off or damaged"):
+        read(tmp_path / "last.ckpt")
+    assert time.monotonic() - began < 0.5

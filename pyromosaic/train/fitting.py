@@ -214,7 +214,8 @@ def fit(
     taken = None
     if resume_from is not None:
         size = sum(value.nbytes for value in plan.state_dict().values())
-        taken = newest(resume_from, 16 * size + (1 << 30))
+        size += sum(value.nbytes for value in (settings or {}).values() if isinstance(value, Tensor))
+        taken = newest(resume_from, 16 * size + (1 << 26))
         with suppress(*_OF_FOREIGN_STATE):  # refused below
             plan.n_epochs = min(int(taken[1]["run"]["n_epochs"]), 1_000_000)
             plan.warmup_epochs = min(optimisation.kl_warmup_epochs, plan.n_epochs // 2)
