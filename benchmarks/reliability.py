@@ -408,7 +408,7 @@ def files(options: argparse.Namespace) -> Counter:
 LIKELIHOODS = ("nb", "zinb", "nb_mixture", "multinomial", "bernoulli", "normal", "log1p_normal", "ziln", "zig")
 
 
-def random_data(rng: np.random.Generator) -> tuple[dict[str, Any], dict[str, str]]:
+def random_data(rng: np.random.Generator, least: int) -> tuple[dict[str, Any], dict[str, str]]:
     """AnnData and likelihood of each modality of a random mosaic."""
     import anndata
     import pandas as pd
@@ -419,10 +419,10 @@ def random_data(rng: np.random.Generator) -> tuple[dict[str, Any], dict[str, str
     obs = pd.DataFrame({"batch": rng.choice(["a", "b", "c"][: rng.integers(1, 4)], n)}, names)
     obs["group"] = rng.choice(["x", "y"], n)
     adatas, likelihoods = {}, {}
-    for i in range(rng.integers(1, 5)):
+    for i in range(rng.integers(least, 5)):
         likelihood, width = str(rng.choice(LIKELIHOODS)), int(rng.integers(1, 21))
         cells = np.flatnonzero(rng.random(n) < rng.choice([0.3, 0.7, 1.0]))
-        cells = cells if len(cells) else np.array([0])
+        cells = cells if len(cells) > 1 else np.arange(2)
         shape, density = (len(cells), width), rng.choice([0.05, 0.3, 1.0])
         if likelihood in LIKELIHOODS[:5]:
             x = rng.negative_binomial(2, 1 / (1 + rng.gamma(1, 5, width)), shape).astype("float64")
@@ -453,29 +453,31 @@ def modelled(kind: str, rng: np.random.Generator, folder: Path) -> None:
 
     import pyromosaic
     from pyromosaic import ModalitySpec, Mosaic
+    from pyromosaic.guidance import GuidanceGraph
 
-    adatas, likelihoods = random_data(rng)
+    linked = kind in ("DiagVI", "ScModal")
+    adatas, likelihoods = random_data(rng, 2 if linked else 1)
     batch = "batch" if rng.random() < 0.5 else None
-    empty = rng.choice(["refuse", "holes", "keep"], p=[0.2, 0.6, 0.2])
+    empty = rng.choice(["refuse", "holes", "keep"], p=[0.1, 0.7, 0.2])
     specs = {
         name: ModalitySpec(likelihood, batch_key=batch, empty_cells=str(empty))
         for name, likelihood in likelihoods.items()
     }
-    if kind in ("MultiVI", "ContrastiveVI"):
+    if not linked:
         mosaic = Mosaic.from_anndata(adatas, specs, match_cells=True)
         if kind == "ContrastiveVI":
             mosaic = mosaic.with_cohorts("group", background="x")
         model = getattr(pyromosaic, kind)(mosaic, n_latent=int(rng.integers(1, 8)))
     else:
         mosaic = Mosaic.from_anndata(adatas, specs)
-        pairs = [(f"m{i}", f"m{j}") for i in range(len(adatas)) for j in range(i)]
-        links = {
-            (a, b): pd.DataFrame({a: adatas[a].var_names[:k], b: adatas[b].var_names[:k]})
-            for a, b in pairs
-            for k in [min(adatas[a].n_vars, adatas[b].n_vars)]
-        }
-        first = next(iter(links.values()), pd.DataFrame())
-        model = getattr(pyromosaic, kind)(mosaic, first if len(links) < 2 else list(links.values()))
+        names = list(adatas)
+        ends = [
+            ((a, adatas[a].var_names[k]), (b, adatas[b].var_names[k]))
+            for i, a in enumerate(names)
+            for b in names[:i]
+            for k in range(min(adatas[a].n_vars, adatas[b].n_vars))
+        ]
+        model = getattr(pyromosaic, kind)(mosaic, GuidanceGraph.from_edges(mosaic, ends))
     model.train(2, progress_bar=False, accelerator="cpu", batch_size=int(rng.integers(4, 64)))
     finite("the history", model.history.filter(like="train"))
     model.save(folder, overwrite=True)

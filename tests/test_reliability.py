@@ -10,7 +10,14 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "reliability.py"
 pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="the sources alone have the benchmarks")
 
 
-@pytest.mark.parametrize(("trial", "n"), [("kills", 1), ("files", 5), ("mosaics", 4)])
+@pytest.mark.parametrize(
+    ("trial", "n"),
+    [
+        pytest.param("kills", 5, marks=pytest.mark.slow),
+        pytest.param("files", 20, marks=pytest.mark.slow),
+        ("mosaics", 4),
+    ],
+)
 def test_some_trials(trial, n):
     outcome = subprocess.run(
         [sys.executable, str(SCRIPT), trial, "--n", str(n)], capture_output=True, text=True, timeout=240
