@@ -178,9 +178,23 @@ def test_other_settings_and_data_are_refused_and_change_nothing(tmp_path):
     for adata in adatas.values():
         adata.obs_names = [name.replace("cell", "other") for name in adata.obs_names]
     other = MultiVI(Mosaic.from_anndata(adatas, batch_key="batch", match_cells=True), n_latent=3)
-    with pytest.raises(ValueError, match="had cells="):
+    with pytest.raises(ValueError, match="had other cells; a run is resumed on the same data"):
         other.train(3, resume_from=tmp_path, **QUIET)
-    with pytest.raises(ValueError, match="had options="):
+
+    def changed(likelihood="nb", more=0):
+        mdata, _ = simulate(150, {"rna": 30, "adt": 6}, seed=1)
+        mdata["rna"].X.data[7] += more
+        return MultiVI(
+            Mosaic.from_mudata(mdata, {"rna": likelihood, "adt": "nb_mixture"}, batch_key="batch"), n_latent=3
+        )
+
+    for other, what in [
+        (changed("zinb"), r"likelihood of rna='nb'; found 'zinb'\."),
+        (changed(more=1), "other measurements of rna"),
+    ]:
+        with pytest.raises(ValueError, match=f"had {what}"):
+            other.train(3, resume_from=tmp_path, **QUIET)
+    with pytest.raises(ValueError, match="had model option n_hidden=.*; found 5"):
         multivi(n_hidden=5).train(3, resume_from=tmp_path, **QUIET)
 
 
@@ -513,3 +527,12 @@ def test_lightnings_own_checkpoints_are_in_our_form_too(tmp_path):
     )
     (file,) = (tmp_path / "own").iterdir()
     assert json.dumps(sorted(read(file)["run"]["settings"]))
+
+
+def test_a_checkpoint_that_seems_far_larger_is_refused_before_it_is_read(tmp_path):
+    Packed({"a": torch.zeros(3)}).write(tmp_path / "last.ckpt")
+    os.truncate(tmp_path / "last.ckpt", 10**9)  # a hole, which takes no room
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="cut off or damaged"):
+        read(tmp_path / "last.ckpt")
+    assert time.monotonic() - began < 0.5

@@ -1,7 +1,11 @@
+import shutil
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from contextlib import contextmanager
+from unittest.mock import Mock
 
 import matplotlib
 
@@ -13,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
+from lightning.pytorch.callbacks import Callback
 from scipy import sparse
 from scipy.stats import spearmanr
 from typer.testing import CliRunner
@@ -20,6 +25,7 @@ from typer.testing import CliRunner
 import pyromosaic
 from pyromosaic import Mosaic, MultiVI, cli
 from pyromosaic.data.tables import kept_apart
+from pyromosaic.train.checkpoints import newest
 
 N = 90
 CELLS = pd.Index([f"cell{i}" for i in range(N)])
@@ -221,6 +227,12 @@ REFUSALS = [
     ([*TO_RESULT, "--label-key", "plate"], "no obs has a column 'plate'"),
     ([*TO_RESULT, "--layer", "raw"], "there is no layer 'raw'"),
     ([*TO_RESULT, "--hide", "40"], "at most 30, the cells with all modalities"),
+    ([*TO_RESULT, "--resume"], "--resume needs --checkpoints FOLDER"),
+    (["demo", "--resume"], "--resume needs --checkpoints FOLDER"),
+    ([*TO_RESULT, "--checkpoints", "notes.txt"], "--checkpoints notes.txt is a file"),
+    ([*TO_RESULT, "--checkpoints", "notes.txt/inner"], "--checkpoints notes.txt/inner/last.ckpt cannot be written"),
+    ([*TO_RESULT, "--checkpoints", "run"], "run holds checkpoints of another run; pass --resume to go on with it"),
+    (["demo", "--checkpoints", "run"], "run holds checkpoints of another run"),
     (["demo", "--out", "there.h5mu"], "there.h5mu exists"),
     (["demo", "--figure", "there.png"], "there.png exists"),
 ]
@@ -234,6 +246,8 @@ def test_refusals_come_before_training_and_leave_nothing(folder, no_training, ar
     (folder / "folder.h5mu").mkdir()
     (folder / "model").mkdir()
     (folder / "model" / "model.json").write_text("{}")
+    (folder / "run").mkdir()
+    (folder / "run" / "last.ckpt").write_text("some words")
     before = {p: p.is_file() and p.read_bytes() for p in folder.rglob("*")}
     outcome = run(*arguments)
     assert outcome.exit_code == 2, outcome.output
@@ -269,7 +283,7 @@ def test_a_folder_that_cannot_be_written_is_refused(folder, no_training, monkeyp
     def refuse(dir):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(cli, "TemporaryFile", refuse)
+    monkeypatch.setattr(cli.outputs, "TemporaryFile", refuse)
     outcome = integrate()
     assert outcome.exit_code == 2
     assert "result.h5mu cannot be written" in outcome.stderr
@@ -277,7 +291,7 @@ def test_a_folder_that_cannot_be_written_is_refused(folder, no_training, monkeyp
 
 
 def test_a_figure_needs_the_extra(folder, no_training, monkeypatch):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(cli.outputs, "find_spec", lambda name: None)
     for outcome in (integrate("--figure", "figure.png"), run("demo")):
         assert outcome.exit_code == 2
         assert "pip install 'pyromosaic[plot]'" in outcome.stderr
@@ -316,12 +330,11 @@ def test_a_failure_at_the_end_leaves_nothing_half_written(folder, quick_umap, mo
     monkeypatch.setattr(mudata.MuData, "write", full)
     outcome = integrate("--figure", "figure.png", "--model", "model", "--overwrite")
     assert outcome.exit_code == 1
-    assert outcome.stderr.strip() == (
-        "error: result.h5mu cannot be written: [Errno 28] No space left on device. The trained model is in model"
-    )
-    assert sorted(p.name for p in folder.iterdir()) == ["data.h5mu", "figure.png", "model", "result.h5mu"]
+    said, _, kept = outcome.stderr.strip().rpartition(". The model, trained for 1 epoch, is in ")
+    assert said == "error: result.h5mu cannot be written: [Errno 28] No space left on device"
+    assert sorted(p.name for p in folder.iterdir()) == ["data.h5mu", kept, "result.h5mu"]
     assert (folder / "result.h5mu").read_text() == "old"
-    MultiVI.load("model")
+    MultiVI.load(kept)
 
 
 def test_a_model_without_a_place_is_kept_if_the_result_cannot_be_written(folder, monkeypatch):
@@ -404,3 +417,197 @@ def test_importing_the_command_line_is_quick():
     heavy = "{'torch', 'pyro', 'lightning', 'mudata', 'anndata', 'numpy', 'pandas', 'matplotlib'}"
     check = f"import sys, pyromosaic.cli; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True)
+
+
+# Runs that are left
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Ctrl-C in the epoch with this number, once."""
+
+    class Interrupt(Callback):
+        def __init__(self, epoch):
+            self.epoch = epoch
+
+        def on_train_batch_end(self, trainer, plan, outputs, batch, step):
+            if trainer.current_epoch == self.epoch:
+                raise KeyboardInterrupt
+
+    def at(epoch):
+        whole = MultiVI.train
+
+        def train(self, *arguments, callbacks=(), **options):
+            monkeypatch.setattr(MultiVI, "train", whole)
+            whole(self, *arguments, callbacks=[*callbacks, Interrupt(epoch)], **options)
+
+        monkeypatch.setattr(MultiVI, "train", train)
+
+    return at
+
+
+def test_a_resumed_command_is_the_command(folder, interrupted):
+    assert run("integrate", "data.h5mu", "--out", "whole.h5mu", "--epochs", 5).exit_code == 0
+    interrupted(3)
+    outcome = integrate("--checkpoints", "deep/run", epochs=5)
+    assert outcome.exit_code == 130
+    said = outcome.stderr.strip()
+    assert said.startswith("interrupted after 3 of 5 epochs. The model, trained for 3 epochs, is in result-model-")
+    assert said.endswith(". To go on from deep/run, run the same command with --resume")
+    (kept,) = folder.glob("result-model-*")
+    assert len(MultiVI.load(kept).history) == 3
+    assert sorted(p.name for p in folder.iterdir()) == ["data.h5mu", "deep", kept.name, "whole.h5mu"]
+    outcome = integrate("--checkpoints", "deep/run", "--resume", epochs=5)
+    assert outcome.exit_code == 0, outcome.output
+    assert "after 3 of 5 epochs" in outcome.stderr
+    for again in (read("result.h5mu"), None):
+        if again is None:  # nothing is left to train
+            outcome = integrate("--checkpoints", "deep/run", "--resume", "--overwrite", epochs=5)
+            assert outcome.exit_code == 0, outcome.output
+            assert "5/5 epochs" in outcome.stdout
+            again = read("result.h5mu")
+        whole = read("whole.h5mu")
+        np.testing.assert_array_equal(again.obsm["X_multivi"], whole.obsm["X_multivi"])
+        np.testing.assert_array_equal(again["adt_imputed"].layers["sd"], whole["adt_imputed"].layers["sd"])
+        assert again.uns["pyromosaic"]["metrics"] == whole.uns["pyromosaic"]["metrics"]
+
+
+def test_a_run_is_not_resumed_with_other_data_or_settings(folder, data):
+    assert integrate("--checkpoints", "run", epochs=2).exit_code == 0
+    (folder / "result.h5mu").write_text("old")
+    checkpoint = (folder / "run" / "last.ckpt").read_bytes()
+
+    def refused(*arguments, epochs=2):
+        outcome = integrate("--checkpoints", "run", "--resume", "--overwrite", *arguments, epochs=epochs)
+        assert outcome.exit_code == 2, outcome.output
+        assert outcome.stderr.count("\n") == 1
+        assert sorted(p.name for p in folder.iterdir()) == ["data.h5mu", "result.h5mu", "run"]
+        assert (folder / "result.h5mu").read_text() == "old"
+        assert (folder / "run" / "last.ckpt").read_bytes() == checkpoint
+        return outcome.stderr
+
+    assert "had model option seed=0; found 3" in refused("--seed", 3)
+    assert "had batch_size=256; found 20" in refused("--batch-size", 20)
+    assert "had model option n_latent=15; found 4" in refused("--n-latent", 4)
+    assert "had likelihood of adt='nb_mixture'; found 'nb'" in refused("--likelihood", "adt=nb")
+    assert "had other" in refused("--batch-key", "donor")
+    assert "had other cells" in refused("--hide", 5)
+    assert "has 2 epochs already; found n_epochs=1" in refused(epochs=1)
+    data = data.copy()
+    data["rna"].X[2, 3] += 1
+    with kept_apart():
+        data.write("data.h5mu")
+    assert "had other measurements of rna; a run is resumed on the same data" in refused()
+    (folder / "run" / "last.ckpt").write_bytes(checkpoint := b"something else")
+    (folder / "run" / "previous.ckpt").unlink(missing_ok=True)
+    assert "last.ckpt cannot be taken as a checkpoint" in refused()
+
+
+def test_a_new_run_replaces_checkpoints_only_if_told_to_and_resume_begins_where_there_are_none(folder):
+    outcome = integrate("--checkpoints", "run", "--resume")
+    assert outcome.exit_code == 0, outcome.output
+    assert "there is no checkpoint in run; training begins" in outcome.stderr
+    outcome = integrate("--checkpoints", "run", "--seed", 1, "--overwrite")
+    assert outcome.exit_code == 0, outcome.output
+    assert outcome.stderr == ""
+
+
+def test_nothing_is_kept_of_a_run_without_a_whole_epoch(folder, interrupted):
+    interrupted(0)
+    outcome = integrate()
+    assert outcome.exit_code == 130
+    assert outcome.stderr.strip() == "interrupted before the first epoch was complete"
+    assert sorted(p.name for p in folder.iterdir()) == ["data.h5mu"]
+
+
+def test_a_model_is_kept_whatever_follows_training(folder, monkeypatch):
+    for failure, code, said in [
+        (KeyboardInterrupt(), 130, "interrupted after 1 of 1 epochs. The model"),
+        (MemoryError("Unable to allocate 8 TiB"), 1, "error: Unable to allocate 8 TiB. The model"),
+        (AssertionError("a fault"), 1, "error: a fault. The model"),
+    ]:
+        monkeypatch.setattr(MultiVI, "get_imputed_values", Mock(side_effect=failure))
+        outcome = integrate()
+        assert outcome.exit_code == code
+        assert outcome.stderr.startswith(said)
+        (kept,) = folder.glob("result-model-*")
+        assert len(MultiVI.load(kept).history) == 1
+        shutil.rmtree(kept)
+        assert sorted(p.name for p in folder.iterdir()) == ["data.h5mu"]
+    assert isinstance(outcome.exception, AssertionError)  # a fault of the package is shown as such
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_leave_a_model_and_a_true_exit_code(folder, number, code):
+    command = [sys.executable, "-m", "pyromosaic", "integrate", "data.h5mu", "--out", "result.h5mu"]
+    command += ["--epochs", "100000", "--checkpoints", "run"]
+
+    def heard():  # a test run in the background may have been told to ignore it
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heard
+    ) as process:
+        while not (folder / "run" / "last.ckpt").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(number)
+        said = process.stderr.read()
+    assert process.returncode == code, said
+    (kept,) = folder.glob("result-model-*")
+    done = len(MultiVI.load(kept).history)
+    assert said.strip() == (
+        f"interrupted after {done} of 100000 epochs. The model, trained for {done} epoch{'s' * (done > 1)}, is in "
+        f"{kept.name}. To go on from run, run the same command with --resume"
+    )
+    assert len(newest("run")[1]["run"]["rows"]) == done
+    assert sorted(p.name for p in folder.iterdir()) == ["data.h5mu", kept.name, "run"]
+
+
+FULL = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from pyromosaic import cli
+from pyromosaic.cli import outputs
+whole = outputs.add
+def add(*arguments):  # from here on the disk is full
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    whole(*arguments)
+cli.add = add
+cli.app(sys.argv[1:], prog_name="pyromosaic")
+"""
+
+
+def test_a_full_disk_leaves_what_was_there(folder, tmp_path_factory):
+    (folder / "result.h5mu").write_text("old")
+    command = ["integrate", "data.h5mu", "--out", "result.h5mu", "--epochs", "2", "--checkpoints", "run", "--overwrite"]
+    outcome = subprocess.run([sys.executable, "-c", FULL, *command], capture_output=True, text=True)
+    assert outcome.returncode == 1, outcome.stderr
+    (said,) = outcome.stderr.splitlines()
+    assert said.startswith("error: result.h5mu cannot be written: ")
+    assert "The model cannot be kept (" in said and "File too large" in said
+    assert said.endswith("To go on from run, run the same command with --resume")
+    assert sorted(p.name for p in folder.iterdir()) == ["data.h5mu", "result.h5mu", "run"]
+    assert (folder / "result.h5mu").read_text() == "old"
+    outcome = run(*command, "--resume")
+    assert outcome.exit_code == 0, outcome.output
+
+
+def test_outputs_are_written_beside_their_place_also_through_a_link(folder, tmp_path_factory, monkeypatch):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (folder / "result.h5mu").symlink_to(elsewhere / "far.h5mu")
+    (elsewhere / ".far.h5mu.abc.part").mkdir()  # by an earlier kill
+    (elsewhere / "far.h5mu").write_text("old")
+    places = []
+    write = mudata.MuData.write
+
+    def seen(self, path, **options):
+        places.append(path.parent.parent)
+        write(self, path, **options)
+
+    monkeypatch.setattr(mudata.MuData, "write", seen)
+    assert integrate("--overwrite").exit_code == 0
+    assert places == [elsewhere]
+    assert [p.name for p in elsewhere.iterdir()] == ["far.h5mu"]
+    assert (folder / "result.h5mu").is_symlink()
+    assert read("result.h5mu").obsm["X_multivi"].shape == (N, 15)

@@ -214,3 +214,17 @@ def test_kills_while_saving_leave_a_whole_model(model, saved):
 
 def test_the_version_that_saved_is_recorded(saved):
     assert json.loads((saved / "model.json").read_text())["version"] == pyromosaic.__version__
+
+
+def test_a_loaded_history_has_all_digits(model, saved):
+    loaded = MultiVI.load(saved).history
+    pd.testing.assert_frame_equal(loaded, model.history, check_exact=True)
+    assert not (model.history == model.history.round(10)).all(axis=None)  # some have more than ten digits
+
+
+def test_weights_that_seem_far_larger_are_refused_before_they_are_read(saved):
+    os.truncate(saved / "weights.safetensors", 10**12)  # a hole, which takes no room
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="weights.safetensors is not as it was written") as error:
+        MultiVI.load(saved)
+    assert str(saved) in str(error.value) and time.monotonic() - began < 2

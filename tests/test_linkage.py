@@ -848,3 +848,14 @@ def test_large_sparse_data_stay_sparse():
     assert peak < 150e6
     x, y = (s.to_numpy() for s in link.scores.values())
     assert np.mean(kind[(x[:500] @ y.T).argmax(axis=1)] == kind[:500]) > 0.9
+
+
+def test_what_never_varies_has_no_correlation():
+    """Two cells leave one in each half, and sparse ones may leave a half of zeros."""
+    x, y = np.array([[1.0, 0.0]] * 4), np.array([[0.0, 1.0], [1.0, 0.0], [2.0, 1.0], [0.0, 3.0]])
+    for n in (4, 2):
+        pi = Correspondence(np.full((n, n), 1 / n**2), (np.arange(n), np.arange(n)))
+        canonical = linkage.canonical_correlation(x[:n], y[:n], pi)
+        assert_array_equal(canonical.correlations, 0)
+        assert np.isfinite(np.concatenate(canonical.coefficients)).all()
+        assert_array_equal(linkage.crossfit_correlations(x[:n], y[:n], pi), 0)

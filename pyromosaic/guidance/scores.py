@@ -82,9 +82,8 @@ def shared_scores(mosaic: Mosaic, graph: GuidanceGraph, n_components: int, seed:
         pairs = [(a, b) for a in graph.features for b in graph.features if a not in scores and a != b]
         links = {(a, b): graph.links(a, b) for a, b in pairs if not scores or b in scores}
         a, b = max(links, key=lambda pair: len(links[pair]))
-        width = min(
-            n_components, *(min(len(graph.features[k]), int(mosaic.modalities[k].present.sum())) - 1 for k in (a, b))
-        )
+        sizes = [min(len(graph.features[k]), int(mosaic.modalities[k].present.sum())) for k in (a, b)]
+        width = max(1, min(n_components, *(size - 1 for size in sizes)))  # `cca` says what is wrong with a single one
         n_pcs = min(30, *(int(mosaic.modalities[k].present.sum()) - 1 for k in (a, b)))
         linkage = cca(mosaic, (a, b), links[a, b], n_components=width, n_pcs=n_pcs, seed=seed)
         if not scores:

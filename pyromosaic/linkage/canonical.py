@@ -176,7 +176,8 @@ def crossfit_correlations(
     Returns
     -------
     numpy.ndarray
-        Mean over both halves, shape (components,); not sorted, and about 0 for an overfitted component.
+        Mean over both halves, shape (components,); not sorted, and about 0 for an overfitted component; 0
+        where the other half does not vary.
     """
     rng = np.random.default_rng(seed)
     halves = []
@@ -198,13 +199,17 @@ def crossfit_correlations(
         fit = canonical_correlation(*part(side), ridge)
         x_other, y_other, pi_other = part(not side)
         u, v = (fit.scores(values, k, power=0) for k, values in enumerate((x_other, y_other)))
-        held_out.append(np.diag(pi_other.cross_covariance(u, v)) / (u.std(axis=0) * v.std(axis=0)))
+        spread = u.std(axis=0) * v.std(axis=0)
+        covariance = np.diag(pi_other.cross_covariance(u, v))
+        held_out.append(np.divide(covariance, spread, out=np.zeros_like(covariance), where=spread > 0))
     return np.mean(held_out, axis=0)
 
 
 def _inverse_root(covariance: np.ndarray) -> np.ndarray:
-    """Inverse square root of a covariance."""
+    """Inverse square root of a covariance; of none at all, zeros, so that what never varies has no coefficient."""
     variance, directions = np.linalg.eigh(covariance)
+    if variance.max() <= 0:
+        return np.zeros_like(covariance)
     variance = np.maximum(variance, 1e-12 * variance.max())
     return directions / np.sqrt(variance) @ directions.T
 

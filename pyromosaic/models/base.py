@@ -1,7 +1,7 @@
 """Base of all models: a Pyro program with its data, built and trained."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from inspect import Parameter, signature
@@ -297,13 +297,13 @@ class TrainedModel:
         self.prepare(mosaic)
         settings = {
             "model": type(self).__name__,
-            "options": json.dumps(self.options, default=lambda option: type(option).__name__),
+            **{f"model option {name}": _plain(value) for name, value in self.options.items()},
             "batch_size": batch_size,
             "seed": seed,
             "validation": validation,
             "test": test,
             "sleep_steps": sleep_steps,
-            "cells": sha256("\n".join(map(str, mosaic.obs_names)).encode()).hexdigest(),
+            **_of_data(mosaic),
             **{f"{name} cells": torch.from_numpy(cells) for name, cells in vars(parts).items()},
         }
         bar = bool(trainer.get("progress_bar", True))
@@ -420,3 +420,30 @@ def _options(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dic
         kind = constructor.parameters[name].kind
         options |= value if kind is Parameter.VAR_KEYWORD else {name: value}
     return options
+
+
+def _plain(value: Any) -> Any:
+    """An option as checkpoints hold it."""
+    whole = value is None or isinstance(value, bool | int | float | str)
+    return value if whole else json.dumps(value, default=lambda part: type(part).__name__)
+
+
+def _of_data(mosaic: Mosaic) -> dict[str, Any]:
+    """What tells the data of one run from those of another, for checkpoints."""
+    found: dict[str, Any] = {"modalities": ", ".join(mosaic.modalities), "cells": _digest(list(mosaic.obs_names))}
+    for name, modality in mosaic.modalities.items():
+        has, codes = modality.present, np.column_stack([modality.codes, modality.labels])
+        found[f"likelihood of {name}"] = modality.spec.likelihood_name
+        found[f"features or columns of {name}"] = _digest([json.dumps(mosaic.schema.to_json()["modalities"][name])])
+        found[f"cells with {name}"] = _digest(np.flatnonzero(has).astype(np.int64))
+        found[f"batches or labels of {name}"] = _digest(codes[has].astype(np.int64))
+        found[f"continuous covariates of {name}"] = torch.from_numpy(modality.continuous[has])
+        if modality.matrix.marks is not None:
+            found[f"measurements of {name}"] = torch.from_numpy(modality.matrix.marks[modality.rows[has]])
+    return found
+
+
+def _digest(values: Iterable[Any]) -> torch.Tensor:
+    """A digest of names, or of rows of whole numbers."""
+    content = values.tobytes() if isinstance(values, np.ndarray) else "\n".join(map(str, values)).encode()
+    return torch.tensor(list(sha256(content).digest()), dtype=torch.uint8)

@@ -8,6 +8,7 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError
@@ -24,7 +25,7 @@ from pyromosaic.models.base import TrainedModel, accepted_options
 from pyromosaic.models.formats import FORMAT, READ, upgraded, upgraded_schema
 from pyromosaic.models.query import carry_over, only
 from pyromosaic.train.checkpoints import check_state
-from pyromosaic.train.files import clear_drafts, drafts, replaced, size_of
+from pyromosaic.train.files import check_length, clear_drafts, drafts, replaced, size_of
 
 #: The parts that are saved with a model, by name.
 PARTS = {
@@ -86,7 +87,7 @@ class Keeping(TrainedModel):
             "options": options,
             "objects": objects,
             "schema": self.schema.to_json(),
-            "history": json.loads(self.history.reset_index().to_json(orient="split")),
+            "history": _plain(self.history.reset_index()),
         }
         content = json.loads(json.dumps(content))  # as it will be read
         text = json.dumps(content | {"digest": _digest(content)}).encode()
@@ -141,7 +142,7 @@ class Keeping(TrainedModel):
                 f"{', '.join(f'{name}=<object>' for name in missing)} to load()"
             )
         try:
-            size_of(directory / WEIGHTS, 1 << 40)
+            check_length(directory / WEIGHTS, size_of(directory / WEIGHTS, 1 << 40))
             weights = load_file(directory / WEIGHTS)
             likelihoods = {k: v for k, v in objects.items() if isinstance(v, type) and issubclass(v, Likelihood)}
             schema = Schema.from_json(upgraded_schema(content), likelihoods)
@@ -157,12 +158,12 @@ class Keeping(TrainedModel):
             if content.get("weights") not in (None, _digest_of_file(directory / WEIGHTS)):
                 raise ValueError(f"{WEIGHTS} is not as it was saved")
             history = content["history"]
-            model.history = pd.DataFrame(history["data"], columns=history["columns"])
+            model.history = pd.DataFrame(history["data"], columns=history["columns"], dtype=float)
         except _OF_DAMAGED_FILES as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ValueError(f"the description and the weights in {of} do not fit together: {reason}") from error
         if "epoch" in model.history:
-            model.history = model.history.set_index("epoch")
+            model.history = model.history.astype({"epoch": int}).set_index("epoch")
         if data is not None:
             model.mosaic = model.register(data)
         return model
@@ -258,6 +259,12 @@ class Keeping(TrainedModel):
         return adapted
 
 
+def _plain(history: pd.DataFrame) -> dict[str, list[Any]]:
+    """Columns and rows of numbers with all their digits; null for what is missing."""
+    rows = history.astype(object).where(np.isfinite(history.astype(float)), None).to_numpy().tolist()
+    return {"columns": list(history.columns), "data": rows}
+
+
 def _is_own(spec: ModalitySpec) -> bool:
     return not isinstance(spec.likelihood, str)
 
@@ -286,7 +293,7 @@ def _description(directory: Path) -> dict[str, Any]:
     """What ``model.json`` holds; if a kill came between its weights' writing and its own, what it was to hold."""
     content = _read(directory, directory / DESCRIPTION)
     if "weights" in content:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # refused below
             found = _digest_of_file(directory / WEIGHTS)
             for draft in drafts(directory / DESCRIPTION) if found != content["weights"] else ():
                 with suppress(ValueError):
@@ -324,7 +331,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _digest_of_file(path: Path) -> str:
-    size_of(path, 1 << 40)
+    check_length(path, size_of(path, 1 << 40))
     with open(path, "rb") as file:
         return file_digest(file, "sha256").hexdigest()
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from pyromosaic.train.files import clear_drafts, replaced, size_of
+from pyromosaic.train.files import check_length, clear_drafts, replaced, size_of
 
 FORM = b"pyromosaic checkpoint 1\n"
 NEWEST, BEFORE = "last.ckpt", "previous.ckpt"
@@ -107,6 +107,7 @@ def read(path: Path, limit: int = 1 << 40) -> Any:
                 raise ValueError(
                     "it is not of the form that this version of pyromosaic writes, and nothing else is read"
                 )
+            check_length(path, size, len(FORM) + 65)
             digest, content = file.readline(65).strip().decode("ascii", "replace"), file.read(size)
         if sha256(content).hexdigest() != digest:
             raise ValueError("it is not as it was written: cut off or damaged")

@@ -1,10 +1,13 @@
 """Files that are whole or not there: written beside their place, flushed, renamed; read only if they are files."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from stat import S_ISREG
 from uuid import uuid4
+
+HEADER = 1 << 24  # largest description of tensors, in bytes
 
 
 def replaced(contents: Mapping[Path, bytes]) -> None:
@@ -100,3 +103,34 @@ def size_of(path: Path, limit: int) -> int:
     if status.st_size > limit:
         raise ValueError(f"{path} has {status.st_size:,} bytes, where at most {limit:,} are expected")
     return status.st_size
+
+
+def check_length(path: Path, size: int, start: int = 0) -> None:
+    """Refuse tensors (safetensors) that are not as long as their header says, before they are read.
+
+    Parameters
+    ----------
+    path
+        The file.
+    size
+        Its size in bytes.
+    start
+        Where the tensors begin in it.
+
+    Raises
+    ------
+    ValueError
+        If there is no such header, or the file ends elsewhere.
+    """
+    with open(path, "rb") as file:
+        file.seek(start)
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(length) if length <= min(size, HEADER) else b""
+    try:
+        header = json.loads(text)
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        whole = start + 8 + length + max(ends, default=0) == size
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path.name} is not as it was written: cut off or damaged")

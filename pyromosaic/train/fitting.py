@@ -214,7 +214,8 @@ def fit(
     taken = None
     if resume_from is not None:
         size = sum(value.nbytes for value in plan.state_dict().values())
-        taken = newest(resume_from, 16 * size + (1 << 30))
+        size += sum(value.nbytes for value in (settings or {}).values() if isinstance(value, Tensor))
+        taken = newest(resume_from, 16 * size + (1 << 26))
         with suppress(*_OF_FOREIGN_STATE):  # refused below
             plan.n_epochs = min(int(taken[1]["run"]["n_epochs"]), 1_000_000)
             plan.warmup_epochs = min(optimisation.kl_warmup_epochs, plan.n_epochs // 2)
@@ -293,12 +294,12 @@ def _check_resumed(taken: tuple[Path, Any], plan: Plan, n_epochs: int) -> None:
     for name in plan.settings | before:
         was, now = before.get(name), plan.settings.get(name)
         if isinstance(was, Tensor) and isinstance(now, Tensor):
-            if not torch.equal(was, now):
+            if not _same(was, now):
                 raise ValueError(f"the run of {of} had other {name}; a run is resumed on the same data")
         elif isinstance(was, Tensor) or isinstance(now, Tensor) or was != now:
             raise ValueError(
-                f"the run of {of} had {name}={was!r}; found {now!r}. A resumed run keeps its settings; to train "
-                "a model on with others, call train again without resume_from"
+                f"the run of {of} had {name}={was!r}; found {now!r}. A resumed run keeps its settings; begin "
+                "a new run to change them"
             )
     if n_states != (1, int(plan.optimisation.schedule != "constant")):
         raise ValueError(f"{of} lacks the state of an optimiser or schedule")
@@ -310,6 +311,13 @@ def _check_resumed(taken: tuple[Path, Any], plan: Plan, n_epochs: int) -> None:
     if n_epochs > plan.n_epochs and plan.optimisation.schedule == "cosine":
         message += f"; the learning rate stays where it was left after the first {plan.n_epochs}, at its lowest"
     print(message, file=sys.stderr)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether data are the same, up to the order in which another machine sums."""
+    if one.dtype.is_floating_point and one.shape == other.shape and one.dtype == other.dtype:
+        return torch.allclose(one, other, rtol=1e-9, atol=1e-7, equal_nan=True)
+    return torch.equal(one, other)
 
 
 def _name(value: Any) -> str:
