@@ -148,7 +148,7 @@ def test_likelihoods_by_name_by_class_and_by_specification(mdata):
         (pd.Series({"rna": None}), "blocks must be a dictionary with values each text or None"),
         ({"adt": ["adt"]}, "blocks must be a dictionary with values each text or None"),
         ({"adt": 3}, "blocks must be a dictionary with values each text or None"),
-        ({0: "adt"}, "the name of a modality is text; found 0"),
+        ({0: "adt"}, "the name of a modality must be text; found 0"),
         ({"adt": "protein"}, "'adt': obsm has no key 'protein'; it has 'adt'"),
         ({}, "there is no modality to register"),
     ],
@@ -161,12 +161,12 @@ def test_blocks_are_a_dictionary(mdata, blocks, message):
 
 @pytest.mark.parametrize("data", [pd.DataFrame(np.ones((3, 3))), np.ones((3, 3)), "x.h5mu", None, 3, [], {}])
 def test_data_of_another_type(mdata, data):
-    refused(lambda: Mosaic.from_mudata(data), "from_mudata takes a MuData; found a .*from_anndata")
+    refused(lambda: Mosaic.from_mudata(data), "mdata must be a MuData; found a .*from_anndata")
     if data != {} if isinstance(data, dict) else True:
-        refused(lambda: Mosaic.from_anndata(data), "from_anndata takes a dictionary from modality to AnnData")
-    refused(lambda: Mosaic.from_obsm(data, {"rna": None}), "from_obsm takes an AnnData; found a ")
-    refused(lambda: Mosaic.from_anndata({"rna": data}), "takes a dictionary .*; found a dictionary with other values")
-    refused(lambda: Mosaic.from_anndata({0: mdata["rna"]}), "the name of a modality is text; found 0")
+        refused(lambda: Mosaic.from_anndata(data), "adatas must be a dictionary from modality to AnnData")
+    refused(lambda: Mosaic.from_obsm(data, {"rna": None}), "adata must be an AnnData; found a ")
+    refused(lambda: Mosaic.from_anndata({"rna": data}), "must be a dictionary .*; found a dictionary with other values")
+    refused(lambda: Mosaic.from_anndata({0: mdata["rna"]}), "the name of a modality must be text; found 0")
 
 
 @pytest.mark.parametrize("name", ["rna.counts", "type", "a b", "training", "modalities", "rna+adt"])
@@ -207,7 +207,7 @@ NO_SELECTION += [{"cell0": 1}.keys(), frozenset({1})]
 
 @pytest.mark.parametrize("cells", NO_SELECTION, ids=lambda value: type(value).__name__)
 def test_what_is_no_selection(model, cells):
-    message = "are given by names, (numbers )?or a mask with at least one (cell|feature); found a "
+    message = "must be names(, numbers)? or a mask with at least one (cell|feature); found a "
     refused(lambda: model.mosaic.find(cells), f"^cells {message}")
     refused(lambda: model.get_latent_representation(cells), message)
     refused(lambda: model.get_imputed_values("adt", cells, n_samples=2), message)
@@ -276,10 +276,12 @@ def test_cohorts_in_any_form(model):
             lambda v=value: mosaic.with_cohorts("condition", background=v), "a cohort takes a value or values of the"
         )
     refused(
-        lambda: mosaic.with_cohorts(background=None, target=["cell0"]), "say which cells are background: their names"
+        lambda: mosaic.with_cohorts(background=None, target=["cell0"]),
+        "background must be cells \\(names, numbers or a mask\\)",
     )
     refused(
-        lambda: mosaic.with_cohorts(background=["cell0"]), "say which cells are target: their names, numbers or a m"
+        lambda: mosaic.with_cohorts(background=["cell0"]),
+        "target must be cells \\(names, numbers or a mask\\) or a dict",
     )
 
 
