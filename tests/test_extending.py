@@ -318,7 +318,7 @@ def test_traits_say_how_a_likelihood_of_the_users_own_is_compared(methylation):
 def test_what_is_no_likelihood_is_refused(wrong):
     with pytest.raises(
         ValueError,
-        match="there is no likelihood .*accepted: nb, .*or a subclass of|likelihood must be text or a class; found 3",
+        match="accepted: nb, .*or a subclass of|must be text or a class; found 3",
     ):
         ModalitySpec(wrong)
 

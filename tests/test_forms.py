@@ -277,11 +277,11 @@ def test_cohorts_in_any_form(model):
         )
     refused(
         lambda: mosaic.with_cohorts(background=None, target=["cell0"]),
-        "background must be cells \\(names, numbers or a mask\\)",
+        r"background must be cells \(names",
     )
     refused(
         lambda: mosaic.with_cohorts(background=["cell0"]),
-        "target must be cells \\(names, numbers or a mask\\) or a dict",
+        r"target must be cells \(names, .* or a dict",
     )
 
 
