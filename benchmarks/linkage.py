@@ -3,7 +3,8 @@
 Every cell with both modalities counts as two; FOSCTTM is over these copies, label transfer over all cells. Systems with
 more information than a linkage may have are marked: ``labels (supervised)``, ``pairs (oracle)``. ``shuffled features``
 is the chance level. ``transport`` has all links, ``40 links`` to ``no links`` have fewer; ``variational`` is linear,
-``deep`` is not. ``--simulate`` measures time and memory on large sparse data instead.
+``deep`` is not. ``--simulate`` measures time and memory on large sparse data instead, and ``--warnings`` counts how
+often `cca` warns of right, exchanged and random links in simulated data.
 
     python benchmarks/linkage.py
     python benchmarks/linkage.py --data snare_cortex.h5mu --second atac --min-share 0.005 --label-key cell_class \
@@ -11,6 +12,7 @@ is the chance level. ``transport`` has all links, ``40 links`` to ``no links`` h
     python benchmarks/linkage.py --data snare_cortex.h5mu --second atac --activity --label-key cell_class \
         --leave-out Mis
     python benchmarks/linkage.py --simulate 100000 20000
+    python benchmarks/linkage.py --warnings --seeds 20
 """
 
 from argparse import Namespace
@@ -165,6 +167,33 @@ def large(n_cells: int, n_genes: int) -> Figures:
     }
 
 
+def warned(seed: int) -> dict[str, float]:
+    """Whether `cca` warns, for right links and for links whose partners are exchanged or random."""
+    import warnings
+
+    quiet()
+    from pyromosaic import Mosaic, linkage, simulate
+
+    found = {}
+    mdata, truth = simulate(500, {"rna": 100, "adt": 40}, patterns=["rna", "adt"], links={"adt": 1.0}, seed=seed)
+    mosaic, rng = Mosaic.from_mudata(mdata, batch_key="batch"), np.random.default_rng(seed)
+    for n in (4, 6, 8, 12, 20, 40):
+        chosen = truth.links.sample(n, random_state=seed)
+        right = pd.DataFrame({"rna": chosen["gene"].to_numpy(), "adt": chosen["feature"].to_numpy()})
+        genes = rng.choice(mdata["rna"].var_names, n, replace=False)
+        tables = {
+            "right": right,
+            "exchanged": right.assign(adt=np.roll(right["adt"], 1)),
+            "random": right.assign(rna=genes),
+        }
+        for kind, links in tables.items():
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                linkage.cca(mosaic, ("rna", "adt"), links, n_pcs=10)
+            found[f"{n} {kind} links"] = float(any("the right cells" in str(w.message) for w in caught))
+    return found
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = arguments(__doc__.split("\n")[0])
@@ -179,7 +208,12 @@ def main() -> None:
     parser.add_argument("--leave-out", help="label of cells to leave out")
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS), help="what to run")
     parser.add_argument("--simulate", type=int, nargs=2, metavar=("CELLS", "GENES"), help="measure on simulated data")
+    parser.add_argument("--warnings", action="store_true", help="count warnings of doubtful links in simulated data")
     options = parser.parse_args()
+    if options.warnings:
+        runs = {"share of runs with a warning": [warned(20_000 + seed) for seed in range(options.seeds)]}
+        report("Warnings of doubtful links", runs, vars(options), options.json)
+        return
     if options.simulate:
         title = "Linkage of {} cells, {} genes".format(*options.simulate)
         report(title, {"transport": [isolated(large, *options.simulate)]}, vars(options), options.json)

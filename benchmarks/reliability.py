@@ -1,6 +1,6 @@
 """Kill training runs, damage files, and model random data: count what is lost, what is loaded wrongly, what fails.
 
-    python reliability.py kills --n 100 --folders /tmp/a /dev/shm/a
+    python reliability.py kills --n 100 --folders . /dev/shm
     python reliability.py files --n 500
     python reliability.py mosaics --n 1000
 
@@ -23,7 +23,7 @@ from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from shutil import copytree, rmtree
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import numpy as np
@@ -87,7 +87,6 @@ def victim(kind: str, folder: Path, said: Any) -> None:
     import pyromosaic.models.base as base
 
     calm()
-    os.environ["TMPDIR"] = "/tmp"
 
     class Say(lightning.Callback):
         def on_train_epoch_start(self, trainer: Any, plan: Any) -> None:
@@ -521,16 +520,7 @@ def mosaics(options: argparse.Namespace) -> Counter:
                 if options.verbose:
                     print(f"  {number} {kind}: {error}")
                 return kind, "refused in one sentence"
-            return (
-                kind,
-                f"FAILED: {type(error).__name__} at {Path(last.filename).name}:{last.lineno}: {str(error)[:200]}",
-            )
-        except Exception as error:  # noqa: BLE001  whatever it is, it is counted
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            return (
-                kind,
-                f"FAILED: {type(error).__name__} at {Path(last.filename).name}:{last.lineno}: {str(error)[:200]}",
-            )
+            raise
         return kind, "all finite, equal after loading"
 
     return counted(once, options)
@@ -546,7 +536,9 @@ def counted(once: Callable[[int], tuple[str, str]], options: argparse.Namespace)
         except KeyboardInterrupt:
             break
         except Exception as error:  # noqa: BLE001  a trial that cannot be judged has failed
-            what, outcome = "trial", f"FAILED: {type(error).__name__}: {str(error)[:300]}"
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(last.filename).name}:{last.lineno}"
+            what, outcome = "trial", f"FAILED: {type(error).__name__} at {where}: {str(error)[:200]}"
         if outcome.startswith("FAILED"):
             print(f"{number}, {what}: {outcome}", flush=True)
             outcome = "FAILED"
@@ -566,7 +558,7 @@ def main() -> None:
         part.set_defaults(run=run)
         if run is kills:
             part.add_argument(
-                "--folders", type=Path, nargs="+", default=[Path("/tmp")], help="where checkpoints go, in turn"
+                "--folders", type=Path, nargs="+", default=[Path(gettempdir())], help="where checkpoints go, in turn"
             )
     options = parser.parse_args()
     began = time.monotonic()

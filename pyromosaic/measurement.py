@@ -294,9 +294,8 @@ class MeasurementGuide(Part):
             if hasattr(network, "start"):
                 network.start(view)
         if self.size_encoder is not None:
-            nn.init.constant_(
-                self.size_encoder.log_variance.bias, -4.0
-            )  # a small variance: the count determines most of the size
+            # A small variance: the count determines most of the size.
+            nn.init.constant_(self.size_encoder.log_variance.bias, -4.0)
         if self.decoder is not None and hasattr(self.decoder, "start"):
             self.decoder.start(biases)
 

@@ -245,23 +245,27 @@ def test_what_to_infer_from_in_other_forms(model, encode):
 
 @pytest.mark.parametrize("batch", [["batch0"], {"batch0"}, pd.Series(["batch0"]), COLUMN, slice(1), []])
 def test_an_imputed_value_has_one_batch(model, batch):
-    refused(lambda: model.get_imputed_values("rna", batch=batch, n_samples=2), "batch takes one batch here; found a ")
+    refused(lambda: model.get_imputed_values("rna", batch=batch, n_samples=2), "batch must be one batch here; found a ")
 
 
 def test_averages_over_batches_in_any_form(model):
     expected = model.get_normalized_expression("rna", batch=["batch0", "batch1"])
     for batch in (("batch0", "batch1"), np.array(["batch0", "batch1"]), pd.Series(["batch0", "batch1"], [5, 6])):
         pd.testing.assert_frame_equal(model.get_normalized_expression("rna", batch=batch), expected)
-    refused(lambda: model.get_normalized_expression("rna", batch=slice(1)), "batch takes one batch here; found a slice")
+    refused(
+        lambda: model.get_normalized_expression("rna", batch=slice(1)), "batch must be one batch here; found a slice"
+    )
 
 
 @pytest.mark.parametrize("value", [["control"], {"control"}, pd.Series(["control"]), COLUMN, pd.DataFrame(), slice(1)])
 def test_a_group_is_one_value(model, value):
     refused(
-        lambda: model.differential("condition", value, n_samples=10), "a group is one value of the column; found a "
+        lambda: model.differential("condition", value, n_samples=10),
+        "a group must be one value of the column; found a ",
     )
     refused(
-        lambda: model.differential("condition", "control", value, n_samples=10), "a group is one value of the column"
+        lambda: model.differential("condition", "control", value, n_samples=10),
+        "a group must be one value of the column",
     )
 
 
@@ -272,9 +276,7 @@ def test_cohorts_in_any_form(model):
         found = mosaic.with_cohorts("condition", background=form(["control"]), target=form(["treated"])).groups
         np.testing.assert_array_equal(found, expected)
     for value in ({"control": 1}, pd.DataFrame({"control": [1]})):
-        refused(
-            lambda v=value: mosaic.with_cohorts("condition", background=v), "a cohort takes a value or values of the"
-        )
+        refused(lambda v=value: mosaic.with_cohorts("condition", background=v), "a cohort must be a value or values of")
     refused(
         lambda: mosaic.with_cohorts(background=None, target=["cell0"]),
         r"background must be cells \(names",

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from pyromosaic import DiagVI, ModalitySpec, Mosaic, linkage, pbmc_mosaic, protein_gene_links
+from pyromosaic import DiagVI, ModalitySpec, Mosaic, linkage, pbmc_mosaic, protein_gene_links, simulate
 from pyromosaic.guidance import GuidanceGraph, shared_scores
 
 pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph has few links")
@@ -214,6 +214,20 @@ def test_shared_scores_do_not_see_pairs():
         scores.append(shared_scores(mosaic, graph, 5))
     np.testing.assert_allclose(scores[0][:300], scores[1][:300], atol=1e-3)
     np.testing.assert_allclose(scores[0][300:][order], scores[1][300:], atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*links are left out")
+@pytest.mark.filterwarnings("ignore:.*the right cells")
+def test_features_that_never_vary_limit_the_number_of_scores():
+    mdata, truth = simulate(80, {"rna": 30, "adt": 12}, patterns=["rna", "adt"], links={"adt": 1.0}, seed=0)
+    adatas = {name: adata.copy() for name, adata in mdata.mod.items()}
+    counts = adatas["rna"].X.toarray()
+    counts[:, 4:] = 0
+    adatas["rna"].X = counts + (np.arange(30) == 0)
+    mosaic = Mosaic.from_anndata(adatas)
+    ends = [(("rna", row.gene), ("adt", row.feature)) for row in truth.links.itertuples()]
+    scores = shared_scores(mosaic, GuidanceGraph.from_edges(mosaic, ends), 10)
+    assert scores.shape == (mosaic.n_cells, 4) and np.isfinite(scores).all()
 
 
 def test_links_are_understood_in_every_form():

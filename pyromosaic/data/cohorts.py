@@ -92,7 +92,7 @@ def from_cells(mosaic: "Mosaic", background: Any, target: Any) -> tuple[Cohorts,
 
 def _words(values: Any) -> tuple[str, ...]:
     if isinstance(values, Mapping | pd.DataFrame):
-        raise ValueError(f"a cohort takes a value or values of the column; found a {type(values).__name__}")
+        raise ValueError(f"a cohort must be a value or values of the column; found a {type(values).__name__}")
     several = isinstance(values, Iterable) and not isinstance(values, str)
     found = tuple(map(word, values)) if several else (word(values),)
     if not found:

@@ -289,7 +289,7 @@ def to_predict(
 
 def _batch_code(name: str, modality: Modality, batch: object) -> int:
     if not pd.api.types.is_scalar(batch):
-        raise ValueError(f"batch takes one batch here; found a {type(batch).__name__}")
+        raise ValueError(f"batch must be one batch here; found a {type(batch).__name__}")
     batch = word(batch)
     batches = modality.schema.categories[modality.spec.batch_key] if modality.spec.batch_key else ()
     if batch not in batches:

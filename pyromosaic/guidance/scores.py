@@ -7,6 +7,7 @@ import pandas as pd
 
 from pyromosaic.data import Mosaic
 from pyromosaic.linkage import cca
+from pyromosaic.linkage.preprocess import Standardiser
 from pyromosaic.links import GuidanceGraph
 
 
@@ -82,8 +83,10 @@ def shared_scores(mosaic: Mosaic, graph: GuidanceGraph, n_components: int, seed:
         pairs = [(a, b) for a in graph.features for b in graph.features if a not in scores and a != b]
         links = {(a, b): graph.links(a, b) for a, b in pairs if not scores or b in scores}
         a, b = max(links, key=lambda pair: len(links[pair]))
-        sizes = [min(len(graph.features[k]), int(mosaic.modalities[k].present.sum())) for k in (a, b)]
-        width = max(1, min(n_components, *(size - 1 for size in sizes)))  # `cca` says what is wrong with a single one
+        sizes = [min(len(graph.features[k]), int(mosaic.modalities[k].present.sum())) - 1 for k in (a, b)]
+        width = max(
+            1, min(n_components, *sizes, *(_n_varying(mosaic, k) for k in (a, b)))
+        )  # `cca` refuses a single one
         n_pcs = min(30, *(int(mosaic.modalities[k].present.sum()) - 1 for k in (a, b)))
         linkage = cca(mosaic, (a, b), links[a, b], n_components=width, n_pcs=n_pcs, seed=seed)
         if not scores:
@@ -100,3 +103,9 @@ def shared_scores(mosaic: Mosaic, graph: GuidanceGraph, n_components: int, seed:
         total[present] += own
         count[present] += 1
     return (radius * total / count).astype(np.float32)
+
+
+def _n_varying(mosaic: Mosaic, name: str) -> int:
+    """Number of features of a modality that vary within a batch, which limits the number of scores."""
+    modality = mosaic.modalities[name]
+    return int(np.isfinite(Standardiser.fit(modality, np.flatnonzero(modality.present))[1].scale).sum())

@@ -294,7 +294,6 @@ def cca(
     ((1200, 15), (1200, 15))
     """
     _check(mosaic, modalities)
-    rng = np.random.default_rng(seed)
     most = 15 if n_components is None else n_components
     first, second = (Side.fit(mosaic, name, n_pcs, n_neighbors, n_metacells, seed) for name in modalities)
     _refuse_same(first, second)
@@ -319,7 +318,8 @@ def cca(
     else:
         chosen = np.ones(pair.linked[0].shape[1], dtype=bool)
         best: str = start or "links"
-        left_out = np.flatnonzero(rng.permutation(len(chosen)) < round(held_out * len(chosen)))
+        order = np.random.default_rng(seed).permutation(len(chosen))
+        left_out = np.flatnonzero(order < round(held_out * len(chosen)))
         if links is not None and len(left_out):
             starts = ("links", "diagonal") if start is None else (start,)
             trials = {name: pair.trial(name, rounds, left_out) for name in starts}

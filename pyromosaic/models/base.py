@@ -297,7 +297,7 @@ class TrainedModel:
         self.prepare(mosaic)
         settings = {
             "model": type(self).__name__,
-            **{f"model option {name}": _plain(value) for name, value in self.options.items()},
+            **{f"model option {name}": _recorded(value) for name, value in self.options.items()},
             "batch_size": batch_size,
             "seed": seed,
             "validation": validation,
@@ -422,7 +422,7 @@ def _options(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dic
     return options
 
 
-def _plain(value: Any) -> Any:
+def _recorded(value: Any) -> Any:
     """An option as checkpoints hold it."""
     whole = value is None or isinstance(value, bool | int | float | str)
     return value if whole else json.dumps(value, default=lambda part: type(part).__name__)

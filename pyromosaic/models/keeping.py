@@ -87,7 +87,7 @@ class Keeping(TrainedModel):
             "options": options,
             "objects": objects,
             "schema": self.schema.to_json(),
-            "history": _plain(self.history.reset_index()),
+            "history": _numbers(self.history.reset_index()),
         }
         content = json.loads(json.dumps(content))  # as it will be read
         text = json.dumps(content | {"digest": _digest(content)}).encode()
@@ -259,7 +259,7 @@ class Keeping(TrainedModel):
         return adapted
 
 
-def _plain(history: pd.DataFrame) -> dict[str, list[Any]]:
+def _numbers(history: pd.DataFrame) -> dict[str, list[Any]]:
     """Columns and rows of numbers with all their digits; null for what is missing."""
     rows = history.astype(object).where(np.isfinite(history.astype(float)), None).to_numpy().tolist()
     return {"columns": list(history.columns), "data": rows}

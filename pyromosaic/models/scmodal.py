@@ -101,9 +101,8 @@ class ScModalModel(Program):
         super().__init__()
         self.prior = own(prior)
         self.modalities = Slots(modalities)
-        self.balanced = dict.fromkeys(
-            modalities, 1.0
-        )  # every modality has the same total weight, regardless of its number of cells
+        # Every modality has the same total weight, regardless of its number of cells.
+        self.balanced = dict.fromkeys(modalities, 1.0)
 
     def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> Tensor:
         """``z, z_m ~ Normal(0, I)``, ``x_m ~ likelihood_m(decoder_m(z, z_m, batch))`` for each modality m.

@@ -287,7 +287,9 @@ def contrasts(
         values = sorted(set(words[known]))
         for group in (group1, group2):
             if group is not None and not pd.api.types.is_scalar(group):
-                raise ValueError(f"a group is one value of the column; found a {type(group).__name__}; pass its cells")
+                raise ValueError(
+                    f"a group must be one value of the column; found a {type(group).__name__}; pass its cells"
+                )
             if group is not None and word(group) not in values:
                 raise ValueError(f"column {groupby!r} has no value {group!r}; it has {', '.join(map(repr, values))}")
         names = values if group1 is None else [word(group1)]
