@@ -24,6 +24,7 @@ __all__ = [
     "MixtureFusion",
     "Posterior",
     "ProductFusion",
+    "FusedWidth",
     "agreement_weights",
     "alone",
     "fusion_of",
@@ -31,6 +32,44 @@ __all__ = [
     "placed",
     "presence",
 ]
+
+
+class FusedWidth(nn.Module):
+    """How much wider the fused posterior is than the fusion rule says, for each number of modalities of a cell.
+
+    A fusion treats the posteriors of a cell's modalities as independent, and the same posteriors serve cells with one
+    modality. A learnt factor, 1 at the start and for cells with one modality, makes up for what this gets wrong.
+
+    Parameters
+    ----------
+    n_modalities
+        Number of modalities of the model.
+
+    Examples
+    --------
+    >>> FusedWidth(2)(torch.ones(2, 3), used=torch.tensor([[1.0, 0.0], [1.0, 1.0]])).shape
+    torch.Size([2, 3])
+    """
+
+    def __init__(self, n_modalities: int) -> None:
+        super().__init__()
+        self.tenth_of_log = nn.Parameter(torch.zeros(n_modalities - 1)) if n_modalities > 1 else None
+
+    def forward(self, scale: Tensor, used: Tensor) -> Tensor:
+        """Standard deviation of every cell of the minibatch, shape (B, latent).
+
+        Parameters
+        ----------
+        scale
+            Standard deviation by the rule of the fusion, shape (B, latent).
+        used
+            Whether a modality is used in a cell, shape (B, modalities), 0 or 1.
+        """
+        if self.tenth_of_log is None:
+            return scale
+        # Adam's steps have one size; a single number has further to go than a weight of a network.
+        factors = torch.cat([self.tenth_of_log.new_ones(1), (10 * self.tenth_of_log).exp()])
+        return scale * factors[(used > 0).sum(-1) - 1].unsqueeze(-1)
 
 
 class Fusion(nn.Module):
@@ -45,6 +84,7 @@ class Fusion(nn.Module):
     def __init__(self, modalities: Sequence[str] = ()) -> None:
         super().__init__()
         self.modalities = tuple(modalities)
+        self.width = FusedWidth(len(self.modalities))
 
     def forward(
         self, posteriors: Mapping[str, Posterior], used: Tensor, index: Tensor | None = None
@@ -66,8 +106,15 @@ class Fusion(nn.Module):
         self, posteriors: Mapping[str, Posterior], used: Tensor, index: Tensor | None = None
     ) -> dist.TorchDistribution:
         """Posterior of every cell of the minibatch, batch shape (B, 1), event shape (latent,)."""
-        loc, scale = self(posteriors, used, index)
+        loc, scale = self.moments(posteriors, used, index, self.width)
         return dist.Normal(loc.unsqueeze(-2), scale.unsqueeze(-2)).to_event(1)
+
+    def moments(
+        self, posteriors: Mapping[str, Posterior], used: Tensor, index: Tensor | None, width: FusedWidth
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation with a learnt width; see `forward`."""
+        loc, scale = self(posteriors, used, index)
+        return loc, width(scale, used)
 
     def start(self, mosaic: Mosaic) -> None:
         """Prepare parameters of each training cell, if the fusion has any."""
@@ -202,6 +249,10 @@ class MixtureFusion(Fusion):
     Therefore the objective is the ELBO of the mixture. The mixture weights are fixed, so that gradients through the
     draw are unbiased.
     """
+
+    def __init__(self, modalities: Sequence[str] = ()) -> None:
+        super().__init__(modalities)
+        self.width = FusedWidth(1)  # the mixture stays as wide as it is
 
     def forward(
         self, posteriors: Mapping[str, Posterior], used: Tensor, index: Tensor | None = None

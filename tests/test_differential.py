@@ -224,7 +224,7 @@ def test_cells_are_drawn_with_replacement_and_batches_are_paired(batch_correctio
     calls = {1: [], 2: []}
 
     def draw(side):
-        def one_side(cells, batch, seed):
+        def one_side(cells, batch, seed, shared):
             calls[side].append((cells, batch, seed))
             return np.ones((len(cells), 4))
 
@@ -252,7 +252,7 @@ def test_averages_over_batches():
     """An effect in one of two batches is a change in half of the pairs; in both, in all of them."""
 
     def draw(level):
-        return lambda cells, batch, seed: np.tile([level if batch == "a" else 0.001, level], (len(cells), 1))
+        return lambda cells, batch, seed, shared: np.tile([level if batch == "a" else 0.001, level], (len(cells), 1))
 
     contrast = Contrast("x", "y", np.arange(5), np.arange(5, 10))
     table = compare_groups(
@@ -265,7 +265,7 @@ def test_only_the_effects_are_held(monkeypatch):
     monkeypatch.setattr("pyromosaic.tasks.differential.PORTION", 50)
     monkeypatch.setattr("pyromosaic.tasks.differential.BLOCK", 500_000)
 
-    def draw(cells, batch, seed):
+    def draw(cells, batch, seed, shared):
         return np.random.default_rng(seed).random((len(cells), 4000), dtype=np.float32)
 
     contrast = Contrast("x", "y", np.arange(50), np.arange(50, 100))

@@ -56,8 +56,8 @@ class ModalitySpec:
         measured, for data in which missing modalities were filled with zeros; ``"keep"`` treats the zeros as
         measurements, for likelihoods that need no size.
     background
-        How the likelihood ``"nb_mixture"`` treats the unknown background level of each cell and protein: ``"latent"``
-        infers it, as totalVI does; ``"marginal"`` sums it out (see `pyromosaic.likelihoods.NBMixture`).
+        How the likelihood ``"nb_mixture"`` treats the unknown background level of each cell and protein:
+        ``"marginal"`` sums it out; ``"latent"`` infers it, as totalVI does (see `pyromosaic.likelihoods.NBMixture`).
 
     Examples
     --------
@@ -79,7 +79,7 @@ class ModalitySpec:
     dispersion: Literal["gene", "gene-batch", "gene-label"] = "gene"
     exposure_layer: str | None = None
     empty_cells: Literal["refuse", "holes", "keep"] = "refuse"
-    background: Literal["latent", "marginal"] = "latent"
+    background: Literal["marginal", "latent"] = "marginal"
 
     def __post_init__(self) -> None:
         own = isinstance(getattr(self.likelihood, "traits", None), Traits)
@@ -98,8 +98,8 @@ class ModalitySpec:
             raise ValueError(
                 f"likelihood {self.likelihood_name!r} has no inverse dispersion that could be {self.dispersion!r}"
             )
-        if self.background == "marginal" and not self.traits.background:
-            raise ValueError(f"likelihood {self.likelihood_name!r} has no background that could be 'marginal'")
+        if self.background == "latent" and not self.traits.background:
+            raise ValueError(f"likelihood {self.likelihood_name!r} has no background that could be 'latent'")
         if self.dispersion == "gene-batch" and self.batch_key is None:
             raise ValueError("dispersion 'gene-batch' needs a batch_key; found none")
         if self.dispersion == "gene-label" and self.label_key is None:

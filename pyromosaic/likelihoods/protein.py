@@ -20,11 +20,11 @@ class NBMixture(CountLikelihood):
     ``NB(l * exp(b) * (1 + exp(foreground)), theta)``. l is the cell's antibody count divided by that of the median
     cell.
 
-    By default b is a latent variable. Its posterior given the cell's latent variable is normal and comes from a decoder
-    of the guide. This posterior does not see the counts. Therefore the cell's latent variable has to account for the
-    background of each protein, and its posterior is too narrow. With ``ModalitySpec(background="marginal")``, b is
-    summed out by adaptive Gauss-Hermite quadrature. Then s and theta are known less well than the overdispersion that
-    both describe, ``exp(s**2) * (1 + 1 / theta) - 1``.
+    By default b is summed out by adaptive Gauss-Hermite quadrature. Then s and theta are known less well than the
+    overdispersion that both describe, ``exp(s**2) * (1 + 1 / theta) - 1``. With ``ModalitySpec(background="latent")``,
+    as in totalVI, b is a latent variable. Its posterior given the cell's latent variable is normal and comes from a
+    decoder of the guide. This posterior does not see the counts. Therefore the cell's latent variable has to account
+    for the background of each protein, and its posterior is too narrow.
 
     Parameters
     ----------

@@ -73,7 +73,7 @@ class Asking(TrainedModel):
         check_size(modality, self.schema[modality], library)
         size = unit_size(self.schema[modality]) if library is None else library
         value = self._likelihood(modality).normalized
-        question = Question(modality, value, cells, features, None, None, size, n_samples, False, data, seed)
+        question = Question(modality, value, cells, features, None, None, size, n_samples, None, data, seed)
         return self._expected(question, batch)
 
     @checked
@@ -123,7 +123,7 @@ class Asking(TrainedModel):
             probability: Tensor = 1 - distribution.mixing_probability
             return probability
 
-        question = Question(modality, foreground, cells, features, None, None, size, n_samples, False, data, seed)
+        question = Question(modality, foreground, cells, features, None, None, size, n_samples, None, data, seed)
         return self._expected(question, batch)
 
     @checked
@@ -167,7 +167,7 @@ class Asking(TrainedModel):
         """
         modality = first_of(self.schema, "'bernoulli'", lambda traits: traits.binary) if modality is None else modality
         value = (lambda d: d.mean) if factors else self._likelihood(modality).normalized
-        question = Question(modality, value, cells, features, None, None, None, n_samples, False, data, seed)
+        question = Question(modality, value, cells, features, None, None, None, n_samples, None, data, seed)
         return self._expected(question, batch)
 
     @checked
@@ -292,7 +292,7 @@ class Asking(TrainedModel):
         """
         check_size(modality, self.schema[modality], library)
         question = Question(
-            modality, lambda d: d.mean, cells, features, encode, batch, library, n_samples, True, data, seed
+            modality, lambda d: d.mean, cells, features, encode, batch, library, n_samples, seed, data, seed
         )
         return self._estimate(question, quantiles)
 
@@ -338,7 +338,7 @@ class Asking(TrainedModel):
         (4, 1, 5)
         """
         check_size(modality, self.schema[modality], library)
-        question = Question(modality, None, cells, features, encode, batch, library, n_samples, True, data, seed)
+        question = Question(modality, None, cells, features, encode, batch, library, n_samples, seed, data, seed)
         chunks = self._answers(question)
         return np.concatenate([chunk.cpu().numpy() for chunk in chunks], axis=1)
 
@@ -419,7 +419,8 @@ class Asking(TrainedModel):
 
         Notes
         -----
-        The probabilities are about cells like these, and take the trained networks as known. Small effects between
+        The probabilities are about cells like these. They include the uncertainty of the decoder's weights, which both
+        cells of a pair share, and take the other networks as known. Small effects between
         small groups may be chance; use a larger `delta` (or None). Cells of one donor are not replicates: statements
         about donors need several donors in each group.
 
@@ -440,8 +441,8 @@ class Asking(TrainedModel):
         wanted = None if features is None else [self.schema[name].features[column] for column in columns]
         question = Question(name, value, None, wanted, library=unit_size(self.schema[name]), n_samples=1, data=mosaic)
 
-        def draw(cells: np.ndarray, batch: str | None, seed: int) -> np.ndarray:
-            chunks = self._answers(replace(question, cells=cells, batch=batch, seed=seed))
+        def draw(cells: np.ndarray, batch: str | None, seed: int, shared: int) -> np.ndarray:
+            chunks = self._answers(replace(question, cells=cells, batch=batch, seed=seed, weights=shared))
             return np.concatenate([chunk[0].cpu().numpy() for chunk in chunks])
 
         tables = [

@@ -222,7 +222,7 @@ class TrainedModel:
         validation: Rate = 0.1,
         test: Rate = 0.0,
         early_stopping: Count | None = None,
-        sleep_steps: Whole = 0,
+        sleep_steps: Whole = 200,
         seed: Seed = 0,
         n_workers: Whole = 0,
         **trainer: Any,

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from pyromosaic.accepted import Count, Layers, Positive, Rate, Seed, Share, Weight, Whole, Width, checked
 from pyromosaic.data import Minibatch, Mosaic, Schema, View, contrastive_loader
 from pyromosaic.described import complete
-from pyromosaic.fusion import Fusion, Posterior, agreement_weights, fusion_of, leave_out, presence
+from pyromosaic.fusion import FusedWidth, Fusion, Posterior, agreement_weights, fusion_of, leave_out, presence
 from pyromosaic.likelihoods import likelihoods_of, posterior_decoders
 from pyromosaic.measurement import Measurement, MeasurementGuide, Plates, cells, encoded
 from pyromosaic.models.mosaic_model import Preset
@@ -158,6 +158,7 @@ class ContrastiveGuide(Program):
         self.parts = parts
         self.modalities = Slots(modalities)
         self.fusion = own(fusion)
+        self.width_of_s = FusedWidth(len(fusion.modalities))
         self.penalties: Any = nn.ModuleDict({what: attached(p, self.modalities) for what, p in penalties.items()})
         self.left_out = left_out
 
@@ -170,7 +171,8 @@ class ContrastiveGuide(Program):
         used = presence(by_modality, len(minibatch))
         if self.training and self.left_out:
             used = leave_out(used, self.left_out)
-        z, s = (self.fusion(q, used, minibatch.index) for q in (by_modality, of_s))
+        widths = ((by_modality, self.fusion.width), (of_s, self.width_of_s))
+        z, s = (self.fusion.moments(q, used, minibatch.index, width) for q, width in widths)
         for what, penalties in self.penalties.items():
             if any(penalty.weight for penalty in penalties):
                 apply(penalties, self.compare(what, by_modality, z, s, minibatch), minibatch, kl_weight)

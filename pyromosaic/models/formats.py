@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from pyromosaic.data import Schema
+from pyromosaic.data import TRAITS, Schema
 from pyromosaic.models.base import RENAMED
 from pyromosaic.program import Slots
 
-FORMAT = 6
-READ = (4, 5, FORMAT)
+FORMAT = 7
+READ = (4, 5, 6, FORMAT)
 
 #: Up to format 5 arguments of a part were options: the part by its option now, its arguments by those options, and the
 #: weight that was the default.
@@ -44,15 +44,27 @@ PARTS = {
 }
 
 
-def upgraded_schema(content: Mapping[str, Any]) -> dict[str, Any]:
+#: Ends of the names of weights that came with format 7.
+WIDTHS = ("fusion.width.tenth_of_log", "width_of_s.tenth_of_log")
+
+
+def upgraded_schema(content: Mapping[str, Any], likelihoods: Mapping[str, Any]) -> dict[str, Any]:
     """The schema of a saved model in the present format, from what ``model.json`` holds.
 
-    Up to format 5 a multinomial could have been given a dispersion by batch or label, which it ignored.
+    Up to format 5 a multinomial could have been given a dispersion by batch or label, which it ignored. Up to format 6
+    the background was latent by default, also in likelihoods without one.
     """
     schema = deepcopy(content["schema"])
     for modality in schema["modalities"].values():
-        if content["format"] < FORMAT and modality["spec"]["likelihood"] == "multinomial":
-            modality["spec"]["dispersion"] = "gene"
+        spec = modality["spec"]
+        if content["format"] < 6 and spec["likelihood"] == "multinomial":
+            spec["dispersion"] = "gene"
+        if content["format"] < FORMAT:
+            own = likelihoods.get(spec["likelihood"])
+            traits = TRAITS.get(spec["likelihood"]) if own is None else own.traits
+            spec.setdefault("background", "latent")
+            if traits is not None and not traits.background:
+                spec["background"] = "marginal"
     return schema
 
 
@@ -83,7 +95,7 @@ def upgraded(
     dict_keys(['model.modalities.rna.likelihood.log_theta'])
     """
     options = dict(content["options"])
-    if content["format"] < FORMAT:
+    if content["format"] < 6:
         _rename(options, accepted)
     if content["format"] > 4:
         return options, dict(weights)

@@ -22,7 +22,7 @@ from pyromosaic.data import ModalitySpec, Mosaic, Schema
 from pyromosaic.data.mosaic import NewBatches
 from pyromosaic.likelihoods import Likelihood
 from pyromosaic.models.base import TrainedModel, accepted_options
-from pyromosaic.models.formats import FORMAT, READ, upgraded, upgraded_schema
+from pyromosaic.models.formats import FORMAT, READ, WIDTHS, upgraded, upgraded_schema
 from pyromosaic.models.query import carry_over, only
 from pyromosaic.train.checkpoints import check_state
 from pyromosaic.train.files import check_length, clear_drafts, drafts, replaced, size_of
@@ -145,12 +145,14 @@ class Keeping(TrainedModel):
             check_length(directory / WEIGHTS, size_of(directory / WEIGHTS, 1 << 40))
             weights = load_file(directory / WEIGHTS)
             likelihoods = {k: v for k, v in objects.items() if isinstance(v, type) and issubclass(v, Likelihood)}
-            schema = Schema.from_json(upgraded_schema(content), likelihoods)
+            schema = Schema.from_json(upgraded_schema(content, likelihoods), likelihoods)
             others = {k: v for k, v in objects.items() if k not in likelihoods}
             options, weights = upgraded(content, weights, schema, accepted_options(cls))
             with _no_larger_than(weights):
                 model = cls(schema, **{**described.from_json(options, PARTS), **others})
             own = {f"{k}.{n}": t for k in ("model", "guide") for n, t in getattr(model, k).state_dict().items()}
+            if content["format"] < FORMAT:  # up to format 6 a fusion had no width
+                weights |= {k: v for k, v in own.items() if k.endswith(WIDTHS) and k not in weights}
             check_state(weights, own, WEIGHTS)
             for part in ("model", "guide"):
                 state = {k.removeprefix(f"{part}."): v for k, v in weights.items() if k.startswith(f"{part}.")}

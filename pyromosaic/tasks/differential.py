@@ -22,13 +22,15 @@ Scale = EffectScale
 Mode = Literal["change", "vanilla"]
 Delta = Positive | Literal["default"] | None
 #: Posterior draws, one for each of some cells (repeated cells get independent draws), given cell numbers, the batch to
-#: decode for (None: the cell's batch) and a seed; shape (cells, features).
-Draw = Callable[[np.ndarray, str | None, int], np.ndarray]
+#: decode for (None: the cell's batch), a seed, and a seed of what all cells share (the decoder's weights), which is the
+#: same for both groups; shape (cells, features).
+Draw = Callable[[np.ndarray, str | None, int, int], np.ndarray]
 
 DELTAS = {"log2": 0.25, "difference": 0.05}
 LEAST_DELTAS = {"log2": 0.1, "difference": 0.02}  # lower limits of estimated thresholds
 PREFIXES = {"log2": "lfc", "difference": "difference"}
-PORTION = 1000  # pairs drawn at once
+PORTION = 1000  # largest number of pairs drawn at once
+SHARED = 50  # least number of draws of what all cells share
 BLOCK = 5_000_000  # pairs × features summarised at once
 CHUNK = 4096  # cells read at once
 
@@ -367,7 +369,7 @@ def compare_groups(
     >>> from pyromosaic import Mosaic, simulate
     >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50}, types=2)[0])
     >>> rna = mosaic.modalities["rna"]
-    >>> def draw(cells, batch, seed):  # shares as measured, in place of a model's
+    >>> def draw(cells, batch, seed, shared):  # shares as measured, in place of a model's
     ...     return rna.tensor(cells).to_dense().numpy() / rna.library[cells, None]
     >>> (contrast,) = contrasts(mosaic, "celltype", "type0")
     >>> table = compare_groups(contrast, draw, draw, rna, n_samples=200)
@@ -390,11 +392,15 @@ def compare_groups(
         for side, (draw, cells) in enumerate([(draw1, contrast.cells1), (draw2, contrast.cells2)])
     ]
     n_pairs = -(-n_samples // len(batches))
+    portion = min(PORTION, -(-n_pairs // SHARED))
+    of_shared = np.random.default_rng([seed, 2])
     effects = np.empty((n_pairs * len(batches), len(columns)), dtype=np.float32)
     for i, batch in enumerate(batches):
-        for start in range(0, n_pairs, PORTION):
-            n = min(PORTION, n_pairs - start)
-            one, other = [draw(rng.choice(cells, n), batch, int(rng.integers(2**31))) for draw, cells, rng in sides]
+        for start in range(0, n_pairs, portion):
+            n, shared = min(portion, n_pairs - start), int(of_shared.integers(2**31))
+            one, other = [
+                draw(rng.choice(cells, n), batch, int(rng.integers(2**31)), shared) for draw, cells, rng in sides
+            ]
             at = i * n_pairs + start
             effects[at : at + n] = effect(one, other, scale, pseudocount)
 

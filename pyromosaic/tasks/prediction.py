@@ -62,9 +62,9 @@ def run(
 def drawn_weights(model: nn.Module, question: Question) -> list[Weights] | None:
     """A draw of the decoder's weights for each draw of the answer, the same for all cells; None for trained weights."""
     part = part_of(model, question.modality)
-    if not question.weights or question.n_samples is None or part is None:
+    if question.weights is None or question.n_samples is None or part is None:
         return None
-    return [draw_weights(part.decoder, (question.seed << 20) + i) for i in range(question.n_samples)]
+    return [draw_weights(part.decoder, (question.weights << 20) + i) for i in range(question.n_samples)]
 
 
 def draws(

@@ -88,7 +88,8 @@ class Question:
     n_samples
         Number of posterior draws; None for one evaluation at the mean of the posterior.
     weights
-        Whether each posterior draw includes a draw of the decoder's weights.
+        Seed of draws of the decoder's weights, one for each posterior draw and the same for all cells; None for the
+        trained weights.
     data
         Cells other than the training data.
     seed
@@ -112,7 +113,7 @@ class Question:
     batch: object = None
     library: Positive | None = None
     n_samples: Count | None = None
-    weights: bool = False
+    weights: Seed | None = None
     data: Mosaic | None = None
     seed: Seed = 0
 
