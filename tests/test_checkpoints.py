@@ -220,7 +220,11 @@ def test_checkpoints_that_would_take_long_wait_for_a_minute_at_most(tmp_path, mo
     monkeypatch.setattr(checkpoints, "monotonic", lambda: now[0])
     monkeypatch.setattr(Packed, "write", write)
     multivi().train(12, checkpoint_dir=tmp_path, callbacks=[Clock()], **QUIET)
-    assert (np.diff(written)[:-1] == 3 + 30).all() and len(written) == 5
+    assert (np.diff(written) == 3 + 10).all() and len(written) == 12  # every epoch
+    written.clear()
+    cost[0] = 15.0
+    multivi().train(12, checkpoint_dir=tmp_path, callbacks=[Clock()], **QUIET)
+    assert (np.diff(written)[:-1] == 15 + 20).all() and len(written) == 7
     written.clear()
     cost[0] = 100.0
     multivi().train(14, checkpoint_dir=tmp_path, callbacks=[Clock()], **QUIET)

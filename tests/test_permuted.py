@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 from small import names
 
-from pyromosaic import DiagVI, Mosaic, MultiVI, ScModal, linkage, metrics
+from pyromosaic import DiagVI, ModalitySpec, Mosaic, MultiVI, ScModal, checks, linkage, metrics
 from pyromosaic.guidance.scores import linked_scores
 from pyromosaic.links import GuidanceGraph, links_by_overlap
 
@@ -258,3 +258,138 @@ def test_labels_of_any_type_in_measures(data):
     assert metrics.label_purity(table, other, n_neighbors=5) == pytest.approx(expected, rel=1e-6)
     frame = other.to_frame("label")
     assert metrics.label_purity(table, frame["label"], n_neighbors=5) == pytest.approx(expected, rel=1e-6)
+
+
+def boolean(mask, kind):
+    """A mask of names in a type of pandas."""
+    return pd.Series(mask, NUMBERED).astype(kind)
+
+
+@FEW
+@given(data=st.data())
+def test_groups_of_cells_in_differential(data):
+    first = np.isin(np.arange(N), data.draw(st.lists(st.integers(0, N - 1), min_size=2, max_size=9, unique=True)))
+    forms = [
+        lambda m: np.array(NUMBERED)[m],
+        lambda m: list(np.flatnonzero(m)),
+        lambda m: pd.Index(np.flatnonzero(m)),  # numbers as names are names
+        lambda m: pd.Series(np.array(NUMBERED)[m], dtype="string"),
+        lambda m: pd.Categorical(np.array(NUMBERED)[m]),
+        lambda m: pd.array(np.flatnonzero(m), "Int64"),
+        lambda m: m,
+        *(lambda m, kind=kind: boolean(m, kind) for kind in (bool, object, "category", "boolean")),
+    ]
+    one, other = (data.draw(st.sampled_from(forms))(mask) for mask in (first, ~first))
+    if isinstance(one, pd.Series) and one.index.size == N:
+        one = one.iloc[data.draw(st.permutations(range(N)))]
+        one.index = one.index.astype(data.draw(st.sampled_from([str, int, object])))
+    found = MODEL.differential(modality="rna", cells1=one, cells2=other, n_samples=5).loc[GENES]
+    np.testing.assert_allclose(found["raw_mean1"], X[first].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(found["raw_mean2"], X[~first].mean(0), rtol=1e-5)
+
+
+TRUTH = pd.DataFrame(X, NUMBERED, GENES)
+IMPUTED = TRUTH + np.random.default_rng(3).normal(size=X.shape)
+FRAMES = [
+    lambda t: t,
+    lambda t: t.astype(np.float64),
+    lambda t: t.astype(object),
+    lambda t: t.astype("Float64"),
+    lambda t: t.astype(pd.SparseDtype(np.float64, 0)),
+    lambda t: anndata.AnnData(t.to_numpy(), pd.DataFrame(index=t.index), pd.DataFrame(index=t.columns)),
+    lambda t: anndata.AnnData(sparse.csc_matrix(t), pd.DataFrame(index=t.index), pd.DataFrame(index=t.columns)),
+]
+
+
+def drawn(data, table, forms):
+    """A table in another order, of another type, with names of another type."""
+    table = table.iloc[data.draw(st.permutations(range(N))), data.draw(st.permutations(range(6)))]
+    index = data.draw(st.sampled_from([str, object, "category", "string"]))
+    return data.draw(st.sampled_from(forms))(table.set_axis(table.index.astype(index)))
+
+
+@FEW
+@given(data=st.data())
+def test_tables_of_measures(data):
+    truth, imputed = drawn(data, TRUTH, FRAMES), drawn(data, IMPUTED, FRAMES[:4])
+    expected = metrics.imputation_spearman(TRUTH.to_numpy(), IMPUTED.to_numpy())
+    np.testing.assert_allclose(np.mean(metrics.imputation_spearman(truth, imputed)), np.mean(expected), rtol=1e-5)
+    share = IMPUTED.rank(pct=True)
+    expected = metrics.imputation_auprc((TRUTH > 4).to_numpy(), share.to_numpy())
+    kinds = [bool, int, "boolean", "Int64", np.float32]
+    detected = drawn(data, TRUTH > 4, [lambda t: t.astype(data.draw(st.sampled_from(kinds)))])
+    found = metrics.imputation_auprc(detected, drawn(data, share, FRAMES[:4]))
+    np.testing.assert_allclose(np.mean(found), np.mean(expected), rtol=1e-5)
+
+
+@FEW
+@given(data=st.data())
+def test_scaled_and_smoothed_tables_keep_their_names(data):
+    forms = [*FRAMES[:5], lambda t: t.astype(int), lambda t: t.astype("Int64")]
+    counts, expected = drawn(data, TRUTH, forms), metrics.scale_by_library(X, 10).toarray()
+    scaled = metrics.scale_by_library(counts, 10).loc[NUMBERED, GENES]
+    np.testing.assert_allclose(scaled, expected, rtol=1e-5)
+    smooth = metrics.smooth_by_neighbors(counts, n_components=5, n_neighbors=N - 1).loc[NUMBERED, GENES]
+    other = metrics.scale_by_library(X).toarray()  # all other cells are neighbours
+    np.testing.assert_allclose(smooth, (other.sum(0) - other) / (N - 1), rtol=1e-4)
+    for store in STORED:
+        np.testing.assert_allclose(metrics.scale_by_library(store(X), 10).toarray(), expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="found a AnnData, pass its X"):
+        metrics.scale_by_library(FRAMES[5](TRUTH))
+
+
+def test_labels_are_compared_as_words():
+    latent, other = SCORES.to_numpy(), SCORES.to_numpy() + 0.01
+    labels = np.resize([1, 2], N)
+    for same in (labels.astype(str), labels.astype(float), pd.array(labels, "Int64"), labels.astype("O")):
+        assert metrics.label_transfer_accuracy(latent, labels, other, same) == 1
+    with pytest.warns(UserWarning, match="no label of `query_labels` is in"):
+        assert metrics.label_transfer_accuracy(latent, labels, other, labels + 5) == 0
+
+
+@pytest.mark.parametrize("table", [TRUTH.astype("Int64").mask(TRUTH > 8), TRUTH.astype(str)])
+def test_tables_of_measures_that_are_refused(table):
+    with pytest.raises(ValueError, match="must be finite; found NaN|must be real numbers; found dtype"):
+        metrics.imputation_spearman(table, IMPUTED)
+
+
+@pytest.mark.parametrize("kind", [bool, np.uint8, np.uint16, np.uint32, np.uint64, np.int8])
+@pytest.mark.parametrize("store", STORED[:3])
+def test_measurements_of_any_type(kind, store):
+    x = X % 2
+    x[:, 0] = 1
+    adata = anndata.AnnData(store(x.astype(kind)), pd.DataFrame(index=NUMBERED))
+    for likelihood in ("bernoulli", "nb"):
+        modality = Mosaic.from_anndata({"x": adata}, {"x": likelihood}).modalities["x"]
+        np.testing.assert_array_equal(modality.tensor(np.arange(N)).to_dense(), x)
+
+
+def test_batches_of_integers_with_holes():
+    numbers = pd.array(np.resize([1, 2], N), "Int64")
+    holes = numbers.copy()
+    holes[:3] = pd.NA
+    adatas = {
+        name: anndata.AnnData(X, pd.DataFrame({"b": b}, NUMBERED), pd.DataFrame(index=names(6, name)))
+        for name, b in (("rna", holes), ("adt", numbers.to_numpy(float)))
+    }
+    mosaic = Mosaic.from_anndata(adatas, batch_key="b", match_cells=True)
+    for modality in mosaic.modalities.values():
+        assert modality.schema.categories == {"b": ("1", "2")}
+        np.testing.assert_array_equal(modality.codes[:, 0], np.resize([0, 1], N))
+
+
+@pytest.mark.parametrize("cells", [pd.array([1, None], "Int64"), ["1", None], pd.Series([1, np.nan])])
+def test_cells_with_a_missing_value(cells):
+    with pytest.raises(ValueError, match="found a missing value"):
+        EXPECTED.find(cells)
+
+
+def test_imputed_ranks_of_something_else_than_a_table():
+    with pytest.raises(ValueError, match="truth must be an AnnData or a table with names"):
+        checks.imputation_ranks(MODEL, "rna", X)
+
+
+def test_a_layer_that_does_not_exist():
+    adata = anndata.AnnData(X, layers={"counts": X})
+    with pytest.raises(ValueError, match="there is no layer 'cnts'; it has 'counts'$"):
+        Mosaic.from_anndata({"rna": adata}, {"rna": ModalitySpec("nb", layer="cnts")})

@@ -240,6 +240,10 @@ def imputation_ranks(
     >>> checks.imputation_ranks(model, "adt", truth["adt"], n_samples=9)
     Ranks of 20 cells among 9 draws: adt (5)
     """
+    if not isinstance(truth, pd.DataFrame) and not hasattr(truth, "to_df"):
+        raise ValueError(
+            f"truth must be an AnnData or a table with names, cells × features; found a {type(truth).__name__}"
+        )
     if not isinstance(truth, pd.DataFrame):
         truth = truth.to_df(model.schema[modality].spec.layer)
     features = list(truth.columns)

@@ -178,7 +178,7 @@ def _pairs(model: MosaicModel, mosaic: Mosaic, index: np.ndarray, links: pd.Data
             first, second = np.meshgrid(*(_leading(mosaic, name) for name in (a, b)), indexing="ij")
         elif a in links and b in links:
             first, second = (
-                pd.Index(model.schema[name].features).get_indexer(pd.Index(links[name])) for name in (a, b)
+                pd.Index(model.schema[name].features).get_indexer(pd.Index(links[name]).astype(str)) for name in (a, b)
             )
             first, second = first[(first >= 0) & (second >= 0)], second[(first >= 0) & (second >= 0)]
         else:

@@ -49,7 +49,11 @@ class Matrix:
         self.marks: np.ndarray | None = None  # weighted sums of the rows, from `check_values`
 
     def __getitem__(self, rows: np.ndarray) -> Any:
-        """Rows in the given order: a CSR matrix if the source is sparse, or else a NumPy array."""
+        """Rows in the given order: a CSR matrix if the source is sparse, or else a NumPy array; True becomes 1."""
+        block = self._rows(rows)
+        return block.astype(np.float32) if block.dtype == bool else block
+
+    def _rows(self, rows: np.ndarray) -> Any:
         if self.in_memory:
             return self.source[rows]
         # Files are read in increasing order, each row once.
@@ -241,7 +245,7 @@ def _fine(values: np.ndarray, kind: str) -> bool:
     low, high = values.min(), values.max()  # NaN if any value is
     if not (np.isfinite(low) and np.isfinite(high)) or (kind != "real" and low < 0):
         return False
-    if max(-low, high) > LARGEST[kind]:
+    if max(-float(low), float(high)) > LARGEST[kind]:  # unsigned numbers have no negative
         return False
     if kind != "count" or values.dtype.kind != "f":
         return True

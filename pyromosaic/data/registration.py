@@ -66,7 +66,9 @@ def _source(name: str, adata: "AnnData", spec: ModalitySpec, prefix: str = "") -
     obs = _obs(name, adata)
     for layer in (spec.layer, spec.exposure_layer):
         if layer is not None and layer not in adata.layers:
-            raise ValueError(f"modality {name!r}: there is no layer {layer!r}; it has {_words(adata.layers.keys())}")
+            raise ValueError(
+                f"modality {name!r}: there is no layer {layer!r}; it has {_words(set(adata.layers) - {None})}"
+            )
     matrix = adata.X if spec.layer is None else adata.layers[spec.layer]
     if matrix is None:
         raise ValueError(f"modality {name!r}: X is empty; name the layer that holds the values")

@@ -137,9 +137,9 @@ def contradictions(found: Iterable[Reading]) -> list[Contradiction]:
     pairs = []
     for one, other in combinations([r for r in found if not r.is_copy], 2):
         a, b = one.values, other.values
-        apart = (a.to_numpy() != b.to_numpy()) & (a.notna() & b.notna()).to_numpy()
-        if apart.any():
-            different = words(a[apart]) != words(b[apart])
+        both = (a.notna() & b.notna()).to_numpy()  # pandas' NA cannot be compared
+        if not np.array_equal(a.to_numpy()[both], b.to_numpy()[both]):
+            different = words(a[both]) != words(b[both])
             cells = different.index[different]
             if len(cells):
                 pairs.append(Contradiction(one, other, cells[0], len(cells)))
@@ -286,6 +286,8 @@ def find(names: pd.Index, wanted: Any, noun: str, owner: str, numbers: bool = Tr
         if len(chosen) == 0:
             raise ValueError(f"{noun}s must be {accepted}; found none")
         return chosen.astype(np.int64)
+    if pd.isna(values).any():
+        raise ValueError(f"{noun}s must be {accepted}; found a missing value")
     if kind == "integer" and numbers and not isinstance(wanted, pd.Index):
         positions = values.astype(np.int64)
         if isinstance(wanted, pd.Series):

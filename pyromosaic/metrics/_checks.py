@@ -10,6 +10,9 @@ from scipy import sparse
 
 from pyromosaic.data.tables import in_order, warn_of_not_known, words
 
+#: Kinds of Python objects, as pandas names them, that are real numbers.
+NUMBERS = ("integer", "floating", "mixed-integer-float", "boolean")
+
 
 def aligned(names: Sequence[str], *tables: Any, axes: Sequence[str] = ("rows", "columns")) -> tuple[Any, ...]:
     """Return tables as arrays, with rows and columns in the order of the first table wherever both have names.
@@ -53,6 +56,8 @@ def _names(table: Any, axis: int) -> pd.Index | None:
 def as_finite(values: ArrayLike, name: str) -> NDArray[np.floating]:
     """Return a non-empty real array; float32 stays float32, other types become float64."""
     array = np.asarray(values)
+    if array.dtype == object and pd.api.types.infer_dtype(array.ravel(), skipna=True) in NUMBERS:
+        array = np.where(pd.isna(array), np.nan, array).astype(np.float64)  # columns of pandas that can hold NA
     if array.dtype.kind not in "fiub":
         raise ValueError(f"`{name}` must be real numbers; found dtype {array.dtype}.")
     if array.size == 0:
@@ -102,7 +107,7 @@ def as_copies(x: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDArray[
 
 
 def as_labels(labels: Any, n_cells: int, name: str) -> NDArray[np.object_]:
-    """Return one label per cell, none missing."""
+    """Return one label per cell as text, none missing; 1, 1.0 and "1" are the same label."""
     array = np.asarray(labels, dtype=object)
     if array.ndim == 2 and array.shape[1] == 1 and isinstance(labels, pd.DataFrame):
         array = array[:, 0]
@@ -111,14 +116,19 @@ def as_labels(labels: Any, n_cells: int, name: str) -> NDArray[np.object_]:
     n_missing = np.count_nonzero(pd.isna(array))
     if n_missing:
         raise ValueError(f"`{name}` has no label for {n_missing} of {n_cells} cells; leave out cells without a label.")
-    warn_of_not_known(words(pd.Series(array)), f"`{name}`")
-    return array
+    spelled = words(pd.Series(array, dtype=object))
+    warn_of_not_known(spelled, f"`{name}`")
+    return spelled.to_numpy(dtype=object)
 
 
 def as_sparse(values: Any, name: str) -> sparse.csr_array:
     """Return a finite matrix, cells by features, dense or sparse, as CSR without stored zeros."""
     if len(np.shape(values)) != 2 or 0 in np.shape(values):
         raise ValueError(f"`{name}` must be a matrix of cells by features; found shape {np.shape(values)}.")
+    if hasattr(values, "obs_names"):
+        raise ValueError(
+            f"`{name}` must be a matrix or a table; found a {type(values).__name__}, pass its X or to_df()"
+        )
     if not sparse.issparse(values):
         values = as_finite(values, name)
     matrix = sparse.csr_array(values, copy=True)
@@ -127,6 +137,11 @@ def as_sparse(values: Any, name: str) -> sparse.csr_array:
     if matrix.nnz:
         matrix.data = as_finite(matrix.data, name)
     return matrix
+
+
+def named(values: NDArray[Any], table: Any) -> Any:
+    """Return values as a table with the names of the given one, if that is a table."""
+    return pd.DataFrame(values, table.index, table.columns) if isinstance(table, pd.DataFrame) else values
 
 
 def as_counts(values: Any, name: str) -> sparse.csr_array:

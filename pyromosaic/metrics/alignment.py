@@ -1,5 +1,6 @@
 """Alignment: whether the latents of the modalities agree, for the same cells or for cells of the same type."""
 
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -232,6 +233,12 @@ def label_transfer_accuracy(
     known = as_labels(reference_labels, len(reference), "reference_labels")
     wanted = as_labels(query_labels, len(query), "query_labels")
     codes, labels = pd.factorize(known)
+    if not np.isin(wanted.astype(str), labels.astype(str)).any():
+        warnings.warn(
+            f"no label of `query_labels` is in `reference_labels` (the first are {wanted[0]!r} and {known[0]!r}), so "
+            "the accuracy is 0; spell labels in the same way in both",
+            stacklevel=3,
+        )
     winners, _ = vote(codes[nearest_neighbors(reference, n_neighbors, query)])
     return float(np.mean(labels[winners] == wanted))
 

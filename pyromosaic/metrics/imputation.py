@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 from scipy.stats import rankdata
@@ -11,7 +12,7 @@ from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.metrics import average_precision_score
 
 from pyromosaic.accepted import Count, Positive, checked
-from pyromosaic.metrics._checks import aligned, as_counts, as_finite, as_sparse, check_number, check_same_shape
+from pyromosaic.metrics._checks import aligned, as_counts, as_finite, as_sparse, check_number, check_same_shape, named
 from pyromosaic.metrics.neighbors import nearest_neighbors
 
 
@@ -127,20 +128,21 @@ def imputation_auprc(truth: Any, probability: ArrayLike) -> float:
 
 
 @checked
-def scale_by_library(counts: Any, total: Positive = 1e4) -> sparse.csr_array:
+def scale_by_library(counts: Any, total: Positive = 1e4) -> sparse.csr_array | pd.DataFrame:
     """Scale every cell's counts to the same library size.
 
     Parameters
     ----------
     counts
-        Counts, cells by features, dense or scipy sparse.
+        Counts, cells by features: a table, dense or scipy sparse.
     total
         Library size of every cell afterwards.
 
     Returns
     -------
     scipy.sparse.csr_array
-        The scaled counts as a CSR array; a cell without counts keeps zeros.
+        The scaled counts as a CSR array, or as a table with the same names if `counts` is a table; a cell without
+        counts keeps zeros.
 
     Raises
     ------
@@ -156,10 +158,11 @@ def scale_by_library(counts: Any, total: Positive = 1e4) -> sparse.csr_array:
     """
     if not 0 < total < np.inf:
         raise ValueError(f"`total` must be a number of counts above 0; found {total!r}.")
-    counts = as_counts(counts, "counts").astype(np.float64)
-    library = counts.sum(axis=1)
+    matrix = as_counts(counts, "counts").astype(np.float64)
+    library = matrix.sum(axis=1)
     factor = np.divide(total, library, out=np.zeros_like(library), where=library > 0)
-    return sparse.diags_array(factor, format="csr") @ counts
+    scaled = sparse.diags_array(factor, format="csr") @ matrix
+    return named(scaled.toarray(), counts) if isinstance(counts, pd.DataFrame) else scaled
 
 
 @checked
@@ -169,7 +172,7 @@ def smooth_by_neighbors(
     *,
     n_components: Count = 30,
     n_neighbors: Count = 50,
-) -> NDArray[np.float32]:
+) -> NDArray[np.float32] | pd.DataFrame:
     """Average held-out measurements over similar cells, as a less noisy truth that does not depend on a model.
 
     Parameters
@@ -189,7 +192,7 @@ def smooth_by_neighbors(
     Returns
     -------
     numpy.ndarray
-        Smoothed values, cells by features, dense.
+        Smoothed values, cells by features, dense; a table with the same names if `counts` is a table.
 
     Raises
     ------
@@ -212,12 +215,12 @@ def smooth_by_neighbors(
     """
     if method not in ("pca", "lsi"):
         raise ValueError(f"`method` must be 'pca' (expression) or 'lsi' (accessibility); found {method!r}.")
-    counts = as_counts(counts, "counts")
+    given, counts = counts, as_counts(counts, "counts")
     check_number(n_components, "n_components", min(counts.shape) - 1, "fewer than cells and features")
     check_number(n_neighbors, "n_neighbors", counts.shape[0] - 1, "the number of other cells")
     # ARPACK finds the leading components without making sparse counts dense; its fixed seed only sets the start.
     if method == "pca":
-        profiles = scale_by_library(counts)
+        profiles = sparse.csr_array(scale_by_library(counts))
         space = PCA(n_components, svd_solver="arpack", random_state=0).fit_transform(profiles.log1p())
     else:
         profiles = (counts > 0).astype(np.float64)
@@ -228,4 +231,4 @@ def smooth_by_neighbors(
     average: sparse.csr_array = sparse.csr_array(
         (weights, neighbors.ravel(), np.arange(0, neighbors.size + 1, n_neighbors)), shape=(len(space), len(space))
     )
-    return (average @ profiles.astype(np.float32)).toarray()
+    return named((average @ profiles.astype(np.float32)).toarray(), given)

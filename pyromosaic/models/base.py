@@ -254,8 +254,8 @@ class TrainedModel:
             Number of processes that read minibatches ahead; 0 reads in the main process.
         **trainer
             ``monitor``, ``progress_bar``, ``logger``, ``callbacks``, ``checkpoint_dir``, ``resume_from`` (see
-            `pyromosaic.train.fit`), and what `lightning.pytorch.Trainer` takes (``accelerator``, ``devices``,
-            ``strategy``, …).
+            `pyromosaic.train.fit`), and what `lightning.pytorch.Trainer` takes (``accelerator``, ``max_time``, …).
+            Training uses one device, in one process; others are refused.
 
         Raises
         ------

@@ -207,8 +207,9 @@ class Files(TorchCheckpointIO):
 class Keeper(Checkpoint):
     """Writes ``last.ckpt`` at the end of epochs, and keeps the one before as ``previous.ckpt``.
 
-    An epoch's checkpoint is written at once unless that would take more than a tenth of the time; then it waits, for a
-    minute at most, and is written if training is left. What a kill costs is so an epoch, or a minute of short ones.
+    An epoch's checkpoint is written at once, so that a kill costs one epoch. Only where writing takes longer than an
+    epoch does it wait as long as the last one took, for a minute at most; a kill then costs the epochs of that time.
+    One that waits is written if training is left.
 
     Parameters
     ----------
@@ -250,7 +251,7 @@ class Keeper(Checkpoint):
         self.files.hold = True
         trainer.save_checkpoint(self.path)
         self.files.hold = False
-        self.waiting = self.files.packed is not None  # in the first process alone
+        self.waiting = True
         if monotonic() >= self.due:
             self._write()
 
@@ -274,7 +275,8 @@ class Keeper(Checkpoint):
                 f"{self.path} could not be written ({error.strerror}); the one before stays, and training goes on",
                 stacklevel=2,
             )
-        self.due = monotonic() + min(60.0, 10 * (monotonic() - began))
+        ended = monotonic()
+        self.due = ended + min(60.0, ended - began)
 
     def on_train_end(self, trainer: lightning.Trainer, plan: lightning.LightningModule) -> None:
         """Write the last epoch's."""

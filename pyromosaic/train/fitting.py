@@ -104,7 +104,35 @@ def check_trainer(options: Mapping[str, Any]) -> None:
             f"precision must be '32-true' or None, because data and models are in single precision; found "
             f"{options['precision']!r}"
         )
+    _check_alone(options)
     check_arguments(fit, options)
+
+
+def _check_alone(options: Mapping[str, Any]) -> None:
+    """Refuse several processes or devices: each would train a model of its own, and write to the same places."""
+    found = [f"{name}={os.environ[name]}" for name in _launchers() if os.environ.get(name, "1") not in ("", "0", "1")]
+    found += [
+        f"{name}={options[name]!r}"
+        for name, alone in (("strategy", ("auto",)), ("num_nodes", (1,)))
+        if options.get(name, alone[0]) not in alone
+    ]
+    if not found and "devices" in options:
+        chosen = {name: options[name] for name in ("accelerator", "devices") if name in options}
+        with _quiet(), warnings.catch_warnings(action="ignore"):
+            several = lightning.Trainer(**chosen, logger=False, enable_checkpointing=False).num_devices > 1
+        found = [f"devices={options['devices']!r}"] if several else []
+    if found:
+        raise ValueError(
+            f"training runs in one process, on one device; found {', '.join(found)}. Start one process (python, without "
+            "torchrun or several tasks), set devices=1, and leave out strategy and num_nodes"
+        )
+
+
+def _launchers() -> list[str]:
+    """Variables of the environment in which torchrun, MPI and SLURM say how many processes they have started."""
+    slurm = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS"
+    by_hand = slurm == "SLURM_NTASKS" and os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", *([] if by_hand else [slurm])]
 
 
 @contextmanager
@@ -157,8 +185,9 @@ def fit(
     monitor
         The value that early stopping looks at: ``"elbo"``, or ``"reconstruction"``, the negative log-likelihood.
     checkpoint_dir
-        Where to write ``last.ckpt``, all that the run is made of, after each epoch (after a minute at most where epochs
-        are short), and when training is left. The one before is kept as ``previous.ckpt``. None writes none.
+        Where to write ``last.ckpt``, all that the run is made of, after each epoch (less often where epochs are shorter
+        than the writing, but once a minute), and when training is left. The one before is kept as ``previous.ckpt``.
+        None writes none.
     resume_from
         A checkpoint to go on from, or the folder of some, of which the newest whole one is taken. The run goes on as if
         it had never stopped, with the same settings; others are refused. Beyond the `n_epochs` that it began with, the
@@ -170,7 +199,7 @@ def fit(
     progress_bar, logger, callbacks, **trainer
         For `lightning.pytorch.Trainer`. Unless early stopping or another callback monitors them, validation cells are
         looked at some 20 times in the run, at regular epochs up to the last; ``check_val_every_n_epoch`` says how
-        often.
+        often. Training uses one device, in one process.
 
     Returns
     -------
@@ -180,8 +209,8 @@ def fit(
     Raises
     ------
     ValueError
-        If early stopping is asked for without validation cells, or the checkpoint to go on from is not there, damaged,
-        or that of another run.
+        If early stopping is asked for without validation cells, the checkpoint to go on from is not there, damaged, or
+        that of another run, or several processes or devices are asked for.
     NonFiniteLossError
         If the loss is not finite.
     KeyboardInterrupt, SystemExit
@@ -252,7 +281,7 @@ def fit(
             enable_model_summary=False,
             num_sanity_val_steps=0,
             plugins=[files, *_listed(trainer.pop("plugins", None))],
-            **trainer,
+            **{"devices": 1} | trainer,
         )
         try:
             runner.fit(plan, train, validation, ckpt_path=None if taken is None else str(taken[0]))
