@@ -9,6 +9,7 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 from pyromosaic.data import Minibatch
@@ -21,7 +22,9 @@ class UncertainLinear(nn.Linear):
     sum over cells of the outer products of the inputs (with a 1 for the bias). F_f is the mean over cells of the
     squared derivative of the log-likelihood by output f, its empirical Fisher information. s**2 is the mean square of
     the weights of the layer, used as the variance of a prior. This is Laplace's approximation with a Kronecker
-    factorisation (Ritter, Botev and Barber 2018) whose factor for the outputs is diagonal.
+    factorisation (Ritter, Botev and Barber 2018) whose factor for the outputs is diagonal. A decoder computes with a
+    draw as if it were linear in its weights (Immer, Korzepa and Bauer 2021), for which the approximation is made.
+    Decoded with the drawn weights themselves, layer after layer, effects shrink towards 0.
 
     To include a decoder that you wrote, use such layers, with a bias, instead of `torch.nn.Linear`.
     """
@@ -44,23 +47,26 @@ class UncertainLinear(nn.Linear):
         self.precision.copy_(1 / self.weight.detach().square().mean())
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Weights and bias drawn from the posterior."""
+        """Deviations of weights and bias from the trained ones, drawn from the posterior."""
         spectrum, basis = torch.linalg.eigh(self.products)
         noise = torch.randn(len(spectrum), len(self.information), generator=generator).to(basis)
         precision = spectrum.clamp_min(0.0).unsqueeze(-1) * self.information + self.precision
         deviation = (basis @ (noise * precision.rsqrt())).T
-        return self.weight.detach() + deviation[:, :-1], self.bias.detach() + deviation[:, -1]
+        return deviation[:, :-1], deviation[:, -1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs, shape (..., out), of inputs of shape (..., in)."""
-        return super().forward(x) if self.drawn is None else linear(x, *self.drawn)
+        """Outputs, shape (..., out), of inputs of shape (..., in); with a draw, a dual number (see `weights_set`)."""
+        if self.drawn is None:
+            return super().forward(x)
+        trained = self.weight.detach(), self.bias.detach()
+        return linear(x, *map(forward_ad.make_dual, trained, self.drawn))
 
 
 def _layers(module: nn.Module) -> list[UncertainLinear]:
     return [part for part in module.modules() if isinstance(part, UncertainLinear)]
 
 
-#: Weights and bias of each `UncertainLinear` layer of a decoder.
+#: Deviations of weights and bias of each `UncertainLinear` layer of a decoder from the trained ones.
 Weights = Sequence[tuple[Tensor, Tensor]]
 
 
@@ -85,15 +91,26 @@ def draw_weights(module: nn.Module, seed: int) -> Weights:
 
 @contextmanager
 def weights_set(module: nn.Module, weights: Weights) -> Iterator[None]:
-    """Context in which a decoder computes with weights from `draw_weights`."""
+    """Context in which a decoder computes with weights from `draw_weights`, as if it were linear in them."""
     layers = _layers(module)
+    hook = module.register_forward_hook(lambda module, x, y: _linearised(y))
     try:
         for layer, drawn in zip(layers, weights, strict=True):
             layer.drawn = drawn
-        yield
+        with forward_ad.dual_level():
+            yield
     finally:
+        hook.remove()
         for layer in layers:
             layer.drawn = None
+
+
+def _linearised(output: Any) -> Any:
+    """The value at the trained weights plus its derivative in the direction of the draw."""
+    if not isinstance(output, Tensor):
+        return {name: _linearised(value) for name, value in output.items()}
+    value, derivative = forward_ad.unpack_dual(output)
+    return value if derivative is None else value + derivative
 
 
 def learn_weights(model: nn.Module, guide: nn.Module, name: str, minibatches: Iterable[Minibatch], n: int) -> None:

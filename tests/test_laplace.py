@@ -30,7 +30,7 @@ def test_draws_have_the_posterior_covariance():
     draws = []
     for seed in range(4000):
         ((weight, bias),) = draw_weights(layer, seed)
-        draws.append(torch.cat([weight - layer.weight.detach(), (bias - layer.bias.detach())[:, None]], dim=1))
+        draws.append(torch.cat([weight, bias[:, None]], dim=1))
     found = torch.stack(draws)  # draws × out × in + 1
     assert_allclose(found.mean(0), 0, atol=0.02)
     for f in range(2):
@@ -81,6 +81,38 @@ def test_what_is_learnt_is_products_of_inputs_and_squared_slopes(model):
     x = torch.cat([x.detach().flatten(0, -2), torch.ones(n, 1)], dim=1)
     assert_allclose(products, x.T @ x * 400 / n, rtol=1e-4, atol=1e-3)
     model.finish(model.mosaic)
+
+
+def test_decoders_are_linear_in_what_is_drawn(model):
+    """Against the derivative along the draw by central differences; twice the draw, twice the change."""
+    decoder = model.model.modalities["adt"].decoder
+    view = measured(model.mosaic, np.arange(20)).decoded["adt"]
+    z, drawn = torch.randn(len(view.rows), 3), draw_weights(decoder, 2)
+    trained = decoder(z, view)
+    layers = [part for part in decoder.modules() if isinstance(part, UncertainLinear)]
+
+    def moved(step):
+        with torch.no_grad():
+            for layer, (weight, bias) in zip(layers, drawn, strict=True):
+                layer.weight += step * weight
+                layer.bias += step * bias
+            found = decoder.double()(z.double(), view)
+            decoder.float()
+            for layer, (weight, bias) in zip(layers, drawn, strict=True):
+                layer.weight -= step * weight
+                layer.bias -= step * bias
+        return found
+
+    ahead, behind = moved(0.01), moved(-0.01)
+    with weights_set(decoder, drawn):
+        once = decoder(z, view)
+    with weights_set(decoder, [(2 * weight, 2 * bias) for weight, bias in drawn]):
+        twice = decoder(z, view)
+    for name, value in trained.items():
+        slope = (ahead[name] - behind[name]) / 0.02
+        assert slope.abs().max() > 0.1
+        assert_allclose((once[name] - value).detach(), slope.detach(), atol=0.005 * float(slope.abs().max()))
+        assert_allclose((twice[name] - value).detach(), 2 * (once[name] - value).detach(), atol=1e-4)
 
 
 def test_untrained_layers_are_sure():

@@ -16,9 +16,8 @@ from pyromosaic.posterior import Posterior
 class Jeffreys(Penalty):
     """Symmetric Kullback-Leibler divergence between the posteriors of every pair of modalities that a cell has.
 
-    It is ``KL(q_1
-    q_2) + KL(q_2
-    q_1)``, summed over latent dimensions and pairs, and averaged over the cells of the minibatch (MultiVI, Methods).
+    It is ``KL(q_1 || q_2) + KL(q_2 || q_1)``, summed over latent dimensions and pairs, and averaged over the cells of
+    the minibatch (MultiVI, Methods).
 
     Parameters
     ----------

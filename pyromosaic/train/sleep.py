@@ -46,7 +46,8 @@ def sleep(
     ``-log q(latent variables | measurements)``. This is the forward Kullback-Leibler divergence from the posterior to
     the guide; the ELBO has the reverse divergence, which makes posteriors too narrow. The drawn cells have the
     modalities, covariates and sizes of the real ones. The parameters of the model do not change. The penalties of the
-    guide stay in the loss, on the measured cells, so that the modalities stay aligned.
+    guide stay in the loss, on the measured cells, so that the modalities stay aligned, except those that would make the
+    posterior of each cell narrower (``asleep = False``, as in `pyromosaic.penalties.Wasserstein`).
 
     Parameters
     ----------
@@ -166,7 +167,9 @@ def _surprise(model: Any, guide: Any, minibatch: Minibatch) -> Tensor | None:
 def _penalties(guide: Any, minibatch: Minibatch) -> Tensor:
     """Penalties on the measured cells, per cell."""
     total = torch.zeros((), device=minibatch.index.device)
-    for site in trace(guide, minibatch).nodes.values():
+    with without_penalties(guide, asleep=True):
+        found = trace(guide, minibatch)
+    for site in found.nodes.values():
         if site["type"] == "sample" and isinstance(site["fn"], dist.Unit):
             # a factor of a guide enters a loss with a plus
             total = total + scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"]).sum()
