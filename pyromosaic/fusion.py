@@ -327,7 +327,9 @@ def fusion_of(fusion: str | Fusion, modalities: Sequence[str]) -> Fusion:
     Examples
     --------
     >>> fusion_of("product", ["rna", "adt"])
-    ProductFusion()
+    ProductFusion(
+      (width): FusedWidth()
+    )
     """
     if isinstance(fusion, Fusion):
         return fusion

@@ -8,7 +8,7 @@ from pyro import poutine
 from scipy import stats
 from scipy.special import expit, log_softmax, logsumexp, softmax
 
-from pyromosaic import ContrastiveVI, DiagVI, Mosaic, MultiVI, ScModal, simulate
+from pyromosaic import ContrastiveVI, DiagVI, ModalitySpec, Mosaic, MultiVI, ScModal, simulate
 from pyromosaic.data import measured
 from pyromosaic.distributions import Multinomial
 from pyromosaic.labels import Labels
@@ -101,8 +101,11 @@ def test_on_chromatin_it_is_peakvi(data):
 
 
 def test_on_rna_and_protein_it_is_totalvi(data):
-    specs = {"rna": "nb", "adt": "nb_mixture"}
-    model = MultiVI(Mosaic.from_mudata(data[0], specs, batch_key="batch"), **ALONE, **SIZE)
+    specs = {
+        "rna": ModalitySpec("nb", batch_key="batch"),
+        "adt": ModalitySpec("nb_mixture", batch_key="batch", background="latent"),
+    }
+    model = MultiVI(Mosaic.from_mudata(data[0], specs), **ALONE, **SIZE)
     terms, drawn, made, minibatch = evaluated(model)
     assert terms.keys() == {"z", "rna", "adt_background", "adt"}
     rna, adt = minibatch.observed["rna"], minibatch.observed["adt"]

@@ -376,7 +376,7 @@ def test_planted_perturbation_is_salient_and_types_are_background(trained, data)
 def test_salient_information_is_by_dimension(trained):
     information = trained.salient_information()
     assert list(information.index) == [f"s_{i}" for i in range(4)]
-    assert information.max() > 0.5
+    assert information.max() > 0.3 and information.min() < 0.2
     with pytest.raises(ValueError, match="none of the given cells is in the target groups"):
         trained.salient_information(np.flatnonzero(trained.mosaic.groups == 0))
 
@@ -402,7 +402,7 @@ def test_salient_effect_finds_the_genes_that_were_perturbed(trained, data):
     assert set(table["group"]) == {"treated"} and len(table) == 120
     per_cell = trained.salient_effect_per_cell(n_samples=20)
     assert per_cell.mean.shape == (300, 120)
-    assert roc_auc_score(affected, per_cell.mean.abs().mean()) > 0.85
+    assert roc_auc_score(affected, per_cell.mean.abs().mean()) > 0.8
     called = per_cell.is_significant.to_numpy()
     assert called[:, affected].mean() > 1.5 * called[:, ~affected].mean() > 0  # shares of other genes move as well
     sure = per_cell.probability.to_numpy()[called]

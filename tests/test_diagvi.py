@@ -89,7 +89,6 @@ def test_sites_and_shapes_read_like_the_story(mosaic, graph):
         "z_rna": (n["rna"], 1, 2),
         "rna": (n["rna"], 40),
         "z_adt": (n["adt"], 1, 2),
-        "adt_background": (n["adt"], 12),
         "adt": (n["adt"], 12),
     }
     assert "z_rna" not in poutine.trace(small(mosaic, graph, n_private=0).model).get_trace(minibatch).nodes

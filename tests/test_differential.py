@@ -65,7 +65,9 @@ def mosaic(data):
 @pytest.fixture(scope="module")
 def trained(mosaic):
     model = MultiVI(mosaic, n_latent=4, n_hidden=32, mmd=5.0)
-    model.train(60, batch_size=64, kl_warmup_epochs=20, learning_rate=5e-3, progress_bar=False, accelerator="cpu")
+    # So few features say little of a cell; with posteriors as wide as they should be, `delta=None` finds nothing sure.
+    options = {"batch_size": 64, "kl_warmup_epochs": 20, "learning_rate": 5e-3, "sleep_steps": 0}
+    model.train(60, **options, progress_bar=False, accelerator="cpu")
     return model
 
 
@@ -220,12 +222,12 @@ def modality(n_features, likelihood="nb", batches=()):
 
 @pytest.mark.parametrize("batch_correction", [False, True])
 def test_cells_are_drawn_with_replacement_and_batches_are_paired(batch_correction, monkeypatch):
-    monkeypatch.setattr("pyromosaic.tasks.differential.PORTION", 300)
+    monkeypatch.setattr("pyromosaic.tasks.differential.PORTION", 30)  # without it, 50 portions a batch
     calls = {1: [], 2: []}
 
     def draw(side):
         def one_side(cells, batch, seed, shared):
-            calls[side].append((cells, batch, seed))
+            calls[side].append((cells, batch, seed, shared))
             return np.ones((len(cells), 4))
 
         return one_side
@@ -236,16 +238,18 @@ def test_cells_are_drawn_with_replacement_and_batches_are_paired(batch_correctio
     )
     assert len(table) == 4
     for side, cells in ((1, contrast.cells1), (2, contrast.cells2)):
-        drawn = np.concatenate([c for c, _, _ in calls[side]])
+        drawn = np.concatenate([c for c, *_ in calls[side]])
         assert len(drawn) == (2001 if batch_correction else 2000), "as many pairs in each batch"
         numbers = pd.Series(drawn).value_counts()
         assert set(numbers.index) == set(cells)
         assert stats.chisquare(numbers).pvalue > 1e-3
-    assert [b for _, b, _ in calls[1]] == [b for _, b, _ in calls[2]]
-    expected = [None] * 7 if not batch_correction else ["a"] * 3 + ["b"] * 3 + ["c"] * 3
-    assert [b for _, b, _ in calls[1]] == expected
-    seeds = [seed for side in calls.values() for _, _, seed in side]
+    assert [b for _, b, *_ in calls[1]] == [b for _, b, *_ in calls[2]]
+    expected = [None] * 67 if not batch_correction else ["a"] * 48 + ["b"] * 48 + ["c"] * 48  # of 30, and of 14 pairs
+    assert [b for _, b, *_ in calls[1]] == expected
+    seeds = [seed for side in calls.values() for *_, seed, _ in side]
     assert len(set(seeds)) == len(seeds), "no two portions share their noise"
+    shared = [[call[-1] for call in side] for side in calls.values()]
+    assert shared[0] == shared[1] and len(set(shared[0])) == len(shared[0]), "both cells of a pair share the weights"
 
 
 def test_averages_over_batches():
@@ -408,14 +412,20 @@ def test_the_answer_depends_on_the_seed_alone(trained):
 
 
 def test_repeated_cells_have_draws_of_their_own(trained, mosaic):
-    """From one cell a side, the spread over pairs is that of the two cells' posteriors, added."""
+    """From one cell a side, the spread over pairs is that of the two cells' posteriors and of the weights they share."""
     cells = mosaic.obs_names[mosaic.patterns == "rna"]
     table = trained.differential(cells1=cells[:1], cells2=cells[1:2], n_samples=1500).sort_index()
-    chunks = trained._answers(Question("rna", lambda d: d.mean, cells[:2], library=1.0, n_samples=400, seed=9))
-    draws = np.concatenate([chunk.numpy() for chunk in chunks], axis=1)
-    variance = np.log2(draws + 0.01 / mosaic.schema["rna"].library).var(0).sum(0)
+
+    def effects(**options):
+        question = Question("rna", lambda d: d.mean, cells[:2], library=1.0, n_samples=400, seed=9, **options)
+        draws = np.concatenate([chunk.numpy() for chunk in trained._answers(question)], axis=1)
+        return np.log2(draws + 0.01 / mosaic.schema["rna"].library)
+
     names = np.array(mosaic.schema["rna"].features)
-    expected = pd.Series(np.sqrt(variance), names).sort_index()
+    apart = pd.Series(np.sqrt(effects().var(0).sum(0)), names).sort_index()  # of the trained weights
+    assert (apart < table["lfc_sd"]).mean() > 0.9
+    first, second = effects(weights=7).transpose(1, 0, 2)  # draws of weights that the two cells share
+    expected = pd.Series((first - second).std(0), names).sort_index()
     assert (expected > 1e-3).all()
     np.testing.assert_allclose(table["lfc_sd"], expected, rtol=0.2)
 

@@ -96,7 +96,7 @@ def test_a_column_that_is_there_twice_is_refused():
         ({"allow_non_integer": "yes"}, "allow_non_integer must be True or False; found 'yes'"),
         ({"dispersion": None}, "dispersion must be 'gene', 'gene-batch' or 'gene-label'; found None"),
         ({"empty_cells": True}, "empty_cells must be 'refuse', 'holes' or 'keep'; found True"),
-        ({"background": ["latent"]}, "background must be 'latent' or 'marginal'; found"),
+        ({"background": ["latent"]}, "background must be 'marginal' or 'latent'; found"),
         ({"match_cells": "yes"}, "match_cells must be True or False; found 'yes'"),
         ({"new_batches": ["add"]}, "new_batches must be 'refuse', 'average' or 'add'; found"),
         ({"schema": {}}, "schema must be a Schema or None; found {}"),

@@ -160,7 +160,7 @@ def test_each_optimiser_moves_its_own_parameters(mosaic):
         return any("adversaries" in k for k in changed), any("adversaries" not in k for k in changed)
 
     assert moved() == (True, True)
-    assert moved(learning_rate=1e-30) == (True, False)
+    assert moved(learning_rate=1e-30, sleep_steps=0) == (True, False)
 
 
 def test_clipping_and_decay_are_for_the_main_optimiser(mosaic):
@@ -168,7 +168,7 @@ def test_clipping_and_decay_are_for_the_main_optimiser(mosaic):
     states = []
     for options in ({"gradient_clip": 0.0, "weight_decay": 0.0}, {"gradient_clip": 1e-9, "weight_decay": 0.5}):
         model = small(mosaic, adversary=1.0)
-        model.train(2, batch_size=16, learning_rate=1e-30, **options, **QUIET)
+        model.train(2, batch_size=16, learning_rate=1e-30, sleep_steps=0, **options, **QUIET)
         states.append(model.guide.adversaries[0].state_dict())
     for a, b in zip(states[0].values(), states[1].values(), strict=True):
         torch.testing.assert_close(a, b)
@@ -201,7 +201,7 @@ def test_early_stopping_schedules_and_plain_svi_work_with_an_adversary(mosaic):
     model.train(60, batch_size=16, learning_rate=0.1, validation=0.3, early_stopping=2, kl_warmup_epochs=0, **QUIET)
     assert len(model.history) < 60
     assert {"train_penalty/adversary", "validation_penalty/adversary"} <= set(model.history)
-    assert np.isfinite(model.history).all().all()
+    assert np.isfinite(model.history.drop(columns=["sleep_before", "sleep_after"])).all().all()
 
     model = small(mosaic, adversary=1.0)
     svi = SVI(model.model, model.guide, pyro.optim.Adam({"lr": 1e-3}), TraceMeanField_ELBO())

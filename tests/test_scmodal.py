@@ -100,7 +100,7 @@ def test_sites_and_shapes_read_like_the_story(mosaic, graph):
         }
 
     common = {"z": (len(minibatch), 1, 4), "rna": (n["rna"], 40), "adt": (n["adt"], 12)}
-    private = {"z_rna": (n["rna"], 1, 2), "z_adt": (n["adt"], 1, 2), "adt_background": (n["adt"], 12)}
+    private = {"z_rna": (n["rna"], 1, 2), "z_adt": (n["adt"], 1, 2)}
     assert shapes(small(mosaic, graph)) == common | private
     assert shapes(reference(mosaic, graph)) == common
 

@@ -201,6 +201,7 @@ def test_a_guide_that_needs_every_modality(page, mosaic):
     assert {"latent variables given rna", "latent variables given adt"} <= set(wrong.index)
 
 
+@pytest.mark.filterwarnings("ignore:no sleep phase. the model has no site 'adt'")
 def test_a_model_that_explains_one_modality_only(page, mosaic):
     class Half(page["FactorModel"]):
         def forward(self, minibatch, kl_weight=1.0):

@@ -98,7 +98,7 @@ def simulation_based_calibration(
     >>> from pyromosaic import Mosaic, MultiVI, checks, simulate
     >>> model = MultiVI(Mosaic.from_mudata(simulate(200, {"rna": 50, "adt": 5})[0]), n_latent=3)
     >>> checks.simulation_based_calibration(model, n_samples=9, n_steps=5)
-    Ranks of 200 cells among 9 draws: adt_background (5), z (3)
+    Ranks of 200 cells among 9 draws: z (3)
     """
     mosaic = model._data(data)
     index = mosaic.find(cells)

@@ -1,6 +1,7 @@
 """The sleep phase: a trained guide is fitted to cells drawn from its model, whose latent variables are known."""
 
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, repeat
@@ -69,7 +70,8 @@ def sleep(
     -------
     numpy.ndarray
         ``-log q`` per drawn cell at each step. It is empty if no latent variable of cells has a density in the guide,
-        for example if the guide gives points; then nothing changes.
+        for example if the guide gives points, or, with a warning, if the model does not explain a modality; then
+        nothing changes.
 
     Raises
     ------
@@ -154,6 +156,11 @@ def _surprise(model: Any, guide: Any, minibatch: Minibatch) -> Tensor | None:
     with without_penalties(guide):
         shared = shared_variables(guide, minibatch)
         drawn = draw_prior(model, minibatch, shared)
+        missing = minibatch.decoded.keys() - drawn.nodes.keys()
+        if missing:
+            names = ", ".join(map(repr, sorted(missing)))
+            warnings.warn(f"no sleep phase: the model has no site {names}, so that cells cannot be drawn", stacklevel=2)
+            return None
         simulated = drawn_minibatch(model, minibatch, drawn)
         inferred = trace(poutine.replay(guide, trace=drawn), simulated)
     total = None

@@ -39,7 +39,6 @@ def test_sites_and_shapes_read_like_the_paper(mosaic):
         "z": (35, 1, 4),
         "rna": (n["rna"], 30),
         "atac": (n["atac"], 50),
-        "adt_background": (n["adt"], 8),
         "adt": (n["adt"], 8),
     }
     assert n == {"rna": 20, "atac": 20, "adt": 20}
@@ -52,8 +51,11 @@ def nb(mu, theta, counts):
     return torch.distributions.NegativeBinomial(theta, logits=(mu / theta).log()).log_prob(counts)
 
 
-def test_loss_equals_the_formulas(mosaic):
+def test_loss_equals_the_formulas(data):
     """Negative log-likelihoods, analytic divergences and the Jeffreys penalty, each written out again."""
+    specs = {name: ModalitySpec(kind, batch_key="batch") for name, kind in (("rna", "nb"), ("atac", "bernoulli"))}
+    specs["adt"] = ModalitySpec("nb_mixture", batch_key="batch", background="latent")
+    mosaic = Mosaic.from_mudata(data, specs)
     model = small(mosaic, left_out=0.0, jeffreys=3.0, mmd=7.0)
     minibatch = measured(mosaic, np.arange(0, 240, 5))
     beta, scale = 0.3, mosaic.n_cells / 48
