@@ -412,7 +412,7 @@ def test_the_answer_depends_on_the_seed_alone(trained):
 
 
 def test_repeated_cells_have_draws_of_their_own(trained, mosaic):
-    """From one cell a side, the spread over pairs is that of the two cells' posteriors and of the weights they share."""
+    """From one cell a side, the spread over pairs is that of the two posteriors and of the weights, which they share."""
     cells = mosaic.obs_names[mosaic.patterns == "rna"]
     table = trained.differential(cells1=cells[:1], cells2=cells[1:2], n_samples=1500).sort_index()
 
