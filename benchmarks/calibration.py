@@ -9,7 +9,8 @@ are ranked among draws from the guide, both as trained and after fitting it to d
     python benchmarks/calibration.py --means --epochs 40
     python benchmarks/calibration.py --likelihood --epochs 60
 
-``--background``, ``--likelihood-rate`` and ``--sleep-steps`` change how all of these models are made and trained.
+``--background``, ``--prior``, ``--likelihood-rate`` and ``--sleep-steps`` change how these models are made and trained;
+the former defaults were ``--background latent --prior normal --sleep-steps 0``.
 """
 
 import argparse
@@ -62,7 +63,7 @@ def train(model: MosaicModel, given: Namespace, n_epochs: int) -> MosaicModel:
 
 def multivi(given: Namespace, fusion: str = "mean") -> MosaicModel:
     mdata, _ = simulate(N_CELLS, SIZES, seed=given.seed)
-    return MultiVI(registered(mdata, given, batch_key="batch"), n_latent=5, fusion=fusion)
+    return MultiVI(registered(mdata, given, batch_key="batch"), n_latent=5, fusion=fusion, prior=given.prior)
 
 
 def contrastivevi(given: Namespace) -> MosaicModel:
@@ -103,7 +104,7 @@ def latent_coverage(given: Namespace) -> pd.DataFrame:
 def held_out_coverage(given: Namespace, n_hidden: int = 200) -> pd.DataFrame:
     """Coverage of intervals of held-out counts."""
     mdata, truth = hide(pbmc_mosaic(), dict.fromkeys(("rna", "adt"), n_hidden))
-    model = train(MultiVI(registered(mdata, given, batch_key="batch")), given, 150)
+    model = train(MultiVI(registered(mdata, given, batch_key="batch"), prior=given.prior), given, 150)
     found = {}
     for name, hidden in truth.items():
         ranks = checks.imputation_ranks(model, name, hidden, n_samples=given.samples)
@@ -114,7 +115,9 @@ def held_out_coverage(given: Namespace, n_hidden: int = 200) -> pd.DataFrame:
 def effect_coverage(given: Namespace, n_pairs: int = 50) -> pd.DataFrame:
     """Coverage of the 90 % intervals of differential effects between two cells, against the simulation's truth."""
     mdata, truth = simulate(N_CELLS, SIZES, seed=given.seed)
-    model = train(MultiVI(registered(mdata, given, batch_key="batch"), n_latent=5), given, given.epochs)
+    model = train(
+        MultiVI(registered(mdata, given, batch_key="batch"), n_latent=5, prior=given.prior), given, given.epochs
+    )
     numbers = mdata.obs_names.get_indexer(model.mosaic.obs_names)
     pairs = np.random.default_rng(0).choice(N_CELLS, (n_pairs, 2), replace=False)
     found = {}
@@ -144,7 +147,7 @@ def mean_coverage(given: Namespace) -> pd.DataFrame:
             mdata[name].obs["size"] = size[mdata.obs_names.get_indexer(mdata[name].obs_names)]
         mosaic = registered(mdata, given, size_factor_key="size")
         for of, options in (("defaults", {}), ("calibrated", MultiVI.presets["calibrated"].options)):
-            model = train(MultiVI(mosaic, **options), given, given.epochs)
+            model = train(MultiVI(mosaic, prior=given.prior, **options), given, given.epochs)
             for name, size in sizes.items():
                 for kind, those in (("measured", mosaic.presence[name]), ("imputed", ~mosaic.presence[name])):
                     cells, median = mosaic.obs_names[those][:1000], float(np.median(size))
@@ -164,7 +167,7 @@ def mean_coverage(given: Namespace) -> pd.DataFrame:
 
 def likelihood(given: Namespace) -> pd.DataFrame:
     """Held-out likelihood of blood cells per cell, and the processor seconds of training."""
-    model = MultiVI(registered(pbmc_mosaic(), given, batch_key="batch"), seed=given.seed)
+    model = MultiVI(registered(pbmc_mosaic(), given, batch_key="batch"), prior=given.prior, seed=given.seed)
     start = time.process_time()
     train(model, given, given.epochs)
     seconds = time.process_time() - start
@@ -184,9 +187,10 @@ def main() -> None:
     parser.add_argument("--effects", action="store_true", help="coverage of differential effects instead")
     parser.add_argument("--means", action="store_true", help="coverage of expected measurements instead")
     parser.add_argument("--likelihood", action="store_true", help="held-out likelihood of blood cells instead")
-    parser.add_argument("--background", choices=("latent", "marginal"), default="latent", help="of antibodies")
+    parser.add_argument("--background", choices=("latent", "marginal"), default="marginal", help="of antibodies")
+    parser.add_argument("--prior", choices=("mixture", "normal"), default="mixture", help="of z in MultiVI")
     parser.add_argument("--likelihood-rate", type=float, default=1.0, help="rate of parameters of likelihoods")
-    parser.add_argument("--sleep-steps", type=int, default=0, help="steps of the sleep phase after training")
+    parser.add_argument("--sleep-steps", type=int, default=200, help="steps of the sleep phase after training")
     parser.add_argument("--seed", type=int, default=0, help="seed of simulated data and of training")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--steps", type=int, default=600, help="steps of fitting the guide; 0 leaves it as trained")

@@ -33,7 +33,7 @@ class StandardNormal(Described):
     >>> prior = StandardNormal(10)(measured(mosaic, mosaic.find(None)))
     >>> prior.batch_shape, prior.event_shape
     (torch.Size([40, 1]), torch.Size([10]))
-    >>> model = MultiVI(mosaic, n_latent=10, prior=StandardNormal(10))  # what it has by default
+    >>> model = MultiVI(mosaic, n_latent=10, prior=StandardNormal(10))  # the same as prior="normal"
     """
 
     needed = ("n_latent",)

@@ -17,7 +17,7 @@ from pyromosaic.penalties import MMD, Adversary, Classifier, Jeffreys, MeanDista
 from pyromosaic.train import MosaicELBO
 
 pytestmark = pytest.mark.filterwarnings("ignore:the guidance graph has few links")
-ALONE = {"jeffreys": 0.0, "mmd": 0.0, "left_out": 0.0}
+ALONE = {"jeffreys": 0.0, "mmd": 0.0, "left_out": 0.0, "prior": "normal"}
 SIZE = {"n_latent": 4, "n_hidden": 16}
 
 

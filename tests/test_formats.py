@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 from pyro import distributions as dist
 from pyro.nn import PyroSample
+from safetensors.torch import load_file, save_file
 
-from pyromosaic import ContrastiveVI, DiagVI, ModalitySpec, Mosaic, MultiVI, ScModal
+from pyromosaic import ContrastiveVI, DiagVI, ModalitySpec, Mosaic, MultiVI, ScModal, simulate
 from pyromosaic.likelihoods import NB
 from pyromosaic.models.base import accepted_options
 from pyromosaic.models.formats import upgraded
@@ -101,7 +102,7 @@ def test_options_of_format_5_become_arguments_of_parts():
     }
     kinds = {"DiagVI": DiagVI, "ScModal": ScModal}
     for name, options in old.items():
-        accepted = accepted_options(kinds.get(name, MultiVI)) | (set(options) if name == "Own" else set())
+        accepted = accepted_options(kinds.get(name, MultiVI)) | (dict.fromkeys(options) if name == "Own" else {})
         found, _ = upgraded({"format": 5, "options": options}, {}, None, accepted)
         assert found == new[name]
 
@@ -117,3 +118,24 @@ def test_a_dispersion_that_a_multinomial_ignored_is_read(tmp_path):
     again = MultiVI.load(tmp_path, model.mosaic)
     assert again.schema["rna"].spec.dispersion == "gene"
     assert again.get_latent_representation().equals(model.get_latent_representation())
+
+
+def test_what_format_6_had_by_default_is_kept(tmp_path):
+    """A latent background in every modality, a standard normal prior, and no width of the fusion."""
+    mdata, _ = simulate(60, {"rna": 20, "adt": 5}, seed=0)
+    specs = {"rna": ModalitySpec("nb"), "adt": ModalitySpec("nb_mixture", background="latent")}
+    model = MultiVI(Mosaic.from_mudata(mdata, specs), n_latent=2, prior="normal")
+    model.save(tmp_path)
+    weights = load_file(tmp_path / "weights.safetensors")
+    assert float(weights.pop("guide.fusion.width.tenth_of_log")) == 0
+    save_file(weights, tmp_path / "weights.safetensors")
+    content = json.loads((tmp_path / "model.json").read_text()) | {"format": 6}
+    del content["digest"], content["weights"]  # of the files before these changes
+    content["options"]["prior"] = None
+    for modality in content["schema"]["modalities"].values():
+        modality["spec"]["background"] = "latent"
+    (tmp_path / "model.json").write_text(json.dumps(content))
+    again = MultiVI.load(tmp_path, model.mosaic)
+    assert again.schema["rna"].spec == ModalitySpec("nb") and again.schema["adt"].spec.background == "latent"
+    assert again.options["prior"] == "normal"
+    assert again.get_imputed_values("adt", n_samples=3).mean.equals(model.get_imputed_values("adt", n_samples=3).mean)

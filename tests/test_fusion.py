@@ -2,14 +2,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from anndata import AnnData
 from pyro import poutine
 from torch.distributions import Normal
 
 from pyromosaic import Mosaic, MultiVI
-from pyromosaic.data import measured
+from pyromosaic.checks import simulation_based_calibration
+from pyromosaic.data import loader, measured
 from pyromosaic.fusion import (
     CellFusion,
     ExpertMixture,
+    FusedWidth,
     GlobalFusion,
     MeanFusion,
     MixtureFusion,
@@ -19,7 +22,7 @@ from pyromosaic.fusion import (
     presence,
 )
 from pyromosaic.measurement import encoded
-from pyromosaic.train import MosaicELBO
+from pyromosaic.train import MosaicELBO, sleep
 
 QUIET = {"progress_bar": False, "accelerator": "cpu"}
 NAMES = ("rna", "atac", "adt")
@@ -45,6 +48,39 @@ def experts(posteriors, cell):
         for name, q in posteriors.items()
         if (q.rows == cell).any()
     }
+
+
+def test_the_width_is_learnt_for_each_number_of_modalities(posteriors):
+    """Alone a modality keeps its width; cells with two or three have a factor each, which is 1 before training."""
+    fusion, used = MeanFusion(NAMES), presence(posteriors, 6)
+    before, said = fusion.posterior(posteriors, used).base_dist, fusion(posteriors, used)
+    torch.testing.assert_close(before.scale.squeeze(1), said[1])
+    with torch.no_grad():
+        fusion.width.tenth_of_log.copy_(torch.tensor([1.5, 3.0]).log() / 10)
+    after = fusion.posterior(posteriors, used).base_dist
+    torch.testing.assert_close(after.loc.squeeze(1), said[0])
+    factors = torch.tensor([1.0, 1.5, 3.0])[used.sum(-1).long() - 1]
+    torch.testing.assert_close(after.scale.squeeze(1), said[1] * factors.unsqueeze(-1))
+    assert FusedWidth(1).tenth_of_log is None and not list(MixtureFusion(NAMES).parameters())
+
+
+def test_sleep_finds_the_width_of_a_fusion_that_is_too_sure():
+    """Two copies of one measurement: as if independent, their product is narrower than the posterior."""
+    rng = np.random.default_rng(0)
+    weight = np.array([[1.0], [0.5]])
+    x = rng.normal(size=(400, 1)) @ weight.T + rng.normal(size=(400, 2))
+    cells = [f"c{i}" for i in range(400)]
+    parts = {name: AnnData(x.astype(np.float32), obs=pd.DataFrame(index=cells)) for name in ("a", "b")}
+    mosaic = Mosaic.from_anndata(parts, dict.fromkeys(parts, "normal"), match_cells=True)
+    model = MultiVI(mosaic, n_latent=1, n_hidden=16, dropout=0.0, prior="normal", fusion="product", mmd=0.0)
+    model.train(30, learning_rate=0.01, sleep_steps=0, **QUIET)
+    inside = []
+    for n_steps in (0, 300):
+        sleep(model.model, model.guide, loader(mosaic, mosaic.find(None), 128, seed=0), n_steps)
+        ranks = simulation_based_calibration(model, n_steps=0)
+        inside.append(float(ranks.coverage([0.9])["randomised"].iloc[0]))
+    assert 0.86 < inside[1] < 0.94
+    assert abs(float(model.guide.fusion.width.tenth_of_log)) > 0.005
 
 
 def test_mean_is_that_of_independent_normals(posteriors):

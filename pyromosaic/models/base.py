@@ -401,10 +401,10 @@ class TrainedModel:
         return next(parameters, torch.device("cpu"))
 
 
-def accepted_options(cls: type) -> set[str]:
-    """Names of the options of a class and of those that it derives from."""
-    constructors = [vars(base)["__init__"] for base in cls.__mro__[:-1] if "__init__" in vars(base)]
-    return {name for constructor in constructors for name in signature(constructor).parameters}
+def accepted_options(cls: type) -> dict[str, Any]:
+    """Options of a class and of those that it derives from, with their defaults."""
+    constructors = [vars(base)["__init__"] for base in reversed(cls.__mro__[:-1]) if "__init__" in vars(base)]
+    return {name: p.default for constructor in constructors for name, p in signature(constructor).parameters.items()}
 
 
 def _options(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

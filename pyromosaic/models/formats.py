@@ -69,7 +69,7 @@ def upgraded_schema(content: Mapping[str, Any], likelihoods: Mapping[str, Any]) 
 
 
 def upgraded(
-    content: Mapping[str, Any], weights: Mapping[str, Tensor], schema: Schema, accepted: Collection[str]
+    content: Mapping[str, Any], weights: Mapping[str, Tensor], schema: Schema, accepted: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Options and weights of a saved model in the current format.
 
@@ -82,7 +82,7 @@ def upgraded(
     schema
         Of the model.
     accepted
-        Names of the options of its class.
+        Options of its class, with their defaults.
 
     Examples
     --------
@@ -91,12 +91,14 @@ def upgraded(
     >>> schema = Mosaic.from_mudata(simulate(40, {"rna": 50})[0]).schema
     >>> content = {"format": 4, "class": "MultiVI", "options": {"n_latent": 3}}
     >>> weights = {"model.likelihoods.rna.log_theta": torch.zeros(50)}
-    >>> upgraded(content, weights, schema, ["n_latent"])[1].keys()
+    >>> upgraded(content, weights, schema, {"n_latent": 15})[1].keys()
     dict_keys(['model.modalities.rna.likelihood.log_theta'])
     """
     options = dict(content["options"])
     if content["format"] < 6:
         _rename(options, accepted)
+    if content["format"] < FORMAT and options.get("prior", "") is None and accepted["prior"] == "mixture":
+        options["prior"] = "normal"  # what was the default
     if content["format"] > 4:
         return options, dict(weights)
     if options.get("library") == "latent":  # in ContrastiveVI of antibodies too

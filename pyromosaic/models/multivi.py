@@ -24,7 +24,7 @@ from pyromosaic.measurement import Measurement, MeasurementGuide, Plates, cells,
 from pyromosaic.models.mosaic_model import Cells, MosaicModel, Preset
 from pyromosaic.nn import Decoder, Encoder
 from pyromosaic.penalties import MMD, Adversary, Jeffreys, Penalty, apply, attached, chosen, with_given
-from pyromosaic.priors import StandardNormal
+from pyromosaic.priors import GaussianMixture, StandardNormal
 from pyromosaic.program import AtMean, Program, Slots, own
 from pyromosaic.sizes import LatentSize, Size, latent_sizes
 from pyromosaic.tasks import inference_mode
@@ -40,6 +40,7 @@ PAPER = Preset(
         "input_dropout": 0.0,
         "encode_covariates": False,
         "library": "latent",
+        "prior": "normal",
         "fusion": "mean",
         "jeffreys": 1.0,
         "mmd": 0.0,
@@ -80,7 +81,7 @@ class MultiVIModel(Program):
         self.modalities = Slots(modalities)
 
     def forward(self, minibatch: Minibatch, kl_weight: float = 1.0) -> Tensor:
-        """``z ~ Normal(0, I)``, then ``x_m ~ likelihood_m(decoder_m(z, batch))`` for each modality m (Methods).
+        """``z ~ prior``, then ``x_m ~ likelihood_m(decoder_m(z, batch))`` for each modality m (Methods).
 
         Sites: ``z``, and one named after each modality; also ``z_<modality>`` if it has private dimensions,
         ``<modality>_library`` if its size is latent, ``<modality>_background`` if that of antibodies is latent.
@@ -188,7 +189,9 @@ class MultiVI(MosaicModel):
         the model explains all of them; 0 in the paper. If None, it is the number of features divided by 10,000, as for
         `jeffreys`, at most 0.1.
     prior
-        Module that maps a minibatch to the prior of z; by default a standard normal.
+        Prior of z: ``"mixture"``, a mixture of 20 Gaussians with learnt parameters, so that cells drawn from the model
+        look like the data; ``"normal"``, a standard normal, as in the paper; or a module that maps a minibatch to a
+        distribution (`pyromosaic.priors`).
     encoder, decoder
         Class or function that makes the network of each modality; it takes the arguments of `pyromosaic.nn.Encoder` or
         `pyromosaic.nn.Decoder`, which are the defaults. A function can choose a network by the schema that it receives.
@@ -250,7 +253,7 @@ class MultiVI(MosaicModel):
         mmd: Weight | MMD = 50.0,
         adversary: Weight | Adversary = 0.0,
         left_out: Share | None = None,
-        prior: nn.Module | None = None,
+        prior: Literal["mixture", "normal"] | nn.Module = "mixture",
         encoder: Callable[..., nn.Module] | None = None,
         decoder: Callable[..., nn.Module] | None = None,
         penalties: Sequence[Penalty] = (),
@@ -291,7 +294,9 @@ class MultiVI(MosaicModel):
                 infers[name] = MeasurementGuide(
                     plates, encoders[name], n_latent, own, inferring.get(name), likelihood, size_encoders.get(name)
                 )
-            self.model = self.Model(complete(prior or StandardNormal(), n_latent=n_latent), explains)
+            if isinstance(prior, str):
+                prior = GaussianMixture(n_components=20) if prior == "mixture" else StandardNormal()
+            self.model = self.Model(complete(prior, n_latent=n_latent), explains)
             self.guide = self.Guide(
                 infers,
                 fusion_of(fusion, tuple(modalities)),

@@ -4,13 +4,22 @@ Every function draws on the given axes, or on new ones, and returns them. It doe
 """
 
 from pyromosaic.plot.cells import embedding, history, imputation, overview, umap
-from pyromosaic.plot.checks import STATISTICS, coverage, mean_variance, predictive, predictive_checks, ranks
+from pyromosaic.plot.checks import (
+    STATISTICS,
+    calibration_report,
+    coverage,
+    mean_variance,
+    predictive,
+    predictive_checks,
+    ranks,
+)
 from pyromosaic.plot.style import PALETTE, UNKNOWN
 
 __all__ = [
     "PALETTE",
     "STATISTICS",
     "UNKNOWN",
+    "calibration_report",
     "coverage",
     "embedding",
     "history",

@@ -1,16 +1,18 @@
 """Figures of checks."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import binom
 
 if TYPE_CHECKING:
-    from pyromosaic.checks import PredictiveCheck, Ranks
+    from pyromosaic.checks import CalibrationReport, PredictiveCheck, Ranks
 from pyromosaic.plot.style import PALETTE, UNKNOWN, axes_of, distinct_colours
 
 #: Axes of the statistics of a `PredictiveCheck`: label, and whether the axis is logarithmic.
@@ -266,3 +268,51 @@ def coverage(ranks: "Ranks", ax: Axes | None = None) -> Axes:
     ax.legend(frameon=False, loc="lower right")
     ax.spines[["top", "right"]].set_visible(False)
     return ax
+
+
+def calibration_report(report: "CalibrationReport") -> Figure:
+    """One figure of a calibration report: whether intervals hold what they say, and whether the model fits the data.
+
+    Parameters
+    ----------
+    report
+        From `pyromosaic.checks.calibration_report`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Three panels: shares in 90 % intervals by question, the ranks of latent variables, and the coverage at all
+        levels.
+
+    Notes
+    -----
+    Dots should be on the dashed line, the histogram flat, and the curves on the diagonal. Dots on the left of the line
+    mean intervals that are too narrow.
+
+    Examples
+    --------
+    >>> from pyromosaic import Mosaic, MultiVI, checks, plot, simulate
+    >>> model = MultiVI(Mosaic.from_mudata(simulate(200, {"rna": 50, "adt": 5})[0]), n_latent=3)
+    >>> figure = plot.calibration_report(checks.calibration_report(model, n_samples=9))
+    >>> len(figure.axes)
+    3
+    """
+    table, questions = report.table, list(report.table.index.unique("question"))
+    figure = plt.figure(figsize=(13, max(4.0, 0.24 * len(table) + 1)), layout="constrained")  # see `overview`
+    with plt.rc_context({"font.size": 9}):
+        ax = figure.add_subplot(1, 3, 1)
+        for i, (question, colour) in enumerate(zip(questions, distinct_colours(len(questions)), strict=True)):
+            at = np.flatnonzero(table.index.get_level_values("question") == question)
+            ax.plot(table["inside_90"].iloc[at], at, "os^D"[i % 4], color=colour, label=question)
+        ax.axvline(0.9, color="black", linewidth=1, linestyle="--")
+        words = [f"{variable}: {cells}" if cells != "all" else variable for _, variable, cells in table.index]
+        ax.set_yticks(range(len(table)), words)
+        ax.set(xlim=(-0.02, 1.02), xlabel="share of values in 90 % intervals")
+        ax.invert_yaxis()
+        ax.legend(frameon=False, loc="upper left")
+        ax.spines[["top", "right"]].set_visible(False)
+        ranks(report.latent, ax=figure.add_subplot(1, 3, 2))
+        both = report.latent, report.mean
+        below, equal = (pd.concat([getattr(part, name) for part in both], axis=1) for name in ("below", "equal"))
+        coverage(replace(report.latent, below=below, equal=equal), figure.add_subplot(1, 3, 3))
+    return figure
