@@ -11,7 +11,19 @@ from numpy.testing import assert_allclose
 from scipy import stats
 from torch import nn
 
-from pyromosaic import ContrastiveVI, DiagVI, ModalitySpec, Mosaic, MultiVI, ScModal, checks, hide, metrics, simulate
+from pyromosaic import (
+    ContrastiveVI,
+    DiagVI,
+    ModalitySpec,
+    Mosaic,
+    MultiVI,
+    ScModal,
+    checks,
+    hide,
+    metrics,
+    plot,
+    simulate,
+)
 from pyromosaic.data.matrix import Matrix
 
 pytestmark = [
@@ -56,7 +68,7 @@ def linear_gaussian(stretch=1.0, shift=0.0, sigma=0.7):
     bias = rng.normal(size=P)
     x = rng.normal(size=(N, D)) @ weight.T + bias + sigma * rng.normal(size=(N, P))
     mosaic = Mosaic.from_anndata({"x": anndata.AnnData(x.astype(np.float32))}, {"x": ModalitySpec("normal")})
-    model = MultiVI(mosaic, n_latent=D)
+    model = MultiVI(mosaic, n_latent=D, prior="normal")
     decoder = Linear(torch.tensor(weight, dtype=torch.float32), torch.tensor(bias, dtype=torch.float32))
     model.model.modalities["x"].decoder = decoder
     model.guide.modalities["x"].encoder = Exact(decoder, sigma, stretch, shift)
@@ -93,7 +105,7 @@ def test_wrong_posteriors_are_found_out(stretch, shift):
 
 def test_a_fitted_guide_is_calibrated_and_the_model_is_left_alone():
     model = linear_gaussian()[0]
-    network = MultiVI(model.mosaic, n_latent=D, dropout=0.0)
+    network = MultiVI(model.mosaic, n_latent=D, dropout=0.0, prior="normal")
     network.model.modalities["x"].decoder = model.model.modalities["x"].decoder
     network.model.modalities["x"].likelihood.log_sigma.data.fill_(np.log(0.7))
     before = {k: v.clone() for k, v in (network.model.state_dict() | network.guide.state_dict()).items()}
@@ -364,3 +376,32 @@ def test_hidden_measurements_are_found_by_their_names():
     assert list(ranks.below.index) == list(truth["adt"].obs_names)
     total = ranks.below + ranks.equal
     assert (total <= 19).all().all() and ranks.uniform().to_numpy().max() < 1
+
+
+def test_the_report_holds_what_its_checks_say():
+    """Posteriors that are right pass, and those that are too narrow do not; cells are drawn if there are many."""
+    for stretch, share in ((1.0, 0.9), (0.6, 0.676)):
+        model = linear_gaussian(stretch)[0]
+        report = checks.calibration_report(model)
+        table = report.table
+        assert table.index.names == ["question", "variable", "cells"] and set(table) == {"inside_50", "inside_90", "n"}
+        assert_allclose(table.loc[("latent", "z", "x"), "inside_90"], share, atol=0.05)
+        assert table.loc[("latent", "z", "x"), "n"] == N * D and table.loc[("mean", "x", "all"), "n"] == N * P
+        assert table.loc[("effect", "x", "all"), "n"] == N // 2 * P
+        asked = checks.simulation_based_calibration(model, n_steps=0)
+        assert_allclose(table.loc[("latent", "z", "x"), "inside_50"], asked.coverage([0.5])["randomised"].item())
+        check = checks.predictive_check(model)
+        assert table.loc[("data", "x", "mean"), "inside_90"] == 1 - check.overall.loc[("x", "mean"), "outside"]
+    few = checks.calibration_report(model, n_cells=50, n_samples=9)
+    assert few.table.loc[("latent", "z", "x"), "n"] == 50 * D and len(few.latent.below) == 50
+
+
+@pytest.mark.parametrize("name", ["ContrastiveVI", "DiagVI", "ScModal"])
+def test_every_model_has_a_report(name):
+    model = made(name)
+    model.train(1, progress_bar=False)
+    report = checks.calibration_report(model, n_cells=40, n_samples=3)
+    assert {"latent", "mean", "effect", "data"} == set(report.table.index.unique("question"))
+    assert report.table.drop(columns="inside_50").notna().all(axis=None)
+    figure = plot.calibration_report(report)
+    assert len(figure.axes) == 3 and len(figure.axes[0].get_yticklabels()) == len(report.table)

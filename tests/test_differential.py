@@ -412,7 +412,7 @@ def test_the_answer_depends_on_the_seed_alone(trained):
 
 
 def test_repeated_cells_have_draws_of_their_own(trained, mosaic):
-    """From one cell a side, the spread over pairs is that of the two posteriors and of the weights, which they share."""
+    """From one cell a side, the spread over pairs is that of the two posteriors and of the weights they share."""
     cells = mosaic.obs_names[mosaic.patterns == "rna"]
     table = trained.differential(cells1=cells[:1], cells2=cells[1:2], n_samples=1500).sort_index()
 
@@ -427,7 +427,8 @@ def test_repeated_cells_have_draws_of_their_own(trained, mosaic):
     first, second = effects(weights=7).transpose(1, 0, 2)  # draws of weights that the two cells share
     expected = pd.Series((first - second).std(0), names).sort_index()
     assert (expected > 1e-3).all()
-    np.testing.assert_allclose(table["lfc_sd"], expected, rtol=0.2)
+    np.testing.assert_allclose(table["lfc_sd"], expected, rtol=0.35)  # from fifty draws of weights
+    np.testing.assert_allclose(table["lfc_sd"].mean(), expected.mean(), rtol=0.05)
 
 
 def test_batches_are_corrected(data):

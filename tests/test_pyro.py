@@ -127,7 +127,8 @@ def test_prior_and_posterior_predictive(model, parallel):
     q = poutine.trace(model.guide).get_trace(minibatch).nodes["z"]["fn"]
     error = posterior["z"].mean(0) - q.mean
     assert (error.abs() < 5 * q.stddev / 50**0.5).all()
-    assert prior["z"].mean().abs() < 0.2 and abs(prior["z"].std() - 1) < 0.1
+    wider = 2**0.5 - 1 if isinstance(model, MultiVI) else 0  # before training, a mixture of normals at random places
+    assert prior["z"].mean().abs() < 0.2 and abs(prior["z"].std() - 1 - wider) < 0.1
 
 
 def test_condition_scores_a_value_and_do_does_not(model):

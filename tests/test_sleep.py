@@ -72,7 +72,7 @@ def test_it_finds_the_exact_posterior_of_a_linear_model():
     weight, sigma = np.linalg.qr(rng.normal(size=(8, 2)))[0] * [1.5, 0.8], 0.7
     x = (rng.normal(size=(300, 2)) @ weight.T + sigma * rng.normal(size=(300, 8))).astype(np.float32)
     mosaic = Mosaic.from_anndata({"x": anndata.AnnData(x)}, {"x": ModalitySpec("normal")})
-    model = MultiVI(mosaic, n_latent=2)
+    model = MultiVI(mosaic, n_latent=2, prior="normal")
     part = model.model.modalities["x"]
     part.decoder, model.guide.modalities["x"].encoder = Linear(torch.tensor(weight).float()), Affine(8, 2)
     part.likelihood.log_sigma.data.fill_(np.log(sigma))
