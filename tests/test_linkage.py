@@ -254,6 +254,11 @@ def test_geometry_alone_finds_a_shape_without_symmetries():
     plan = linkage.gromov_wasserstein(x, turned, weights, similarity)
     assert np.trace(plan) > 0.9
     assert np.trace(linkage.gromov_wasserstein(x, turned, weights)) > 0.5
+    by_links = linkage.gromov_wasserstein(x, turned[::-1], weights, similarity, geometry=0)
+    by_shape = linkage.gromov_wasserstein(x, turned[::-1], weights, similarity, geometry=1)
+    assert np.trace(by_links) > 0.9 and np.trace(by_shape[:, ::-1]) > 0.5
+    with pytest.raises(ValueError, match="geometry weighs distances against similarity.*0.5 without similarity"):
+        linkage.gromov_wasserstein(x, turned, weights, geometry=0.5)
 
 
 # ---------------------------------------------------------------------------------------- canonical correlations

@@ -11,7 +11,7 @@ import pytest
 from scipy import sparse
 from small import GROUP, LATENT, make, matched, names, overlap, with_zeros
 
-from pyromosaic import ModalitySpec, Mosaic, MultiVI, metrics, simulate
+from pyromosaic import ModalitySpec, Mosaic, MultiVI, checks, linkage, metrics, simulate
 
 PAGE = Path(__file__).parents[1] / "docs/user_guide/registration.md"
 LINES = PAGE.read_text().splitlines() if PAGE.exists() else []  # the sources alone are without the page
@@ -67,7 +67,8 @@ def examples():
         **{"register": register, "apart": lambda **shared: register(match_cells=False, **shared)},
         **{"zeros": zeros, "unmeasured": unmeasured, "changed": changed, "overlap": overlap},
         **{"mask": adt.obs["celltype"] == "type0", "latent": LATENT, "labels": GROUP, "metrics": metrics},
-        **{"Mosaic": Mosaic, "MultiVI": MultiVI, "np": np},
+        **{"table": adt.to_df(), "points": LATENT.to_numpy(), "weights": np.full(len(LATENT), 1 / len(LATENT))},
+        **{"Mosaic": Mosaic, "MultiVI": MultiVI, "checks": checks, "linkage": linkage, "np": np, "pd": pd},
     }
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 from pyromosaic.data.modality import Modality
 from pyromosaic.data.registration import (
     _absent,
+    _check_new_batches,
     _check_vocabularies,
     _columns,
     _columns_of,
@@ -451,6 +452,8 @@ class Mosaic:
         whole = () if obs is None else (Table(WHOLE, obs.index, obs),)
         tables = (*whole, *(Table(name, source.cells, source.obs) for name, source in read.items()))
         columns = _columns(specs, tables, cells, absent)
+        if known and new_batches != "refuse":
+            _check_new_batches(known, columns)
         if new_batches == "add":
             known = {name: _with_batches(m, read[name].cells, columns[name]) for name, m in known.items()}
         average = new_batches == "average"

@@ -470,7 +470,9 @@ class Asking(TrainedModel):
 
     def _expected(self, question: Question, batch: object) -> pd.DataFrame:
         """Mean of a quantity over posterior draws and over batches, each batch with the same draws."""
-        batches: list[object] = list(batch) if isinstance(batch, Iterable) and not isinstance(batch, str) else [batch]
+        batches: list[object] = (
+            list(batch) if isinstance(batch, Iterable) and not isinstance(batch, str | bytes) else [batch]
+        )
         if not batches:
             raise ValueError("the list of batches to average over is empty; name one, or give None for each cell's own")
         means = [self._estimate(replace(question, batch=b)).mean for b in batches]

@@ -168,6 +168,7 @@ class Keeping(TrainedModel):
             model.mosaic = model.register(data)
         return model
 
+    @checked
     def register(self, data: Any, new_batches: NewBatches = "refuse") -> Mosaic:
         """Register data for this model: a MuData, a dictionary of AnnData (cells matched by name), or a Mosaic.
 
@@ -182,7 +183,8 @@ class Keeping(TrainedModel):
         Raises
         ------
         ValueError
-            If features, batches or labels differ from those of the model.
+            If features, batches or labels differ from those of the model, or `new_batches` is given with a Mosaic,
+            which is registered already.
 
         Examples
         --------
@@ -193,6 +195,11 @@ class Keeping(TrainedModel):
         (20, 3)
         """
         if isinstance(data, Mosaic):
+            if new_batches != "refuse":
+                raise ValueError(
+                    f"new_batches={new_batches!r} does not apply to a Mosaic, which is registered already; pass the "
+                    "MuData or the dictionary of AnnData"
+                )
             return self._data(data)
         if isinstance(data, Mapping):
             return Mosaic.from_anndata(data, match_cells=True, schema=self.schema, new_batches=new_batches)

@@ -123,8 +123,8 @@ def _check_alone(options: Mapping[str, Any]) -> None:
         found = [f"devices={options['devices']!r}"] if several else []
     if found:
         raise ValueError(
-            f"training runs in one process, on one device; found {', '.join(found)}. Start one process (python, without "
-            "torchrun or several tasks), set devices=1, and leave out strategy and num_nodes"
+            f"training runs in one process, on one device; found {', '.join(found)}. Start one process (python, "
+            "without torchrun or several tasks), set devices=1, and leave out strategy and num_nodes"
         )
 
 
