@@ -175,7 +175,9 @@ def test_the_word_for_not_known_is_known_to_every_question(partly_labelled, told
         mosaic.with_cohorts("ct", background=told)
 
 
-@pytest.mark.parametrize("doubtful", ["Unknown", "nan", "NA", "", "unassigned", "None", "<NA>"])
+@pytest.mark.parametrize(
+    "doubtful", ["Unknown", "nan", "NA", "", "unassigned", "Unclassified", "Not available", "None", "<NA>"]
+)
 def test_other_words_for_not_known_are_warned_of(doubtful):
     adata = make(names(6), kind=["B", "B", "T", "T", doubtful, doubtful])
     with pytest.warns(UserWarning, match=f"column 'kind' is {doubtful!r} in 2 cells, which counts as a value"):

@@ -398,6 +398,8 @@ class Mosaic:
         obs: pd.DataFrame | None,
         new_batches: str,
     ) -> "Mosaic":
+        if schema is None and new_batches != "refuse":
+            raise ValueError(f"new_batches={new_batches!r} needs the schema of a trained model; see model.register")
         specs = _specifications(list(sources), modalities, schema, shared)
         known = {} if schema is None else schema.modalities
         read = {name: sources[name](spec) for name, spec in specs.items() if name in sources}

@@ -17,6 +17,8 @@ ONE_KIND = ("string", "integer", "floating", "mixed-integer-float", "boolean", "
 #: Values, in lower case, that usually mean "not known".
 NOT_KNOWN = frozenset(
     ["", "unknown", "nan", "na", "n/a", "<na>", "null", "unassigned", "unlabelled", "unlabeled", "undefined", "missing"]
+    + ["?", "#n/a", "nat", "not known", "not available", "not assigned", "unannotated", "unidentified"]
+    + ["undetermined", "unclassified"]
 )
 
 

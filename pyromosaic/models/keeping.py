@@ -201,8 +201,16 @@ class Keeping(TrainedModel):
                     "MuData or the dictionary of AnnData"
                 )
             return self._data(data)
+        return self._registered(data, new_batches)
+
+    def _registered(self, data: Any, new_batches: NewBatches) -> Mosaic:
         if isinstance(data, Mapping):
             return Mosaic.from_anndata(data, match_cells=True, schema=self.schema, new_batches=new_batches)
+        if not hasattr(data, "mod"):
+            raise ValueError(
+                'data must be a MuData or a dictionary from modality to AnnData, e.g. {"rna": adata}; found a '
+                f"{type(data).__name__}"
+            )
         return Mosaic.from_mudata(data, schema=self.schema, new_batches=new_batches)
 
     @checked
@@ -241,10 +249,7 @@ class Keeping(TrainedModel):
         >>> adapted.schema["rna"].categories["batch"]
         ('batch0', 'batch1', 'batch2')
         """
-        if isinstance(data, Mapping):
-            mosaic = Mosaic.from_anndata(data, match_cells=True, schema=self.schema, new_batches="add")
-        else:
-            mosaic = Mosaic.from_mudata(data, schema=self.schema, new_batches="add")
+        mosaic = self._registered(data, "add")
         if mosaic.schema == self.schema:
             raise ValueError("the data have no batch that is new to the model; use register(data) instead")
         adapted = type(self)(mosaic.schema, **deepcopy(self.options))
