@@ -79,18 +79,18 @@ def test_spellings_of_a_batch_give_one_warning(first, other, n_warnings):
         warnings.simplefilter("always")
         mosaic = Mosaic.from_anndata({"rna": make(names(8), b=[first, other] * 4)}, batch_key="b")
         Mosaic.from_anndata({"rna": make(names(8), b=[first, other] * 4)}, schema=mosaic.schema)
-    assert [w.category for w in caught] == [UserWarning] * n_warnings
+    assert sum(w.category is UserWarning for w in caught) == n_warnings
     known = Mosaic.from_anndata({"rna": make(names(8), b=first)}, batch_key="b").schema
     for new_batches in ("add", "average"):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             Mosaic.from_anndata({"rna": make(names(8), b=other)}, schema=known, new_batches=new_batches)
-        assert [w.category for w in caught] == [UserWarning] * n_warnings
+        assert sum(w.category is UserWarning for w in caught) == n_warnings
     apart = {"rna": make(names(8), b=[first, "x"] * 4), "adt": make(names(8, "d"), b=[other, "x"] * 4)}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         Mosaic.from_anndata(apart, batch_key="b")
-    assert [w.category for w in caught] == [UserWarning] * n_warnings
+    assert sum(w.category is UserWarning for w in caught) == n_warnings
 
 
 def test_several_spellings_give_one_warning():

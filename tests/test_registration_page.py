@@ -55,6 +55,11 @@ def examples():
         adata = anndata.AnnData(x, pd.DataFrame(index=names(x.shape[0])))
         return Mosaic.from_anndata({"x": adata}, {"x": likelihood})
 
+    def block(proteins):
+        whole = rna.copy()
+        whole.obsm["protein"] = proteins
+        return Mosaic.from_obsm(whole, {"rna": None, "adt": "protein"})
+
     def damaged(x):
         matrix = sparse.csr_matrix(x)
         matrix.indices[-1] = x.shape[1]
@@ -65,7 +70,7 @@ def examples():
         "counts": np.random.default_rng(0).poisson(2.0, (30, 40)).astype(np.float32),
         **{"rna": rna, "adt": adt, "mosaic": mosaic, "model": MultiVI(mosaic, n_latent=3, n_hidden=8)},
         **{"register": register, "apart": lambda **shared: register(match_cells=False, **shared)},
-        **{"zeros": zeros, "unmeasured": unmeasured, "changed": changed, "overlap": overlap},
+        **{"zeros": zeros, "block": block, "unmeasured": unmeasured, "changed": changed, "overlap": overlap},
         **{"mask": adt.obs["celltype"] == "type0", "latent": LATENT, "labels": GROUP, "metrics": metrics},
         **{"table": adt.to_df(), "points": LATENT.to_numpy(), "weights": np.full(len(LATENT), 1 / len(LATENT))},
         **{"Mosaic": Mosaic, "MultiVI": MultiVI, "checks": checks, "linkage": linkage, "np": np, "pd": pd},

@@ -18,7 +18,9 @@ def _is_sparse(matrix: Any) -> bool:
 
 
 def is_readable(source: Any) -> bool:
-    """Whether rows of the source can be read as NumPy or scipy arrays."""
+    """Whether rows of the source can be read as NumPy or scipy arrays, without a mask."""
+    if isinstance(source, np.ma.MaskedArray):
+        return False
     if not (_is_sparse(source) or isinstance(source, np.ndarray)):
         source = source[:1] if hasattr(source, "shape") else None
     return _is_sparse(source) or isinstance(source, np.ndarray)

@@ -379,7 +379,9 @@ class Mosaic:
                 values: Any = adata.obsm[key]
                 features = pd.Index([f"{name}_{i}" for i in range(values.shape[1])])
                 if isinstance(values, pd.DataFrame):
-                    values, features = values.to_numpy(), values.columns.astype(str)
+                    features, nullable = values.columns.astype(str), values.to_numpy().dtype == object
+                    numbers = nullable and all(map(pd.api.types.is_numeric_dtype, values.dtypes))
+                    values = values.to_numpy(np.float64, na_value=np.nan) if numbers else values.to_numpy()
                 source = _Source(values, adata.obs_names, features, obs)
             if isinstance(source.matrix, np.ndarray):
                 source.measured = pd.DataFrame(source.matrix).notna().any(axis=1).to_numpy()
