@@ -28,6 +28,7 @@ from pyromosaic.train.files import check_length, clear_drafts, replaced, size_of
 FORM = b"pyromosaic checkpoint 1\n"
 NEWEST, BEFORE = "last.ckpt", "previous.ckpt"
 TEXT = "text"
+MINUTE = 60.0
 
 
 class Packed:
@@ -207,9 +208,9 @@ class Files(TorchCheckpointIO):
 class Keeper(Checkpoint):
     """Writes ``last.ckpt`` at the end of epochs, and keeps the one before as ``previous.ckpt``.
 
-    An epoch's checkpoint is written at once, so that a kill costs one epoch. Only where writing takes longer than an
-    epoch does it wait as long as the last one took, for a minute at most; a kill then costs the epochs of that time.
-    One that waits is written if training is left.
+    An epoch's checkpoint is written at once, therefore a kill costs at most the epoch under way. Only once writing has
+    taken more than a minute in all, and longer than training, does a checkpoint wait until it has not, for a minute at
+    most; a kill then costs the epochs of that time. A checkpoint that waits is written if training is left.
 
     Parameters
     ----------
@@ -230,7 +231,7 @@ class Keeper(Checkpoint):
 
     def __init__(self, folder: str | os.PathLike[str], files: Files, goes_on: bool) -> None:
         self.path, self.files, self.goes_on = Path(folder).absolute() / NEWEST, files, goes_on
-        self.due, self.waiting = 0.0, False
+        self.waiting = False
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             clear_drafts(self.path)
@@ -246,13 +247,19 @@ class Keeper(Checkpoint):
                 stacklevel=3,
             )
 
+    def on_train_start(self, trainer: lightning.Trainer, plan: lightning.LightningModule) -> None:
+        """Count the time that training and writing take."""
+        self.began = self.ended = monotonic()
+        self.spent = 0.0
+
     def on_train_epoch_end(self, trainer: lightning.Trainer, plan: lightning.LightningModule) -> None:
         """Take the state of the run, and write it if it is time."""
         self.files.hold = True
         trainer.save_checkpoint(self.path)
         self.files.hold = False
         self.waiting = True
-        if monotonic() >= self.due:
+        now = monotonic()
+        if self.spent <= max(MINUTE, now - self.began - self.spent) or now - self.ended >= MINUTE:
             self._write()
 
     def _write(self) -> None:
@@ -275,8 +282,8 @@ class Keeper(Checkpoint):
                 f"{self.path} could not be written ({error.strerror}); the one before stays, and training goes on",
                 stacklevel=2,
             )
-        ended = monotonic()
-        self.due = ended + min(60.0, ended - began)
+        self.ended = monotonic()
+        self.spent += self.ended - began
 
     def on_train_end(self, trainer: lightning.Trainer, plan: lightning.LightningModule) -> None:
         """Write the last epoch's."""

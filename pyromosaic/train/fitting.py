@@ -123,8 +123,8 @@ def _check_alone(options: Mapping[str, Any]) -> None:
         found = [f"devices={options['devices']!r}"] if several else []
     if found:
         raise ValueError(
-            f"training runs in one process, on one device; found {', '.join(found)}. Start one process (python, without "
-            "torchrun or several tasks), set devices=1, and leave out strategy and num_nodes"
+            f"training runs in one process, on one device; found {', '.join(found)}. Start one process (python, "
+            "without torchrun or several tasks), set devices=1, and leave out strategy and num_nodes"
         )
 
 
@@ -185,9 +185,9 @@ def fit(
     monitor
         The value that early stopping looks at: ``"elbo"``, or ``"reconstruction"``, the negative log-likelihood.
     checkpoint_dir
-        Where to write ``last.ckpt``, all that the run is made of, after each epoch (less often where epochs are shorter
-        than the writing, but once a minute), and when training is left. The one before is kept as ``previous.ckpt``.
-        None writes none.
+        Where to write ``last.ckpt``, all that the run is made of, after each epoch (less often once writing has taken
+        more than a minute and longer than training, but once a minute), and when training is left. The one before is
+        kept as ``previous.ckpt``. None writes none.
     resume_from
         A checkpoint to go on from, or the folder of some, of which the newest whole one is taken. The run goes on as if
         it had never stopped, with the same settings; others are refused. Beyond the `n_epochs` that it began with, the
