@@ -545,3 +545,14 @@ def test_a_checkpoint_that_seems_far_larger_is_refused_before_it_is_read(tmp_pat
     with pytest.raises(ValueError, match="cut off or damaged"):
         read(tmp_path / "last.ckpt")
     assert time.monotonic() - began < 0.5
+
+
+def test_a_checkpoint_of_many_values_is_refused_before_they_are_read(tmp_path, monkeypatch):
+    multivi().train(2, checkpoint_dir=tmp_path, **QUIET)
+    content = read(tmp_path / "last.ckpt")
+    Packed(content | {"more": [[]] * 300_000}).write(tmp_path / "last.ckpt")
+    (tmp_path / "previous.ckpt").unlink(missing_ok=True)
+    loads = json.loads
+    monkeypatch.setattr(checkpoints.json, "loads", lambda text: loads(text) if len(text) < 300_000 else pytest.fail())
+    with pytest.raises(ValueError, match=r"last\.ckpt cannot be taken.* values, where at most 201,500 are expected"):
+        multivi().train(3, resume_from=tmp_path, **QUIET)

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from pyromosaic.train.files import check_length, clear_drafts, replaced, size_of
+from pyromosaic.train.files import clear_drafts, n_entries, replaced, shapes, size_of
 
 FORM = b"pyromosaic checkpoint 1\n"
 NEWEST, BEFORE = "last.ckpt", "previous.ckpt"
@@ -86,7 +86,7 @@ class Packed:
         replaced({path: b"".join((FORM, sha256(content).hexdigest().encode(), b"\n", content))})
 
 
-def read(path: Path, limit: int = 1 << 40) -> Any:
+def read(path: Path, limit: int = 1 << 40, entries: int = 1 << 40) -> Any:
     """What a checkpoint holds.
 
     Parameters
@@ -95,6 +95,8 @@ def read(path: Path, limit: int = 1 << 40) -> Any:
         The file.
     limit
         Largest size in bytes.
+    entries
+        Largest number of plain values.
 
     Raises
     ------
@@ -108,12 +110,15 @@ def read(path: Path, limit: int = 1 << 40) -> Any:
                 raise ValueError(
                     "it is not of the form that this version of pyromosaic writes, and nothing else is read"
                 )
-            check_length(path, size, len(FORM) + 65)
+            shapes(path, len(FORM) + 65, limit)
             digest, content = file.readline(65).strip().decode("ascii", "replace"), file.read(size)
         if sha256(content).hexdigest() != digest:
             raise ValueError("it is not as it was written: cut off or damaged")
         tensors = load(content)
-        return _unpacked(json.loads(tensors[TEXT].numpy().tobytes()), tensors)
+        text = tensors[TEXT].numpy().tobytes()
+        if n_entries(text) > entries:
+            raise ValueError(f"it has {n_entries(text):,} values, where at most {entries:,} are expected")
+        return _unpacked(json.loads(text), tensors)
     except (OSError, ValueError, TypeError, LookupError, RecursionError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ValueError(f"{path} cannot be taken as a checkpoint: {reason}") from error
@@ -136,15 +141,15 @@ def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return tuple(values) if kind == "tuple" else dict(values)
 
 
-def newest(source: str | os.PathLike[str], limit: int = 1 << 40) -> tuple[Path, Any]:
+def newest(source: str | os.PathLike[str], limit: int = 1 << 40, entries: int = 1 << 40) -> tuple[Path, Any]:
     """A checkpoint and what it holds: of a file, or the newest whole one of a folder.
 
     Parameters
     ----------
     source
         File or folder.
-    limit
-        Largest size in bytes.
+    limit, entries
+        As in `read`.
 
     Raises
     ------
@@ -160,12 +165,12 @@ def newest(source: str | os.PathLike[str], limit: int = 1 << 40) -> tuple[Path, 
         raise ValueError(f"a checkpoint is a file or a folder on this machine; found the address {source}")
     path = Path(source).absolute()
     if not path.is_dir():
-        return path, read(path, limit)
+        return path, read(path, limit, entries)
     refused = []
     for file in (path / NEWEST, path / BEFORE):
         if file.exists():
             try:
-                content = read(file, limit)
+                content = read(file, limit, entries)
             except ValueError as error:
                 refused.append(str(error))
             else:
@@ -267,12 +272,14 @@ class Keeper(Checkpoint):
             return
         began, before = monotonic(), self.path.with_name(BEFORE)
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.goes_on and self.path.exists():
                 spare = self.path.with_name(f".{NEWEST}.spare.part")
                 with suppress(OSError):  # on file systems without links the one before is not kept
                     spare.unlink(missing_ok=True)
                     os.link(self.path, spare)
                     os.replace(spare, before)
+                    spare.unlink(missing_ok=True)  # a file is not moved onto another name of itself
             self.files.packed.write(self.path)
             if not self.goes_on:
                 before.unlink(missing_ok=True)  # of an earlier run
@@ -334,6 +341,8 @@ def check_state(state: Any, own: Mapping[str, Tensor], of: str) -> None:
             raise ValueError(f"{wrong}: {name!r} has shape {tuple(value.shape)}, expected {tuple(expected.shape)}")
         if value.dtype != expected.dtype and not (value.is_floating_point() and expected.is_floating_point()):
             raise ValueError(f"{wrong}: {name!r} is of type {value.dtype}, expected {expected.dtype}")
+        if value.is_meta:  # it has no values yet
+            continue
         unbounded = torch.isinf(expected).any()
         if torch.isnan(value).any() or (torch.isinf(value).any() and not unbounded):
             raise ValueError(f"{wrong}: {name!r} has values that are not finite")
