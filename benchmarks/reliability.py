@@ -20,7 +20,9 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import redirect_stderr, suppress
 from hashlib import sha256
+from io import StringIO
 from pathlib import Path
 from shutil import copytree, rmtree
 from tempfile import TemporaryDirectory, gettempdir
@@ -77,7 +79,15 @@ def calm() -> None:
 
 # Kills
 
-MOMENTS = ("an epoch", "the writing of a checkpoint", "the sleep phase", "imputation", "the saving of a model")
+MOMENTS = (
+    "an epoch",
+    "the writing of a checkpoint",
+    "the sleep phase",
+    "imputation",
+    "the saving of a model",
+    "the writing of a result",
+)
+OLD = b"an earlier result"
 
 
 def victim(kind: str, folder: Path, said: Any) -> None:
@@ -90,7 +100,7 @@ def victim(kind: str, folder: Path, said: Any) -> None:
 
     class Say(lightning.Callback):
         def on_train_epoch_start(self, trainer: Any, plan: Any) -> None:
-            said.send(("epoch", trainer.current_epoch))
+            said.send(("epoch", trainer.current_epoch + 1))
 
     sleep = base.sleep
 
@@ -111,71 +121,135 @@ def victim(kind: str, folder: Path, said: Any) -> None:
         model.get_imputed_values("rna", n_samples=5)
 
 
-def kill(number: int, folder: Path, references: dict[str, Any]) -> tuple[str, str]:
-    """Kill a run, resume it, and say at which moment and what came of it."""
+def command(data: Path, folder: Path, *more: str) -> None:
+    """Train, impute and write by the command line."""
+    from pyromosaic.cli import app
+
+    calm()
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    places = ["--out", folder / "result.h5mu", "--model", folder / "model", "--checkpoints", folder / "run"]
+    settings = ["--epochs", EPOCHS, "--batch-size", 64, "--n-latent", 3, "--batch-key", "batch", *more]
+    app(["integrate", str(data), *map(str, places + settings)])
+
+
+def results(folder: Path) -> list[np.ndarray]:
+    """All numbers that the command line has added to the data."""
+    from mudata import read_h5mu
+
+    mdata = read_h5mu(folder / "result.h5mu")
+    imputed = [mdata[name] for name in ("rna_imputed", "adt_imputed")]
+    return [mdata.obsm["X_multivi"], *(a.X for a in imputed), *(a.layers["sd"] for a in imputed)]
+
+
+def started(target: Callable[..., None], *arguments: Any) -> Any:
+    """A process of its own."""
+    process = multiprocessing.get_context("forkserver").Process(target=target, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+def appears(folder: Path, pattern: str, seconds: float) -> bool:
+    """Wait for a file."""
+    deadline = time.monotonic() + seconds
+    while not list(folder.glob(pattern)):
+        if time.monotonic() > deadline:
+            return False
+    return True
+
+
+def kill_command(rng: np.random.Generator, folder: Path, data: Path, reference: Path) -> str:
+    """Kill the command line while it writes its result over an earlier one, run it again, and say what came of it."""
+    from pyromosaic import MultiVI
+
+    (folder / "result.h5mu").write_bytes(OLD)
+    process = started(command, data, folder, "--overwrite")
+    if not appears(folder, ".result.h5mu.*.part", 60):
+        return "FAILED: no result is written"
+    time.sleep(rng.uniform(0, 0.3))
+    process.kill()
+    process.join()
+
+    def same() -> bool:
+        return all(np.array_equal(*pair) for pair in zip(results(folder), results(reference), strict=True))
+
+    if (folder / "result.h5mu").read_bytes() != OLD and not same():
+        return "FAILED: the earlier result is lost and the new one is not whole"
+    process = started(command, data, folder, "--overwrite", "--resume")
+    process.join()
+    if process.exitcode != 0 or not same():
+        return "FAILED: the result of the command run again is another"
+    if not equal(*(MultiVI.load(place / "model") for place in (folder, reference))):
+        return "FAILED: the model of the command run again is another"
+    if left := sorted(path.name for path in folder.rglob("*.part")):
+        return f"FAILED: {left[0]} is left"
+    return "equal to the last bit, epochs lost: 0"
+
+
+def kill(number: int, folder: Path, home: Path, references: dict[str, Any]) -> str:
+    """Kill a run, resume it, and say what came of it."""
     from pyromosaic.train.checkpoints import newest
 
     rng = np.random.default_rng(number)
     moment, kind = MOMENTS[number % len(MOMENTS)], KINDS[rng.integers(len(KINDS))]
-    rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    if moment == MOMENTS[5]:
+        return kill_command(rng, folder, home / "data.h5mu", home)
     hear, say = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("forkserver").Process(target=victim, args=(kind, folder, say), daemon=True)
-    process.start()
+    process = started(victim, kind, folder, say)
     say.close()
     wanted = {MOMENTS[2]: "sleep", MOMENTS[3]: "imputation", MOMENTS[4]: "saved"}.get(moment, "epoch")
-    at, epoch = int(rng.integers(1, EPOCHS)), 0
+    at, begun = int(rng.integers(2, EPOCHS + 1)), 0
     while True:
         what, value = hear.recv()
-        epoch = value if what == "epoch" else EPOCHS
+        begun = value if what == "epoch" else EPOCHS
         if what == wanted and (what != "epoch" or value == at):
             break
     if moment == MOMENTS[1]:
-        deadline = time.monotonic() + 5
-        while not list((folder / "run").glob(".last.ckpt.*.part")) and time.monotonic() < deadline:
-            pass
+        appears(folder / "run", ".last.ckpt.*.part", 5)
         time.sleep(rng.uniform(0, 0.003))
     else:
         time.sleep(rng.uniform(0, 0.15))
     process.kill()
     process.join()
-    while hear.poll():
-        try:
+    with suppress(EOFError, OSError):  # the end of what it has said
+        while hear.poll():
             what, value = hear.recv()
-        except (EOFError, OSError):
-            break
-        epoch = value if what == "epoch" else EPOCHS
+            begun = value if what == "epoch" else EPOCHS
     done = len(newest(folder / "run")[1]["run"]["rows"])
     resumed = simulated(kind)
-    with warnings.catch_warnings(record=True) as warned:
+    with warnings.catch_warnings(record=True) as warned, redirect_stderr(StringIO()):
         warnings.simplefilter("always")
         resumed.train(EPOCHS, sleep_steps=30, resume_from=folder / "run", checkpoint_dir=folder / "run", **CALM)
     if any("is taken" in str(w.message) for w in warned):
-        return moment, "FAILED: the newest checkpoint was damaged"
+        return "FAILED: the newest checkpoint was damaged"
     if not equal(resumed, references[kind]):
-        return moment, f"FAILED: {kind} resumed after {done} epochs is another"
+        return f"FAILED: {kind} resumed after {done} epochs is another"
     if moment in MOMENTS[3:] and not equal(type(resumed).load(folder / "model"), references[kind]):
-        return moment, f"FAILED: the saved {kind} is another"
-    lost = epoch - done  # several where epochs take less than ten times as long as writing; see `checkpoint_dir`
-    return moment, f"equal to the last bit, epochs lost: {lost}"
+        return f"FAILED: the saved {kind} is another"
+    return f"equal to the last bit, epochs lost: {begun - done}"  # with the one under way
 
 
 def kills(options: argparse.Namespace) -> Counter:
     """Kill -9 at random moments, resume, compare."""
+    from pyromosaic import simulate
+
     calm()
     multiprocessing.get_context("forkserver").set_forkserver_preload(
         ["pyromosaic", "pyromosaic.models", "pyromosaic.cli"]
     )
-    references = {}
+    references, home = {}, Path(options.scratch.name)
     for kind in KINDS:
         references[kind] = simulated(kind)
         references[kind].train(EPOCHS, sleep_steps=30, **CALM)
+    simulate(300, {"rna": 30, "adt": 6}, seed=1)[0].write(home / "data.h5mu")
+    started(command, home / "data.h5mu", home).join()
 
     def once(number: int) -> tuple[str, str]:
         place = options.folders[number // len(MOMENTS) % len(options.folders)]
-        moment, outcome = kill(number, place / "pyromosaic-kills", references)
-        rmtree(place / "pyromosaic-kills", ignore_errors=True)
-        return f"{moment}, in {place}", outcome
+        with TemporaryDirectory(prefix="pyromosaic-kills-", dir=place) as folder:
+            outcome = kill(number, Path(folder).absolute(), home, references)
+        return f"{MOMENTS[number % len(MOMENTS)]}, in {place}", outcome
 
     return counted(once, options)
 
@@ -372,8 +446,7 @@ def files(options: argparse.Namespace) -> Counter:
         path = copy / rng.choice(["model.json", "weights.safetensors", "last.ckpt"])
         what = mutate(rng, path, marker)
         hear, say = multiprocessing.Pipe(duplex=False)
-        process = multiprocessing.get_context("forkserver").Process(target=opened, args=(path, kind, say), daemon=True)
-        process.start()
+        process = started(opened, path, kind, say)
         say.close()
         try:
             if not hear.poll(60):

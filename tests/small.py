@@ -28,13 +28,13 @@ def with_zeros(store=np.array):
     return anndata.AnnData(store(x), pd.DataFrame(index=names(60)), pd.DataFrame(index=names(20, "x")))
 
 
-def overlap(**columns):
+def overlap(genes=("g0",), **columns):
     cells = names(10)
     rna, atac = make(cells, 2, "g"), make(cells, 4, "r")
     atac.var_names = ["chr1:800-900", "chr1:1000-2000", "chr1:2100-2200", "chr2:1000-2000"]
     mosaic = Mosaic.from_anndata({"rna": rna, "atac": atac}, match_cells=True)
     place = {"chromosome": "chr1", "start": 1200, "end": 1800, "strand": "+"} | columns
-    pairs = links_by_overlap(mosaic, ("rna", "atac"), pd.DataFrame(place, index=["g0"]), promoter=500).pairs
+    pairs = links_by_overlap(mosaic, ("rna", "atac"), pd.DataFrame(place, index=list(genes)), promoter=500).pairs
     return set(pairs["atac"])
 
 

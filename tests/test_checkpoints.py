@@ -219,16 +219,21 @@ def test_checkpoints_that_would_take_long_wait_for_a_minute_at_most(tmp_path, mo
 
     monkeypatch.setattr(checkpoints, "monotonic", lambda: now[0])
     monkeypatch.setattr(Packed, "write", write)
-    multivi().train(12, checkpoint_dir=tmp_path, callbacks=[Clock()], **QUIET)
-    assert (np.diff(written) == 3 + 10).all() and len(written) == 12  # every epoch
+    multivi().train(30, checkpoint_dir=tmp_path, callbacks=[Clock()], **QUIET)
+    assert (np.diff(written) == 3 + 10).all() and len(written) == 30  # every epoch
     written.clear()
     cost[0] = 15.0
-    multivi().train(12, checkpoint_dir=tmp_path, callbacks=[Clock()], **QUIET)
-    assert (np.diff(written)[:-1] == 15 + 20).all() and len(written) == 7
+    multivi().train(30, checkpoint_dir=tmp_path, callbacks=[Clock()], **QUIET)
+    assert (np.diff(written)[:4] == 15 + 10).all()  # a minute of writing is never too much
+    assert np.diff(written).max() <= 15 + 30 and 15 * len(written) <= 10 * 30 + 15  # no longer than training
     written.clear()
     cost[0] = 100.0
-    multivi().train(14, checkpoint_dir=tmp_path, callbacks=[Clock()], **QUIET)
-    assert (np.diff(written)[:-1] == 100 + 60).all() and len(written) == 4
+    multivi().train(28, checkpoint_dir=tmp_path, callbacks=[Clock()], **QUIET)
+    assert (np.diff(written)[:-1] == 100 + 60).all() and len(written) == 6
+    written.clear()
+    with pytest.raises(KeyboardInterrupt):
+        multivi().train(30, checkpoint_dir=tmp_path, callbacks=[Clock(), Interrupt(3)], **QUIET)
+    assert len(written) == 2  # what waits is written if training is left
 
 
 def test_a_second_run_in_the_folder_takes_it_over(tmp_path):
@@ -542,3 +547,14 @@ def test_a_checkpoint_that_seems_far_larger_is_refused_before_it_is_read(tmp_pat
     with pytest.raises(ValueError, match="cut off or damaged"):
         read(tmp_path / "last.ckpt")
     assert time.monotonic() - began < 0.5
+
+
+def test_a_checkpoint_of_many_values_is_refused_before_they_are_read(tmp_path, monkeypatch):
+    multivi().train(2, checkpoint_dir=tmp_path, **QUIET)
+    content = read(tmp_path / "last.ckpt")
+    Packed(content | {"more": [[]] * 300_000}).write(tmp_path / "last.ckpt")
+    (tmp_path / "previous.ckpt").unlink(missing_ok=True)
+    loads = json.loads
+    monkeypatch.setattr(checkpoints.json, "loads", lambda text: loads(text) if len(text) < 300_000 else pytest.fail())
+    with pytest.raises(ValueError, match=r"last\.ckpt cannot be taken.* values, where at most 201,500 are expected"):
+        multivi().train(3, resume_from=tmp_path, **QUIET)

@@ -70,6 +70,48 @@ def test_vocabularies_that_do_not_meet_are_said():
         Mosaic.from_anndata(capitals, batch_key="b")
 
 
+@pytest.mark.parametrize(
+    ("first", "other", "n_warnings"),
+    [("01", "1", 1), ("s01", "S1", 1), ("A", "a", 1), ("0.05", "0.5", 0), ("10", "1", 0), ("100", "0100", 1)],
+)
+def test_spellings_of_a_batch_give_one_warning(first, other, n_warnings):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mosaic = Mosaic.from_anndata({"rna": make(names(8), b=[first, other] * 4)}, batch_key="b")
+        Mosaic.from_anndata({"rna": make(names(8), b=[first, other] * 4)}, schema=mosaic.schema)
+    assert sum(w.category is UserWarning for w in caught) == n_warnings
+    known = Mosaic.from_anndata({"rna": make(names(8), b=first)}, batch_key="b").schema
+    for new_batches in ("add", "average"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            Mosaic.from_anndata({"rna": make(names(8), b=other)}, schema=known, new_batches=new_batches)
+        assert sum(w.category is UserWarning for w in caught) == n_warnings
+    apart = {"rna": make(names(8), b=[first, "x"] * 4), "adt": make(names(8, "d"), b=[other, "x"] * 4)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Mosaic.from_anndata(apart, batch_key="b")
+    assert sum(w.category is UserWarning for w in caught) == n_warnings
+
+
+def test_several_spellings_give_one_warning():
+    apart = {"rna": make(names(6), b=["01", "02", "03"] * 2), "adt": make(names(6, "d"), b=[1, 2, 3] * 2)}
+    with pytest.warns(UserWarning, match="'01', '1', which count as different .2 further") as caught:
+        Mosaic.from_anndata(apart, batch_key="b")
+    assert len(caught) == 1
+
+
+def test_bytes_are_text():
+    values = np.resize([b"a", b"b"], 20)
+    adatas = {"rna": make(names(20), b=values.astype(object)), "adt": make(names(20), b=values.astype(str))}
+    mosaic = Mosaic.from_anndata(adatas, batch_key="b", match_cells=True)
+    assert {m.schema.categories["b"] for m in mosaic.modalities.values()} == {("a", "b")}
+    model = MultiVI(mosaic, n_latent=2, n_hidden=8)
+    expected = model.get_normalized_expression("rna", batch="a")
+    pd.testing.assert_frame_equal(model.get_normalized_expression("rna", batch=b"a"), expected)
+    assert mosaic.with_cohorts("b", background=b"a").groups.tolist() == [0, 1] * 10
+    assert words(pd.Series([b"\xff", "a", b"1.0", None], dtype=object)).tolist()[:3] == ["\\xff", "a", "1"]
+
+
 @pytest.mark.parametrize("batch", [1, 1.0, "1", " 1.0"])
 def test_batches_in_questions_are_words(batch):
     mosaic = Mosaic.from_anndata({"rna": make(names(20), b=[0, 1] * 10)}, batch_key="b")
@@ -133,7 +175,9 @@ def test_the_word_for_not_known_is_known_to_every_question(partly_labelled, told
         mosaic.with_cohorts("ct", background=told)
 
 
-@pytest.mark.parametrize("doubtful", ["Unknown", "nan", "NA", "", "unassigned", "None", "<NA>"])
+@pytest.mark.parametrize(
+    "doubtful", ["Unknown", "nan", "NA", "", "unassigned", "Unclassified", "Not available", "None", "<NA>"]
+)
 def test_other_words_for_not_known_are_warned_of(doubtful):
     adata = make(names(6), kind=["B", "B", "T", "T", doubtful, doubtful])
     with pytest.warns(UserWarning, match=f"column 'kind' is {doubtful!r} in 2 cells, which counts as a value"):

@@ -228,3 +228,79 @@ def test_weights_that_seem_far_larger_are_refused_before_they_are_read(saved):
     with pytest.raises(ValueError, match="weights.safetensors is not as it was written") as error:
         MultiVI.load(saved)
     assert str(saved) in str(error.value) and time.monotonic() - began < 2
+
+
+def with_header(folder, change, grow):
+    """Weights with another header, and a hole at the end, which takes no room."""
+    path = folder / "weights.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header, tensors = json.loads(content[8 : 8 + length]), content[8 + length :]
+    change(header, len(tensors))
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + tensors)
+    os.truncate(path, 8 + len(text) + len(tensors) + grow)
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_large_weights_that_are_not_the_models_are_refused_unread(draft, saved, monkeypatch):
+    """Their names, shapes and types are compared first; also where a killed attempt has left a description."""
+    size = 10**10
+
+    def more(header, end):
+        header["model.more"] = {"dtype": "F32", "shape": [size // 4], "data_offsets": [end, end + size]}
+
+    with_header(saved, more, size)
+    if draft:
+        shutil.copy(saved / "model.json", saved / ".model.json.abc.part")
+    for name in ("load_file", "file_digest"):
+        monkeypatch.setattr(keeping, name, lambda *_: pytest.fail("the weights are read"))
+    refused(saved, "'model.more' of 1 not of the model")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"shape": [10**12]},
+        {"shape": [-1, -4]},
+        {"shape": [1.5]},
+        {"shape": "3"},
+        {"shape": [0, 10**30]},
+        {"dtype": "C64"},
+        {"dtype": []},
+        {"data_offsets": [0, 10**9]},
+        {"data_offsets": [4, 8]},
+        {"data_offsets": [-4, 0]},
+        {"data_offsets": None},
+    ],
+)
+def test_headers_that_contradict_the_file_are_refused(entry, saved):
+    def change(header, end):
+        header[next(name for name in header if name != "__metadata__")] |= entry
+
+    with_header(saved, change, 0)
+    refused(saved, "weights.safetensors is not as it was written: cut off or damaged")
+
+
+@pytest.mark.parametrize("junk", ["[" + "1," * 2_000_000 + "1]", " " * 40_000_000 + "1"])
+def test_long_descriptions_are_refused_before_they_are_read(junk, saved, monkeypatch):
+    text = (saved / "model.json").read_text()
+    (saved / "model.json").write_text(f'{text[:-1]}, "more": {junk}}}')
+    monkeypatch.setattr(keeping.json, "loads", lambda *_: pytest.fail("the description is read"))
+    refused(saved, "has at most 33,554,432 bytes and 1,500,000 entries|where at most 33,554,432 are expected")
+
+
+def test_a_description_that_could_not_be_loaded_is_not_saved(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(keeping, "ENTRIES", 10)
+    with pytest.raises(ValueError, match="has at most 33,554,432 bytes and 10 entries"):
+        model.save(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_an_untrained_model_has_an_empty_history_of_epochs(model, saved, tmp_path):
+    untrained = MultiVI(model.schema, n_latent=3)
+    untrained.save(tmp_path / "untrained")
+    for each in (untrained, MultiVI.load(tmp_path / "untrained")):
+        assert each.history.shape == (0, 0) and each.history.index.name == "epoch"
+    edit(tmp_path / "untrained", history={"columns": ["index"], "data": []})  # as saved before
+    assert MultiVI.load(tmp_path / "untrained").history.shape == (0, 0)

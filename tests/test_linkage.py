@@ -254,6 +254,11 @@ def test_geometry_alone_finds_a_shape_without_symmetries():
     plan = linkage.gromov_wasserstein(x, turned, weights, similarity)
     assert np.trace(plan) > 0.9
     assert np.trace(linkage.gromov_wasserstein(x, turned, weights)) > 0.5
+    by_links = linkage.gromov_wasserstein(x, turned[::-1], weights, similarity, geometry=0)
+    by_shape = linkage.gromov_wasserstein(x, turned[::-1], weights, similarity, geometry=1)
+    assert np.trace(by_links) > 0.9 and np.trace(by_shape[:, ::-1]) > 0.5
+    with pytest.raises(ValueError, match="geometry weighs distances against similarity.*0.5 without similarity"):
+        linkage.gromov_wasserstein(x, turned, weights, geometry=0.5)
 
 
 # ---------------------------------------------------------------------------------------- canonical correlations
@@ -858,4 +863,21 @@ def test_what_never_varies_has_no_correlation():
         canonical = linkage.canonical_correlation(x[:n], y[:n], pi)
         assert_array_equal(canonical.correlations, 0)
         assert np.isfinite(np.concatenate(canonical.coefficients)).all()
-        assert_array_equal(linkage.crossfit_correlations(x[:n], y[:n], pi), 0)
+        with pytest.warns(UserWarning, match="come from few pairs of cells"):
+            assert_array_equal(linkage.crossfit_correlations(x[:n], y[:n], pi), 0)
+
+
+def test_few_hard_pairs_give_a_warning_and_none_in_a_half_an_error():
+    """Only pairs with both cells in one half count, which is half of them; the spread is that of all cells."""
+    shared = np.random.default_rng(0).standard_normal((400, 1))
+    x, y = (shared + np.random.default_rng(seed).standard_normal((400, 3)) for seed in (1, 2))
+
+    def crossfit(n):
+        return linkage.crossfit_correlations(x, y, Correspondence.from_pairs(np.arange(n), np.arange(n), (400, 400)))
+
+    with warnings.catch_warnings(action="error"):
+        assert 0.4 < crossfit(400)[0] < 0.9
+    with pytest.warns(UserWarning, match=r"come from few pairs of cells \(\d+ within one half\) and are rough"):
+        crossfit(20)
+    with pytest.raises(ValueError, match="needs cells that correspond within each half"):
+        crossfit(1)

@@ -364,6 +364,47 @@ def test_measurements_of_any_type(kind, store):
         np.testing.assert_array_equal(modality.tensor(np.arange(N)).to_dense(), x)
 
 
+@pytest.mark.parametrize("kind", ["Int64", "Float64", "UInt8", np.int32, np.float32, object])
+def test_blocks_of_obsm_of_any_type(kind):
+    holes = np.arange(N) < 3
+    proteins = pd.DataFrame(X, NUMBERED, GENES)
+    expected = np.where(holes[:, None], np.nan, X)
+    adata = anndata.AnnData(X, pd.DataFrame(index=NUMBERED))
+    nullable = isinstance(kind, str)
+    adata.obsm["p"] = proteins.astype(kind).mask(pd.Series(holes, NUMBERED)) if nullable else proteins.astype(kind)
+    if kind is object:
+        with pytest.raises(ValueError, match="modality 'adt': values of type object; accepted: real numbers"):
+            Mosaic.from_obsm(adata, {"rna": None, "adt": "p"})
+        return
+    modality = Mosaic.from_obsm(adata, {"rna": None, "adt": "p"}).modalities["adt"]
+    assert modality.present.tolist() == (~holes if nullable else holes | ~holes).tolist()
+    cells = np.flatnonzero(modality.present)
+    np.testing.assert_array_equal(modality.tensor(cells).to_dense(), (expected if nullable else X)[cells])
+
+
+def test_masked_arrays_are_refused():
+    adata = anndata.AnnData(X)
+    adata.layers["masked"] = np.ma.masked_greater(X, 5)
+    with pytest.raises(ValueError, match="modality 'rna': the measurements are a MaskedArray; accepted: a NumPy array"):
+        Mosaic.from_anndata({"rna": adata}, {"rna": ModalitySpec("nb", layer="masked")})
+
+
+@pytest.mark.parametrize("kind", [np.float32, "Int64", "Float64", object])
+def test_hidden_measurements_that_are_missing_have_no_rank(kind):
+    missing = np.random.default_rng(5).random(X.shape) < 0.3
+    whole = checks.imputation_ranks(MODEL, "rna", TRUTH, n_samples=4)
+    if kind is object:
+        found = checks.imputation_ranks(MODEL, "rna", TRUTH.astype(object).mask(missing, None), n_samples=4)
+    else:
+        found = checks.imputation_ranks(MODEL, "rna", TRUTH.astype(kind).mask(missing), n_samples=4)
+    for table in ("below", "equal"):
+        expected = getattr(whole, table).mask(missing)
+        pd.testing.assert_frame_equal(getattr(found, table), expected)
+    assert found.coverage([0.5])["n"].sum() == (~missing).sum()
+    with pytest.raises(ValueError, match="truth must be a table of numbers"):
+        checks.imputation_ranks(MODEL, "rna", TRUTH.astype(object).mask(missing, "x"))
+
+
 def test_batches_of_integers_with_holes():
     numbers = pd.array(np.resize([1, 2], N), "Int64")
     holes = numbers.copy()

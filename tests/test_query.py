@@ -35,6 +35,11 @@ def test_unknown_batches_are_refused_or_averaged(trained):
         model.register(query, new_batches="yes")
     mosaic = model.register(query, new_batches="average")
     assert mosaic.schema == model.schema
+    for given in ("average", "add"):
+        with pytest.raises(ValueError, match=f"new_batches='{given}' does not apply to a Mosaic"):
+            model.register(mosaic, new_batches=given)
+    with pytest.raises(ValueError, match="new_batches must be 'refuse', 'average' or 'add'; found 'yes'"):
+        model.register(mosaic, new_batches="yes")
     assert (mosaic.modalities["rna"].codes[:, 0] == -1).all()
     assert np.isfinite(model.get_latent_representation(data=mosaic)).all(axis=None)
     assert np.isfinite(model.get_imputed_values("adt", data=mosaic, n_samples=2).mean).all(axis=None)

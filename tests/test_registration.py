@@ -255,3 +255,12 @@ def test_places_in_other_types():
         overlap(end=np.nan)
     with pytest.raises(ValueError, match="the strand of gene 'g0' is 'forward'; accepted: '[+]' and '-'"):
         overlap(strand="forward")
+    assert overlap(chromosome="Chr1") == overlap(chromosome="CHR1") == {BODY, UPSTREAM}
+    assert overlap(start=1800, end=1800) == {BODY}
+    with pytest.raises(ValueError, match="gene 'g0' starts at 1800 and ends at 1200; accepted"):
+        overlap(start=1800, end=1200)
+    with pytest.raises(ValueError, match="gene 'g0' is on '7', and region 'chr1:800-900' is the first"):
+        overlap(chromosome=7)
+    two = {"start": 1200, "end": 1800, "strand": "+"}
+    with pytest.warns(UserWarning, match="the chromosome of 1 of 2 genes is unknown"):
+        assert overlap(["g0", "g1"], chromosome=["chr1", None], **two) == {BODY, UPSTREAM}

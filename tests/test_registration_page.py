@@ -11,7 +11,7 @@ import pytest
 from scipy import sparse
 from small import GROUP, LATENT, make, matched, names, overlap, with_zeros
 
-from pyromosaic import ModalitySpec, Mosaic, MultiVI, metrics, simulate
+from pyromosaic import ModalitySpec, Mosaic, MultiVI, checks, linkage, metrics, simulate
 
 PAGE = Path(__file__).parents[1] / "docs/user_guide/registration.md"
 LINES = PAGE.read_text().splitlines() if PAGE.exists() else []  # the sources alone are without the page
@@ -55,6 +55,11 @@ def examples():
         adata = anndata.AnnData(x, pd.DataFrame(index=names(x.shape[0])))
         return Mosaic.from_anndata({"x": adata}, {"x": likelihood})
 
+    def block(proteins):
+        whole = rna.copy()
+        whole.obsm["protein"] = proteins
+        return Mosaic.from_obsm(whole, {"rna": None, "adt": "protein"})
+
     def damaged(x):
         matrix = sparse.csr_matrix(x)
         matrix.indices[-1] = x.shape[1]
@@ -65,9 +70,10 @@ def examples():
         "counts": np.random.default_rng(0).poisson(2.0, (30, 40)).astype(np.float32),
         **{"rna": rna, "adt": adt, "mosaic": mosaic, "model": MultiVI(mosaic, n_latent=3, n_hidden=8)},
         **{"register": register, "apart": lambda **shared: register(match_cells=False, **shared)},
-        **{"zeros": zeros, "unmeasured": unmeasured, "changed": changed, "overlap": overlap},
+        **{"zeros": zeros, "block": block, "unmeasured": unmeasured, "changed": changed, "overlap": overlap},
         **{"mask": adt.obs["celltype"] == "type0", "latent": LATENT, "labels": GROUP, "metrics": metrics},
-        **{"Mosaic": Mosaic, "MultiVI": MultiVI, "np": np},
+        **{"table": adt.to_df(), "points": LATENT.to_numpy(), "weights": np.full(len(LATENT), 1 / len(LATENT))},
+        **{"Mosaic": Mosaic, "MultiVI": MultiVI, "checks": checks, "linkage": linkage, "np": np, "pd": pd},
     }
 
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="the sources alone h
 @pytest.mark.parametrize(
     ("trial", "n"),
     [
-        pytest.param("kills", 5, marks=pytest.mark.slow),
+        pytest.param("kills", 6, marks=pytest.mark.slow),
         pytest.param("files", 20, marks=pytest.mark.slow),
         ("mosaics", 4),
     ],

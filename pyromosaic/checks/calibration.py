@@ -215,8 +215,9 @@ def imputation_ranks(
     modality
         Modality of the measurements.
     truth
-        Held-out measurements of cells of the mosaic, e.g. from `pyromosaic.hide`; or a table, cells × features. If the
-        model splits cells by modality, names of cells are like ``"rna:cell"``.
+        Held-out measurements of cells of the mosaic, e.g. from `pyromosaic.hide`; or a table, cells × features, in
+        which missing values have no rank. If the model splits cells by modality, names of cells are like
+        ``"rna:cell"``.
     n_samples
         Number of draws.
     encode
@@ -246,19 +247,24 @@ def imputation_ranks(
         )
     if not isinstance(truth, pd.DataFrame):
         truth = truth.to_df(model.schema[modality].spec.layer)
+    try:
+        measured = truth.to_numpy(np.float64, na_value=np.nan)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"truth must be a table of numbers; found other values: {error}") from error
     features = list(truth.columns)
     model._features(modality, features)
     size = max(1, ENTRIES // (n_samples * len(features)))
     below, equal = np.empty((2, *truth.shape))
     for start in range(0, len(truth), size):
         part = slice(start, start + size)
-        cells, values = list(truth.index[part]), truth.to_numpy()[part]
+        cells, values, missing = list(truth.index[part]), measured[part], np.isnan(measured[part])
         if model.schema[modality].spec.traits.binary:
             values = values > 0
         draws = model.posterior_predictive_sample(
             modality, cells, features=features, encode=encode, n_samples=n_samples, data=data, seed=seed + start
         )
-        below[part], equal[part] = (draws < values).sum(0), (draws == values).sum(0)
+        below[part] = np.where(missing, np.nan, (draws < values).sum(0))
+        equal[part] = np.where(missing, np.nan, (draws == values).sum(0))
     columns = pd.MultiIndex.from_product([[modality], features], names=["variable", "name"])
     return Ranks(
         pd.DataFrame(below, truth.index, columns), pd.DataFrame(equal, truth.index, columns), n_samples=n_samples

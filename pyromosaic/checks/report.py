@@ -100,8 +100,8 @@ def calibration_report(
         for key, part in table.groupby(level=[name for name in table.index.names if name != "level"], sort=False):
             variable, group = key if of == "latent" else (key[0] if isinstance(key, tuple) else key, "all")
             rows[of, variable, group] = (*part["randomised"], part["n"].iloc[0])
-    for (modality, statistic), row in check.overall.iterrows():
-        rows["data", modality, statistic] = (np.nan, 1 - row["outside"], row["n"])
+    for name, outside, n in check.overall[["outside", "n"]].itertuples():
+        rows["data", *name] = (np.nan, 1 - outside, n)
     index_of = pd.MultiIndex.from_tuples(list(rows), names=["question", "variable", "cells"])
     table = pd.DataFrame(list(rows.values()), index_of, ["inside_50", "inside_90", "n"]).astype({"n": int})
     return CalibrationReport(table, **ranks, predictive=check)

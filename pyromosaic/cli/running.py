@@ -150,7 +150,7 @@ def _keep(multivi: "MultiVI", out: Path) -> str:
             multivi.save(folder)
         except OSError as error:
             folder.rmdir()
-            problems.append(f"{place}: {error.strerror}")
+            problems.append(f"{place}: {str(error).rpartition(': ')[2]}")
         else:
             done = len(multivi.history)
             return f"The model, trained for {done} epoch{'' if done == 1 else 's'}, is in {folder}"

@@ -93,7 +93,7 @@ def from_cells(mosaic: "Mosaic", background: Any, target: Any) -> tuple[Cohorts,
 def _words(values: Any) -> tuple[str, ...]:
     if isinstance(values, Mapping | pd.DataFrame):
         raise ValueError(f"a cohort must be a value or values of the column; found a {type(values).__name__}")
-    several = isinstance(values, Iterable) and not isinstance(values, str)
+    several = isinstance(values, Iterable) and not isinstance(values, str | bytes)
     found = tuple(map(word, values)) if several else (word(values),)
     if not found:
         raise ValueError("a cohort needs at least one value of the column; found an empty list")

@@ -18,7 +18,9 @@ def _is_sparse(matrix: Any) -> bool:
 
 
 def is_readable(source: Any) -> bool:
-    """Whether rows of the source can be read as NumPy or scipy arrays."""
+    """Whether rows of the source can be read as NumPy or scipy arrays, without a mask."""
+    if isinstance(source, np.ma.MaskedArray):
+        return False
     if not (_is_sparse(source) or isinstance(source, np.ndarray)):
         source = source[:1] if hasattr(source, "shape") else None
     return _is_sparse(source) or isinstance(source, np.ndarray)
@@ -46,6 +48,7 @@ class Matrix:
             source, columns = source[:, columns], None
         self.source, self.columns = source, columns
         self.shape: tuple[int, int] = (source.shape[0], source.shape[1] if columns is None else len(columns))
+        self.file = "" if self.in_memory else _file_of(source)
         self.marks: np.ndarray | None = None  # weighted sums of the rows, from `check_values`
 
     def __getitem__(self, rows: np.ndarray) -> Any:
@@ -58,7 +61,14 @@ class Matrix:
             return self.source[rows]
         # Files are read in increasing order, each row once.
         unique, inverse = np.unique(rows, return_inverse=True)
-        block = self.source[unique]
+        try:
+            block = self.source[unique]
+        except Exception as error:  # whatever HDF5, zarr and their filters say of a file that is damaged or gone
+            said = next(iter(str(error).splitlines()), type(error).__name__)
+            raise OSError(
+                f"measurements cannot be read from {self.file} ({said}); it may be damaged, or its disk or network "
+                "share is not there: restore the file and open it again"
+            ) from error
         block = (sparse.csr_matrix(block) if self.is_sparse else np.asarray(block))[inverse]
         return block if self.columns is None else block[:, self.columns]
 
@@ -72,6 +82,15 @@ class Matrix:
             return np.empty(0, dtype=np.intp)
         registered = self.marks[rows]
         return np.flatnonzero(~np.isclose(marks(block), registered, rtol=1e-9, atol=1e-7))
+
+
+def _file_of(source: Any) -> str:
+    """Name of the file, or folder, of a backed matrix."""
+    kept_in = getattr(source, "group", source)  # of a sparse matrix
+    if hasattr(kept_in, "file"):  # HDF5
+        return str(kept_in.file.filename)
+    store = getattr(kept_in, "store", "the file")  # zarr
+    return str(getattr(store, "root", store))
 
 
 def as_tensor(block: Any, dense: bool) -> torch.Tensor:

@@ -112,6 +112,12 @@ class Modality:
         block = matrix[rows]
         changed = matrix.changed(rows, block)
         if len(changed):
+            if not matrix.in_memory:
+                raise ValueError(
+                    f"modality {self.name!r}: {matrix.file} no longer holds the {what} that were registered, in "
+                    f"{len(changed)} of the {len(cells)} cells read (the first: cell number {cells[changed[0]]}); it "
+                    "was changed, cut off or removed: restore it, open it again, and register again"
+                )
             raise ValueError(
                 f"modality {self.name!r}: the {what} of {len(changed)} of the {len(cells)} cells read were changed in "
                 f"place after registration (the first: cell number {cells[changed[0]]}); keep raw counts in a separate "

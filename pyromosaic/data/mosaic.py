@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 from pyromosaic.data.modality import Modality
 from pyromosaic.data.registration import (
     _absent,
+    _check_new_batches,
     _check_vocabularies,
     _columns,
     _columns_of,
@@ -378,7 +379,9 @@ class Mosaic:
                 values: Any = adata.obsm[key]
                 features = pd.Index([f"{name}_{i}" for i in range(values.shape[1])])
                 if isinstance(values, pd.DataFrame):
-                    values, features = values.to_numpy(), values.columns.astype(str)
+                    features, nullable = values.columns.astype(str), values.to_numpy().dtype == object
+                    numbers = nullable and all(map(pd.api.types.is_numeric_dtype, values.dtypes))
+                    values = values.to_numpy(np.float64, na_value=np.nan) if numbers else values.to_numpy()
                 source = _Source(values, adata.obs_names, features, obs)
             if isinstance(source.matrix, np.ndarray):
                 source.measured = pd.DataFrame(source.matrix).notna().any(axis=1).to_numpy()
@@ -397,6 +400,8 @@ class Mosaic:
         obs: pd.DataFrame | None,
         new_batches: str,
     ) -> "Mosaic":
+        if schema is None and new_batches != "refuse":
+            raise ValueError(f"new_batches={new_batches!r} needs the schema of a trained model; see model.register")
         specs = _specifications(list(sources), modalities, schema, shared)
         known = {} if schema is None else schema.modalities
         read = {name: sources[name](spec) for name, spec in specs.items() if name in sources}
@@ -451,6 +456,8 @@ class Mosaic:
         whole = () if obs is None else (Table(WHOLE, obs.index, obs),)
         tables = (*whole, *(Table(name, source.cells, source.obs) for name, source in read.items()))
         columns = _columns(specs, tables, cells, absent)
+        if known and new_batches != "refuse":
+            _check_new_batches(known, columns)
         if new_batches == "add":
             known = {name: _with_batches(m, read[name].cells, columns[name]) for name, m in known.items()}
         average = new_batches == "average"

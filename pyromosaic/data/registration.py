@@ -21,6 +21,7 @@ from pyromosaic.data.tables import (
     readings,
     warn_of,
     warn_of_not_known,
+    warn_of_spellings,
     word,
     words,
 )
@@ -190,20 +191,11 @@ def _check_agreement(said: list[Contradiction], modalities_with_this_batch: Coll
 
 
 def _check_vocabularies(modalities: Mapping[str, Modality]) -> None:
-    """Warn about columns whose values differ only by capital letters, or of which a modality shares no value."""
+    """Warn about columns with two spellings of a value, or of which a modality shares no value with others."""
     for key in dict.fromkeys(k for m in modalities.values() for k in m.schema.categories):
         used = {name: set(m.schema.categories[key]) for name, m in modalities.items() if key in m.schema.categories}
-        everywhere = set().union(*used.values())
-        spelled: dict[str, set[str]] = {}
-        for each in everywhere:
-            spelled.setdefault(each.casefold(), set()).add(each)
-        for same in spelled.values():
-            if len(same) > 1:
-                warnings.warn(
-                    f"column {key!r} has the values {_words(sorted(same))}, which count as different; if they "
-                    "mean the same, spell them in the same way",
-                    stacklevel=2,
-                )
+        if warn_of_spellings(key, set().union(*used.values())):
+            continue
         for name, own in used.items():
             others = set().union(*(words for other, words in used.items() if other != name))
             if others and not own & others:
@@ -214,6 +206,16 @@ def _check_vocabularies(modalities: Mapping[str, Modality]) -> None:
                     stacklevel=2,
                 )
                 break
+
+
+def _check_new_batches(known: Mapping[str, ModalitySchema], columns: Mapping[str, pd.DataFrame]) -> None:
+    """Warn about new batches whose name is another spelling of a batch of the model."""
+    found: dict[str, set[str]] = {}
+    for name, schema in known.items():
+        if (key := schema.spec.batch_key) is not None:
+            found.setdefault(key, set()).update(schema.categories[key], words(columns[name][key].dropna()))
+    for key, values in found.items():
+        warn_of_spellings(key, values)
 
 
 def _some(names: Collection[str]) -> str:

@@ -12,10 +12,13 @@ import pandas as pd
 
 WHOLE = ""
 WHOLE_NUMBER = re.compile(r"-?\d+\.0+")
+LEADING_ZEROS = re.compile(r"(?<![\d.])0+(?=\d)")
 ONE_KIND = ("string", "integer", "floating", "mixed-integer-float", "boolean", "categorical")
 #: Values, in lower case, that usually mean "not known".
 NOT_KNOWN = frozenset(
     ["", "unknown", "nan", "na", "n/a", "<na>", "null", "unassigned", "unlabelled", "unlabeled", "undefined", "missing"]
+    + ["?", "#n/a", "nat", "not known", "not available", "not assigned", "unannotated", "unidentified"]
+    + ["undetermined", "unclassified"]
 )
 
 
@@ -161,10 +164,10 @@ def warn_of(found: list[Contradiction]) -> None:
 
 
 def word(value: Any) -> str:
-    """A category as a string, which is the same for 1, 1.0, "1" and " 1.0 "."""
+    """A category as a string, which is the same for 1, 1.0, "1", " 1.0 " and b"1" (text as HDF5 stores it)."""
     if isinstance(value, float | np.floating) and np.isfinite(value) and float(value).is_integer():
         return str(int(value))
-    text = str(value).strip()
+    text = (value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)).strip()
     return text.partition(".")[0] if WHOLE_NUMBER.fullmatch(text) else text
 
 
@@ -198,6 +201,22 @@ def warn_of_not_known(found: pd.Series, what: str, unlabelled: Iterable[str] = (
                 f"unlabelled={doubtful!r} at registration",
                 stacklevel=2,
             )
+
+
+def warn_of_spellings(key: str, values: Iterable[str]) -> bool:
+    """Warn once about values of a column that differ only by capital letters or leading zeros; whether some do."""
+    spelled: dict[str, list[str]] = {}
+    for value in sorted(values):
+        spelled.setdefault(LEADING_ZEROS.sub("", value.casefold()), []).append(value)
+    twice = [", ".join(map(repr, same)) for same in spelled.values() if len(same) > 1]
+    if twice:
+        more = f" ({len(twice) - 1} further values also have several spellings)" if len(twice) > 1 else ""
+        warnings.warn(
+            f"column {key!r} has the values {twice[0]}, which count as different{more}; if they mean the same, spell "
+            "them in the same way",
+            stacklevel=2,
+        )
+    return bool(twice)
 
 
 def in_order(names: pd.Index, wanted: pd.Index, what: str, of: str) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Canonical correlation analysis with a soft correspondence instead of pairs."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,6 +8,8 @@ import numpy as np
 
 from pyromosaic.accepted import Count, Seed, Share, Weight, checked
 from pyromosaic.linkage.matching import Correspondence
+
+FEW_PAIRS = 10
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,16 @@ def crossfit_correlations(
     numpy.ndarray
         Mean over both halves, shape (components,); not sorted, and about 0 for an overfitted component; 0
         where the other half does not vary.
+
+    Raises
+    ------
+    ValueError
+        If no cells correspond within a half.
+
+    Warns
+    -----
+    UserWarning
+        If only few pairs of cells do; the spread is that of all cells, therefore values can then exceed 1.
     """
     rng = np.random.default_rng(seed)
     halves = []
@@ -192,8 +205,16 @@ def crossfit_correlations(
         (rows, first), (columns, second) = (
             np.unique(groups[c], return_inverse=True) for groups, c in zip(pi.groups, cells, strict=True)
         )
-        return x[cells[0]], y[cells[1]], Correspondence(pi.plan[rows][:, columns], (first, second))
+        plan = pi.plan[rows][:, columns]
+        if not plan.sum() > 0:
+            raise ValueError(
+                "crossfit_correlations needs cells that correspond within each half of the cells, drawn separately for "
+                "each modality; found none in one half. Use more cells, or another seed"
+            )
+        n_pairs.append(int(np.bincount(first) @ (plan > 0) @ np.bincount(second)))
+        return x[cells[0]], y[cells[1]], Correspondence(plan, (first, second))
 
+    n_pairs: list[int] = []
     held_out = []
     for side in (False, True):
         fit = canonical_correlation(*part(side), ridge)
@@ -202,6 +223,12 @@ def crossfit_correlations(
         spread = u.std(axis=0) * v.std(axis=0)
         covariance = np.diag(pi_other.cross_covariance(u, v))
         held_out.append(np.divide(covariance, spread, out=np.zeros_like(covariance), where=spread > 0))
+    if min(n_pairs) < FEW_PAIRS:
+        warnings.warn(
+            f"the held-out correlations come from few pairs of cells ({min(n_pairs)} within one half) and are rough; "
+            "they can even exceed 1",
+            stacklevel=3,
+        )
     return np.mean(held_out, axis=0)
 
 

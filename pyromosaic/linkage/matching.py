@@ -260,7 +260,7 @@ def gromov_wasserstein(
     weights: tuple[np.ndarray, np.ndarray],
     similarity: np.ndarray | None = None,
     *,
-    geometry: Share = 0.5,
+    geometry: Share | None = None,
 ) -> np.ndarray:
     """Match cells with similar distances to all other cells: fused Gromov–Wasserstein transport.
 
@@ -276,7 +276,8 @@ def gromov_wasserstein(
     similarity
         Similarity of the metacells in their linked features; None if there are no links.
     geometry
-        Weight of the distances in the cost, relative to `similarity`.
+        Weight of the distances in the cost, relative to `similarity`; 0.5 by default. Without `similarity`, distances
+        are the only cost.
 
     Returns
     -------
@@ -287,7 +288,11 @@ def gromov_wasserstein(
     ------
     ModuleNotFoundError
         If the package POT is not installed.
+    ValueError
+        If `geometry` is given without `similarity`.
     """
+    if similarity is None and geometry is not None:
+        raise ValueError(f"geometry weighs distances against similarity; found geometry={geometry} without similarity")
     try:
         import ot
     except ModuleNotFoundError as error:
@@ -299,4 +304,6 @@ def gromov_wasserstein(
     if similarity is None:
         return ot.gromov.gromov_wasserstein(first, second, *weights)
     cost = 1 - similarity.astype(np.float64)
-    return ot.gromov.fused_gromov_wasserstein(cost, first, second, *weights, alpha=geometry)
+    return ot.gromov.fused_gromov_wasserstein(
+        cost, first, second, *weights, alpha=0.5 if geometry is None else geometry
+    )

@@ -208,7 +208,7 @@ def links_by_overlap(mosaic: Mosaic, modalities: tuple[str, str], genes: pd.Data
     Warns
     -----
     UserWarning
-        If the strand of some genes is unknown.
+        If the strand or the chromosome of some genes is unknown.
 
     Examples
     --------
@@ -234,12 +234,12 @@ def links_by_overlap(mosaic: Mosaic, modalities: tuple[str, str], genes: pd.Data
         )
     regions = pd.DataFrame([p.groups() for p in places if p], index=names, columns=wanted[:3])
     regions = regions.astype({"start": int, "end": int}).sort_values("start")
-    regions["chromosome"] = regions["chromosome"].str.removeprefix("chr")
+    regions["chromosome"] = _without_chr(regions["chromosome"])
     pairs = []
     by_chromosome = dict(iter(regions.groupby("chromosome")))
     genes = genes.set_axis(genes.index.astype(str))  # numbers as names are names
     known = genes[genes.index.isin(_features(mosaic, modalities[0]))]
-    located = pd.DataFrame({"chromosome": words(known["chromosome"]).astype(object).str.removeprefix("chr")})
+    located = pd.DataFrame({"chromosome": _without_chr(words(known["chromosome"]))})
     for column in ("start", "end"):
         located[column] = pd.to_numeric(known[column], errors="coerce")
         bad = ~np.isfinite(located[column].to_numpy(dtype=float))
@@ -248,6 +248,13 @@ def links_by_overlap(mosaic: Mosaic, modalities: tuple[str, str], genes: pd.Data
                 f"the {column} of gene {known.index[bad][0]!r} is {str(known[column][bad].iloc[0])!r}; accepted: a "
                 "number of bases"
             )
+    backwards = (located["start"] > located["end"]).to_numpy()
+    if backwards.any():
+        start, end = known.loc[known.index[backwards][0], ["start", "end"]]
+        raise ValueError(
+            f"gene {known.index[backwards][0]!r} starts at {start} and ends at {end}; accepted: a start of at most the "
+            "end, on both strands"
+        )
     located["strand"] = words(known["strand"]).astype(object).fillna(".").map(STRANDS)
     if located["strand"].isna().any():
         bad = located["strand"].isna().to_numpy()
@@ -262,6 +269,18 @@ def links_by_overlap(mosaic: Mosaic, modalities: tuple[str, str], genes: pd.Data
             "promoter",
             stacklevel=2,
         )
+    elsewhere = located.index[~located["chromosome"].isin(list(by_chromosome))]
+    if len(elsewhere) == len(located) > 0:
+        raise ValueError(
+            f"no gene is on a chromosome of the regions: gene {elsewhere[0]!r} is on "
+            f"{str(known['chromosome'].iloc[0])!r}, and region {names[0]!r} is the first; use the same names of "
+            "chromosomes (with or without 'chr')"
+        )
+    n_unknown = int(located["chromosome"].isna().sum())
+    if n_unknown:
+        warnings.warn(
+            f"the chromosome of {n_unknown} of {len(located)} genes is unknown; they are not linked", stacklevel=2
+        )
     for gene, chromosome, start, end, strand in located.itertuples(name=None):
         if chromosome in by_chromosome:
             near = by_chromosome[chromosome]
@@ -269,6 +288,10 @@ def links_by_overlap(mosaic: Mosaic, modalities: tuple[str, str], genes: pd.Data
             near = near.iloc[: np.searchsorted(near["start"], end, side="right")]
             pairs += [(gene, region) for region in near.index[near["end"] >= start]]
     return links_from_table(mosaic, modalities, pd.DataFrame(pairs, columns=list(modalities), dtype=str))
+
+
+def _without_chr(chromosomes: pd.Series) -> pd.Series:
+    return chromosomes.astype(object).str.replace("^chr", "", case=False, regex=True)
 
 
 def _features(mosaic: Mosaic, modality: str) -> pd.Index:

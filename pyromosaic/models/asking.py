@@ -392,7 +392,7 @@ class Asking(TrainedModel):
         protein_foreground
             Compare the expected foreground of a protein instead of its whole expected count. This is less stable: where
             background and foreground are hard to distinguish, the model may assign the same count to either, and only
-            the foreground changes.
+            the foreground changes. It is refused for modalities without a background.
         n_samples
             Number of pairs.
         features
@@ -465,13 +465,20 @@ class Asking(TrainedModel):
 
     def _compared(self, modality: str, protein_foreground: bool = False) -> Callable[[TorchDistribution], Tensor]:
         """The quantity in which cells are compared."""
+        if protein_foreground and not self.schema[modality].spec.traits.background:
+            raise ValueError(
+                f"protein_foreground has no effect on modality {modality!r}, whose likelihood has no background; leave "
+                "it out"
+            )
         if self.schema[modality].spec.traits.background and not protein_foreground:
             return lambda distribution: distribution.mean
         return self._likelihood(modality).normalized
 
     def _expected(self, question: Question, batch: object) -> pd.DataFrame:
         """Mean of a quantity over posterior draws and over batches, each batch with the same draws."""
-        batches: list[object] = list(batch) if isinstance(batch, Iterable) and not isinstance(batch, str) else [batch]
+        batches: list[object] = (
+            list(batch) if isinstance(batch, Iterable) and not isinstance(batch, str | bytes) else [batch]
+        )
         if not batches:
             raise ValueError("the list of batches to average over is empty; name one, or give None for each cell's own")
         means = [self._estimate(replace(question, batch=b)).mean for b in batches]

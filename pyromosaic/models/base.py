@@ -106,7 +106,7 @@ class TrainedModel:
         for name, modality in (self.mosaic.modalities if self.mosaic is not None else {}).items():
             if modality.present.sum() == 1:
                 raise ValueError(f"modality {name!r} must have at least 2 cells; found 1")
-        self.history = pd.DataFrame()
+        self.history = pd.DataFrame(index=pd.Index([], dtype=int, name="epoch"))
         self.split: Split | None = None
         with one_thread, torch.random.fork_rng(), pyro.settings.context(module_local_params=True):
             torch.manual_seed(seed)

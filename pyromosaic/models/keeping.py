@@ -25,7 +25,7 @@ from pyromosaic.models.base import TrainedModel, accepted_options
 from pyromosaic.models.formats import FORMAT, READ, WIDTHS, upgraded, upgraded_schema
 from pyromosaic.models.query import carry_over, only
 from pyromosaic.train.checkpoints import check_state
-from pyromosaic.train.files import check_length, clear_drafts, drafts, replaced, size_of
+from pyromosaic.train.files import clear_drafts, drafts, n_entries, replaced, shapes, size_of
 
 #: The parts that are saved with a model, by name.
 PARTS = {
@@ -54,6 +54,8 @@ class Keeping(TrainedModel):
         ------
         FileExistsError
             If the directory holds a model and `overwrite` is False.
+        OSError
+            If the model cannot be written, e.g. on a full disk; a model that is there stays.
 
         Examples
         --------
@@ -91,10 +93,18 @@ class Keeping(TrainedModel):
         }
         content = json.loads(json.dumps(content))  # as it will be read
         text = json.dumps(content | {"digest": _digest(content)}).encode()
-        directory.mkdir(parents=True, exist_ok=True)
-        for name in (WEIGHTS, DESCRIPTION):
-            clear_drafts(directory / name)
-        replaced({directory / WEIGHTS: written, directory / DESCRIPTION: text})
+        _check_entries(text)
+        new = not directory.exists()
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            for name in (WEIGHTS, DESCRIPTION):
+                clear_drafts(directory / name)
+            replaced({directory / WEIGHTS: written, directory / DESCRIPTION: text})
+        except OSError as error:
+            with suppress(OSError):
+                if new:
+                    directory.rmdir()
+            raise type(error)(f"the model cannot be saved in {directory}: {error.strerror}") from error
 
     @classmethod
     @checked
@@ -129,8 +139,22 @@ class Keeping(TrainedModel):
         >>> model.get_latent_representation().equals(again.get_latent_representation())
         True
         """
-        directory = Path(directory)
-        content = _description(directory)
+        directory, refused = Path(directory), []
+        for content in _descriptions(directory):
+            try:
+                model = cls._loaded(directory, content, objects)
+                break
+            except ValueError as error:
+                refused.append(error)
+        else:
+            raise refused[0]
+        if data is not None:
+            model.mosaic = model.register(data)
+        return model
+
+    @classmethod
+    def _loaded(cls, directory: Path, content: dict[str, Any], objects: dict[str, Any]) -> Self:
+        """The model of a description; its weights are read only if their names, shapes and types fit."""
         of = f"{directory} (saved by pyromosaic {content.get('version', '0.1.0 or earlier')})"
         if content["class"] != cls.__name__:
             name = content["class"]
@@ -142,34 +166,38 @@ class Keeping(TrainedModel):
                 f"{', '.join(f'{name}=<object>' for name in missing)} to load()"
             )
         try:
-            check_length(directory / WEIGHTS, size_of(directory / WEIGHTS, 1 << 40))
-            weights = load_file(directory / WEIGHTS)
             likelihoods = {k: v for k, v in objects.items() if isinstance(v, type) and issubclass(v, Likelihood)}
             schema = Schema.from_json(upgraded_schema(content, likelihoods), likelihoods)
             others = {k: v for k, v in objects.items() if k not in likelihoods}
-            options, weights = upgraded(content, weights, schema, accepted_options(cls))
-            with _no_larger_than(weights):
+            options, outline = upgraded(content, shapes(directory / WEIGHTS), schema, accepted_options(cls))
+            with _no_larger_than(outline):
                 model = cls(schema, **{**described.from_json(options, PARTS), **others})
             own = {f"{k}.{n}": t for k in ("model", "guide") for n, t in getattr(model, k).state_dict().items()}
-            if content["format"] < FORMAT:  # up to format 6 a fusion had no width
-                weights |= {k: v for k, v in own.items() if k.endswith(WIDTHS) and k not in weights}
+            old = content["format"] < FORMAT  # up to format 6 a fusion had no width
+            widths = {name: tensor for name, tensor in own.items() if old and name.endswith(WIDTHS)}
+            check_state(widths | outline, own, WEIGHTS)
+            if content.get("weights") not in (None, _digest_of_file(directory / WEIGHTS)):
+                raise ValueError(f"{WEIGHTS} is not as it was saved")
+            _, weights = upgraded(content, load_file(directory / WEIGHTS), schema, accepted_options(cls))
+            weights = widths | weights
             check_state(weights, own, WEIGHTS)
             for part in ("model", "guide"):
                 state = {k.removeprefix(f"{part}."): v for k, v in weights.items() if k.startswith(f"{part}.")}
                 getattr(model, part).eval().load_state_dict(state)  # also what a subclass added to them
-            if content.get("weights") not in (None, _digest_of_file(directory / WEIGHTS)):
-                raise ValueError(f"{WEIGHTS} is not as it was saved")
             history = content["history"]
             model.history = pd.DataFrame(history["data"], columns=history["columns"], dtype=float)
         except _OF_DAMAGED_FILES as error:
+            if isinstance(error, OSError) and error.strerror:
+                raise ValueError(f"the weights in {of} cannot be read: {error.strerror}") from error
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ValueError(f"the description and the weights in {of} do not fit together: {reason}") from error
-        if "epoch" in model.history:
+        if not len(model.history):
+            model.history = pd.DataFrame(index=pd.Index([], dtype=int, name="epoch"))
+        elif "epoch" in model.history:
             model.history = model.history.astype({"epoch": int}).set_index("epoch")
-        if data is not None:
-            model.mosaic = model.register(data)
         return model
 
+    @checked
     def register(self, data: Any, new_batches: NewBatches = "refuse") -> Mosaic:
         """Register data for this model: a MuData, a dictionary of AnnData (cells matched by name), or a Mosaic.
 
@@ -184,7 +212,8 @@ class Keeping(TrainedModel):
         Raises
         ------
         ValueError
-            If features, batches or labels differ from those of the model.
+            If features, batches or labels differ from those of the model, or `new_batches` is given with a Mosaic,
+            which is registered already.
 
         Examples
         --------
@@ -195,9 +224,22 @@ class Keeping(TrainedModel):
         (20, 3)
         """
         if isinstance(data, Mosaic):
+            if new_batches != "refuse":
+                raise ValueError(
+                    f"new_batches={new_batches!r} does not apply to a Mosaic, which is registered already; pass the "
+                    "MuData or the dictionary of AnnData"
+                )
             return self._data(data)
+        return self._registered(data, new_batches)
+
+    def _registered(self, data: Any, new_batches: NewBatches) -> Mosaic:
         if isinstance(data, Mapping):
             return Mosaic.from_anndata(data, match_cells=True, schema=self.schema, new_batches=new_batches)
+        if not hasattr(data, "mod"):
+            raise ValueError(
+                'data must be a MuData or a dictionary from modality to AnnData, e.g. {"rna": adata}; found a '
+                f"{type(data).__name__}"
+            )
         return Mosaic.from_mudata(data, schema=self.schema, new_batches=new_batches)
 
     @checked
@@ -236,10 +278,7 @@ class Keeping(TrainedModel):
         >>> adapted.schema["rna"].categories["batch"]
         ('batch0', 'batch1', 'batch2')
         """
-        if isinstance(data, Mapping):
-            mosaic = Mosaic.from_anndata(data, match_cells=True, schema=self.schema, new_batches="add")
-        else:
-            mosaic = Mosaic.from_mudata(data, schema=self.schema, new_batches="add")
+        mosaic = self._registered(data, "add")
         if mosaic.schema == self.schema:
             raise ValueError("the data have no batch that is new to the model; use register(data) instead")
         adapted = type(self)(mosaic.schema, **deepcopy(self.options))
@@ -291,24 +330,34 @@ _OF_DAMAGED_FILES = (
 _KINDS = {"class": str, "options": dict, "objects": list, "schema": dict, "history": dict}
 
 
-def _description(directory: Path) -> dict[str, Any]:
-    """What ``model.json`` holds; if a kill came between its weights' writing and its own, what it was to hold."""
-    content = _read(directory, directory / DESCRIPTION)
-    if "weights" in content:
-        with suppress(OSError, ValueError):  # refused below
-            found = _digest_of_file(directory / WEIGHTS)
-            for draft in drafts(directory / DESCRIPTION) if found != content["weights"] else ():
-                with suppress(ValueError):
-                    meant = _read(directory, draft)
-                    if meant.get("weights") == found:
-                        return meant
-    return content
+#: Bounds on descriptions, because each entry takes memory.
+BYTES, ENTRIES = 1 << 25, 1_500_000
+
+
+def _check_entries(text: bytes) -> None:
+    """Refuse a description that `load` would not take."""
+    entries = n_entries(text)
+    if len(text) > BYTES or entries > ENTRIES:
+        raise ValueError(
+            f"the description of a model has at most {BYTES:,} bytes and {ENTRIES:,} entries, e.g. names of features; "
+            f"found {len(text):,} and {entries:,}"
+        )
+
+
+def _descriptions(directory: Path) -> Iterator[dict[str, Any]]:
+    """What ``model.json`` holds; if a kill came between its weights' writing and its own, also what it was to hold."""
+    yield _read(directory, directory / DESCRIPTION)
+    for draft in drafts(directory / DESCRIPTION):
+        with suppress(ValueError):
+            yield _read(directory, draft)
 
 
 def _read(directory: Path, file: Path) -> dict[str, Any]:
     try:
-        size_of(file, 1 << 27)
-        content = json.loads(file.read_text())
+        size_of(file, BYTES)
+        text = file.read_bytes()
+        _check_entries(text)
+        content = json.loads(text)
         version = content["format"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"{directory} does not hold a complete saved model: {error}") from error
@@ -333,7 +382,6 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _digest_of_file(path: Path) -> str:
-    check_length(path, size_of(path, 1 << 40))
     with open(path, "rb") as file:
         return file_digest(file, "sha256").hexdigest()
 

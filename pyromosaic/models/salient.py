@@ -13,7 +13,7 @@ from pyromosaic.data import Cohorts, Mosaic, Schema, measured, to_predict
 from pyromosaic.measurement import encoded_once
 from pyromosaic.models.mosaic_model import Cells, MosaicModel
 from pyromosaic.tasks import inference_mode
-from pyromosaic.tasks.differential import DELTAS, PORTION, Delta, Mode, decide, effect, effect_scale
+from pyromosaic.tasks.differential import DELTAS, PORTION, Delta, Mode, check_delta, decide, effect, effect_scale
 from pyromosaic.tasks.question import Question, portions, unit_size
 
 Parts = tuple[tuple[str, tuple[int, ...]], ...]  # salient sites, each with the numbers of the groups that have it
@@ -231,6 +231,7 @@ class Contrasting(MosaicModel):
         ValueError
             If none of the given cells is a target cell, or an argument is out of range.
         """
+        check_delta(mode, delta)
         mosaic = self._data(data)
         name = next(iter(self.schema.modalities)) if modality is None else modality
         scale, pseudocount = effect_scale(self.schema[name])

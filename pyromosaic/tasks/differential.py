@@ -71,8 +71,8 @@ def compare(
         ``"change"``: the probability that the effect is at least delta, or that it is at most -delta, whichever is
         larger. ``"vanilla"``: the probability that the first value is larger than the second, by any amount.
     delta
-        Smallest effect that counts; by default 0.25 for a log2 fold change and 0.05 for a difference. None estimates it
-        (`estimate_delta`).
+        Smallest effect that counts, in change mode; by default 0.25 for a log2 fold change and 0.05 for a difference.
+        None estimates it (`estimate_delta`).
     pseudocount
         Added to both sides of a fold change; values well below it have almost no effect.
     scale
@@ -106,6 +106,7 @@ def compare(
     CD19             1.0         2.0            True
     CD3D             0.1        -0.0           False
     """
+    check_delta(mode, delta)
     first, second = np.asarray(first), np.asarray(second)
     if first.ndim != 2 or first.shape != second.shape or first.size == 0:
         raise ValueError(
@@ -231,6 +232,12 @@ def effect_scale(schema: ModalitySchema) -> tuple[Scale, float]:
     if traits.scale == "difference":
         return "difference", 0.0
     return "log2", traits.pseudocount / (schema.library if traits.shares else 1.0)
+
+
+def check_delta(mode: Mode, delta: Delta) -> None:
+    """Refuse a smallest effect where every effect counts."""
+    if mode == "vanilla" and delta != "default":
+        raise ValueError(f"delta has no effect in mode 'vanilla'; found {delta!r}; leave it out")
 
 
 @checked
@@ -376,6 +383,7 @@ def compare_groups(
     >>> table["comparison"].iloc[0], len(table)
     ('type0 vs rest', 50)
     """
+    check_delta(mode, delta)
     schema = modality.schema
     batches: tuple[str | None, ...] = (None,)
     if batch_correction:

@@ -23,11 +23,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from pyromosaic.train.files import check_length, clear_drafts, replaced, size_of
+from pyromosaic.train.files import clear_drafts, n_entries, replaced, shapes, size_of
 
 FORM = b"pyromosaic checkpoint 1\n"
 NEWEST, BEFORE = "last.ckpt", "previous.ckpt"
 TEXT = "text"
+MINUTE = 60.0
 
 
 class Packed:
@@ -85,7 +86,7 @@ class Packed:
         replaced({path: b"".join((FORM, sha256(content).hexdigest().encode(), b"\n", content))})
 
 
-def read(path: Path, limit: int = 1 << 40) -> Any:
+def read(path: Path, limit: int = 1 << 40, entries: int = 1 << 40) -> Any:
     """What a checkpoint holds.
 
     Parameters
@@ -94,6 +95,8 @@ def read(path: Path, limit: int = 1 << 40) -> Any:
         The file.
     limit
         Largest size in bytes.
+    entries
+        Largest number of plain values.
 
     Raises
     ------
@@ -107,12 +110,15 @@ def read(path: Path, limit: int = 1 << 40) -> Any:
                 raise ValueError(
                     "it is not of the form that this version of pyromosaic writes, and nothing else is read"
                 )
-            check_length(path, size, len(FORM) + 65)
+            shapes(path, len(FORM) + 65, limit)
             digest, content = file.readline(65).strip().decode("ascii", "replace"), file.read(size)
         if sha256(content).hexdigest() != digest:
             raise ValueError("it is not as it was written: cut off or damaged")
         tensors = load(content)
-        return _unpacked(json.loads(tensors[TEXT].numpy().tobytes()), tensors)
+        text = tensors[TEXT].numpy().tobytes()
+        if n_entries(text) > entries:
+            raise ValueError(f"it has {n_entries(text):,} values, where at most {entries:,} are expected")
+        return _unpacked(json.loads(text), tensors)
     except (OSError, ValueError, TypeError, LookupError, RecursionError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ValueError(f"{path} cannot be taken as a checkpoint: {reason}") from error
@@ -135,15 +141,15 @@ def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return tuple(values) if kind == "tuple" else dict(values)
 
 
-def newest(source: str | os.PathLike[str], limit: int = 1 << 40) -> tuple[Path, Any]:
+def newest(source: str | os.PathLike[str], limit: int = 1 << 40, entries: int = 1 << 40) -> tuple[Path, Any]:
     """A checkpoint and what it holds: of a file, or the newest whole one of a folder.
 
     Parameters
     ----------
     source
         File or folder.
-    limit
-        Largest size in bytes.
+    limit, entries
+        As in `read`.
 
     Raises
     ------
@@ -159,12 +165,12 @@ def newest(source: str | os.PathLike[str], limit: int = 1 << 40) -> tuple[Path, 
         raise ValueError(f"a checkpoint is a file or a folder on this machine; found the address {source}")
     path = Path(source).absolute()
     if not path.is_dir():
-        return path, read(path, limit)
+        return path, read(path, limit, entries)
     refused = []
     for file in (path / NEWEST, path / BEFORE):
         if file.exists():
             try:
-                content = read(file, limit)
+                content = read(file, limit, entries)
             except ValueError as error:
                 refused.append(str(error))
             else:
@@ -207,9 +213,9 @@ class Files(TorchCheckpointIO):
 class Keeper(Checkpoint):
     """Writes ``last.ckpt`` at the end of epochs, and keeps the one before as ``previous.ckpt``.
 
-    An epoch's checkpoint is written at once, so that a kill costs one epoch. Only where writing takes longer than an
-    epoch does it wait as long as the last one took, for a minute at most; a kill then costs the epochs of that time.
-    One that waits is written if training is left.
+    An epoch's checkpoint is written at once, therefore a kill costs at most the epoch under way. Only once writing has
+    taken more than a minute in all, and longer than training, does a checkpoint wait until it has not, for a minute at
+    most; a kill then costs the epochs of that time. A checkpoint that waits is written if training is left.
 
     Parameters
     ----------
@@ -230,7 +236,7 @@ class Keeper(Checkpoint):
 
     def __init__(self, folder: str | os.PathLike[str], files: Files, goes_on: bool) -> None:
         self.path, self.files, self.goes_on = Path(folder).absolute() / NEWEST, files, goes_on
-        self.due, self.waiting = 0.0, False
+        self.waiting = False
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             clear_drafts(self.path)
@@ -246,13 +252,19 @@ class Keeper(Checkpoint):
                 stacklevel=3,
             )
 
+    def on_train_start(self, trainer: lightning.Trainer, plan: lightning.LightningModule) -> None:
+        """Count the time that training and writing take."""
+        self.began = self.ended = monotonic()
+        self.spent = 0.0
+
     def on_train_epoch_end(self, trainer: lightning.Trainer, plan: lightning.LightningModule) -> None:
         """Take the state of the run, and write it if it is time."""
         self.files.hold = True
         trainer.save_checkpoint(self.path)
         self.files.hold = False
         self.waiting = True
-        if monotonic() >= self.due:
+        now = monotonic()
+        if self.spent <= max(MINUTE, now - self.began - self.spent) or now - self.ended >= MINUTE:
             self._write()
 
     def _write(self) -> None:
@@ -260,12 +272,14 @@ class Keeper(Checkpoint):
             return
         began, before = monotonic(), self.path.with_name(BEFORE)
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.goes_on and self.path.exists():
                 spare = self.path.with_name(f".{NEWEST}.spare.part")
                 with suppress(OSError):  # on file systems without links the one before is not kept
                     spare.unlink(missing_ok=True)
                     os.link(self.path, spare)
                     os.replace(spare, before)
+                    spare.unlink(missing_ok=True)  # a file is not moved onto another name of itself
             self.files.packed.write(self.path)
             if not self.goes_on:
                 before.unlink(missing_ok=True)  # of an earlier run
@@ -275,8 +289,8 @@ class Keeper(Checkpoint):
                 f"{self.path} could not be written ({error.strerror}); the one before stays, and training goes on",
                 stacklevel=2,
             )
-        ended = monotonic()
-        self.due = ended + min(60.0, ended - began)
+        self.ended = monotonic()
+        self.spent += self.ended - began
 
     def on_train_end(self, trainer: lightning.Trainer, plan: lightning.LightningModule) -> None:
         """Write the last epoch's."""
@@ -327,6 +341,8 @@ def check_state(state: Any, own: Mapping[str, Tensor], of: str) -> None:
             raise ValueError(f"{wrong}: {name!r} has shape {tuple(value.shape)}, expected {tuple(expected.shape)}")
         if value.dtype != expected.dtype and not (value.is_floating_point() and expected.is_floating_point()):
             raise ValueError(f"{wrong}: {name!r} is of type {value.dtype}, expected {expected.dtype}")
+        if value.is_meta:  # it has no values yet
+            continue
         unbounded = torch.isinf(expected).any()
         if torch.isnan(value).any() or (torch.isinf(value).any() and not unbounded):
             raise ValueError(f"{wrong}: {name!r} has values that are not finite")

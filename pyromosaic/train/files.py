@@ -7,7 +7,24 @@ from pathlib import Path
 from stat import S_ISREG
 from uuid import uuid4
 
-HEADER = 1 << 24  # largest description of tensors, in bytes
+import torch
+from torch import Tensor
+
+HEADER = 1 << 21  # largest description of tensors, in bytes
+
+#: Names of types in such descriptions.
+TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 def replaced(contents: Mapping[Path, bytes]) -> None:
@@ -105,32 +122,46 @@ def size_of(path: Path, limit: int) -> int:
     return status.st_size
 
 
-def check_length(path: Path, size: int, start: int = 0) -> None:
-    """Refuse tensors (safetensors) that are not as long as their header says, before they are read.
+def n_entries(text: bytes) -> int:
+    """How many values JSON has, at most, before it is read: each takes time and memory."""
+    return 1 + sum(text.count(mark) for mark in (b",", b"[", b"{"))
+
+
+def shapes(path: Path, start: int = 0, limit: int = 1 << 40) -> dict[str, Tensor]:
+    """Names, shapes and types of tensors in a file (safetensors), as tensors without values; only its header is read.
 
     Parameters
     ----------
     path
         The file.
-    size
-        Its size in bytes.
     start
         Where the tensors begin in it.
+    limit
+        Largest size of the file in bytes.
 
     Raises
     ------
+    OSError
+        If the file is not there.
     ValueError
-        If there is no such header, or the file ends elsewhere.
+        If it is not a regular file, is too large, has no such header, or is not as long as the header says.
     """
+    size, found, at = size_of(path, limit), {}, 0
     with open(path, "rb") as file:
         file.seek(start)
         length = int.from_bytes(file.read(8), "little")
         text = file.read(length) if length <= min(size, HEADER) else b""
     try:
-        header = json.loads(text)
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        whole = start + 8 + length + max(ends, default=0) == size
-    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
-        whole = False
+        entries = [(name, entry) for name, entry in json.loads(text).items() if name != "__metadata__"]
+        for name, entry in sorted(entries, key=lambda each: each[1]["data_offsets"]):
+            begin, end = entry["data_offsets"]
+            found[name] = torch.empty(entry["shape"], dtype=TYPES[entry["dtype"]], device="meta")
+            if begin != at or end - begin != found[name].nbytes:
+                raise ValueError(name)
+            at = end
+        whole = start + 8 + length + at == size
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ArithmeticError):
+        whole = False  # RuntimeError also of text that is nested too deep
     if not whole:
         raise ValueError(f"{path.name} is not as it was written: cut off or damaged")
+    return found

@@ -185,9 +185,9 @@ def fit(
     monitor
         The value that early stopping looks at: ``"elbo"``, or ``"reconstruction"``, the negative log-likelihood.
     checkpoint_dir
-        Where to write ``last.ckpt``, all that the run is made of, after each epoch (less often where epochs are shorter
-        than the writing, but once a minute), and when training is left. The one before is kept as ``previous.ckpt``.
-        None writes none.
+        Where to write ``last.ckpt``, all that the run is made of, after each epoch (less often once writing has taken
+        more than a minute and longer than training, but once a minute), and when training is left. The one before is
+        kept as ``previous.ckpt``. None writes none.
     resume_from
         A checkpoint to go on from, or the folder of some, of which the newest whole one is taken. The run goes on as if
         it had never stopped, with the same settings; others are refused. Beyond the `n_epochs` that it began with, the
@@ -244,7 +244,7 @@ def fit(
     if resume_from is not None:
         size = sum(value.nbytes for value in plan.state_dict().values())
         size += sum(value.nbytes for value in (settings or {}).values() if isinstance(value, Tensor))
-        taken = newest(resume_from, 16 * size + (1 << 26))
+        taken = newest(resume_from, 16 * size + (1 << 26), 200_000 + 500 * n_epochs)  # several times what a run has
         with suppress(*_OF_FOREIGN_STATE):  # refused below
             plan.n_epochs = min(int(taken[1]["run"]["n_epochs"]), 1_000_000)
             plan.warmup_epochs = min(optimisation.kl_warmup_epochs, plan.n_epochs // 2)
@@ -287,6 +287,8 @@ def fit(
             runner.fit(plan, train, validation, ckpt_path=None if taken is None else str(taken[0]))
         except BaseException as error:
             plan.back()
+            if isinstance(error, OSError | ValueError) and "Original Traceback" in str(error):  # of a worker
+                raise type(error)(str(error).splitlines()[-1].partition(": ")[2]) from error
             if isinstance(error, SIGTERMException):
                 raise SystemExit(128 + signal.SIGTERM) from None
             if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):

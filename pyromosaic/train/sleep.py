@@ -3,7 +3,7 @@
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain, repeat
 from typing import Any
 
@@ -107,7 +107,8 @@ def sleep(
     values: list[Tensor] = []
 
     def losses() -> Iterator[Tensor]:
-        with tqdm(desc="sleep", total=n_steps, file=sys.stderr, disable=not progress_bar) as bar:
+        # Also a bar that is not shown would take a semaphore, which a killed process leaves behind.
+        with tqdm(desc="sleep", total=n_steps, file=sys.stderr) if progress_bar else nullcontext() as bar:
             for minibatch in chain.from_iterable(repeat(minibatches)):
                 minibatch = minibatch.to(device)
                 value = _surprise(model, guide, minibatch)
@@ -116,7 +117,8 @@ def sleep(
                 values.append(value.detach())
                 if not torch.isfinite(value):
                     raise NonFiniteLossError(f"the loss of the sleep phase is not finite at step {len(values)}")
-                bar.update()
+                if bar is not None:
+                    bar.update()
                 yield value + _penalties(guide, minibatch)
                 for optimiser in own:
                     optimiser.step()
