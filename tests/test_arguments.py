@@ -202,7 +202,7 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
     some = treated.register(mdata[0][:20].copy())
     linked, matched = DiagVI(mosaic, **linking), ScModal(mosaic, **linking)
     for each in (treated, linked, matched):
-        each.train(1, **quiet)
+        each.train(1, sleep_steps=0, **quiet)
     both = part.presence["rna"] & part.presence["adt"]  # cells with both, also in the part
     some_links = mdata[1].links.rename(columns={"gene": "rna", "feature": "adt"})[:3]
     hidden = mdata[0]["adt"][part.obs_names[both]].to_df()
@@ -713,6 +713,13 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
             {"model": model, "n_samples": 2},
             {"model": linked, "cells": np.flatnonzero(mosaic.patterns == "rna+adt")[:4], "prior": True}
             | {"links": some_links, "n_samples": 3, "data": part, "seed": 1},
+        ),
+        "calibration_report": Call(
+            checks.calibration_report,
+            {"model": model, "n_samples": 2},
+            {"model": linked, "cells": np.flatnonzero(mosaic.patterns == "rna+adt")[:4], "n_cells": 5}
+            | {"links": some_links, "n_samples": 3, "data": part, "seed": 1},
+            lambda **o: checks.calibration_report(**o).table,
         ),
         "held_out_log_likelihood": Call(
             checks.held_out_log_likelihood,

@@ -56,7 +56,7 @@ def test_loss_equals_the_formulas(data):
     specs = {name: ModalitySpec(kind, batch_key="batch") for name, kind in (("rna", "nb"), ("atac", "bernoulli"))}
     specs["adt"] = ModalitySpec("nb_mixture", batch_key="batch", background="latent")
     mosaic = Mosaic.from_mudata(data, specs)
-    model = small(mosaic, left_out=0.0, jeffreys=3.0, mmd=7.0)
+    model = small(mosaic, left_out=0.0, jeffreys=3.0, mmd=7.0, prior="normal")
     minibatch = measured(mosaic, np.arange(0, 240, 5))
     beta, scale = 0.3, mosaic.n_cells / 48
     elbo = MosaicELBO()
@@ -223,7 +223,7 @@ def test_elbo_names_a_site_that_is_missing_or_scaled_on_one_side(mosaic):
 
 def test_minibatches_estimate_the_whole_without_bias(mosaic):
     """The loss of the whole mosaic is the mean of the losses of its parts, each scaled to all cells."""
-    model = small(mosaic, left_out=0.0)
+    model = small(mosaic, left_out=0.0, prior="normal")
     terms = []
     for part in (np.arange(240), *np.array_split(np.random.default_rng(0).permutation(240), 4)):
         elbo = MosaicELBO()
