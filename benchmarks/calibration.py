@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--background", choices=("latent", "marginal"), default="marginal", help="of antibodies")
     parser.add_argument("--prior", choices=("mixture", "normal"), default="mixture", help="of z in MultiVI")
     parser.add_argument("--likelihood-rate", type=float, default=1.0, help="rate of parameters of likelihoods")
-    parser.add_argument("--sleep-steps", type=int, default=200, help="steps of the sleep phase after training")
+    parser.add_argument("--sleep-steps", type=int, help="steps of the sleep phase after training")
     parser.add_argument("--seed", type=int, default=0, help="seed of simulated data and of training")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--steps", type=int, default=600, help="steps of fitting the guide; 0 leaves it as trained")

@@ -13,6 +13,7 @@ from torch import nn
 from pyromosaic import ContrastiveVI, DiagVI, ModalitySpec, Mosaic, MultiVI, ScModal, simulate
 from pyromosaic.data import loader, measured
 from pyromosaic.penalties import Penalty
+from pyromosaic.program import AtMean
 from pyromosaic.train import NonFiniteLossError, sleep
 from pyromosaic.train.drawn import draw_prior, drawn_minibatch, shared_variables, without_penalties
 
@@ -141,7 +142,7 @@ def test_penalties_stay_in_the_loss_on_measured_cells():
 
 @pytest.mark.parametrize("name", ["MultiVI", "ContrastiveVI", "DiagVI", "ScModal"])
 def test_every_model_sleeps_after_training(name):
-    latents = []
+    means, draws = [], []
     for steps in (0, 8, 8):
         model = made(name, adversary=1.0) if name == "MultiVI" else made(name)
         model.train(8, batch_size=64, sleep_steps=steps, **QUIET)
@@ -149,10 +150,12 @@ def test_every_model_sleeps_after_training(name):
         assert len(history) == 8 and ("sleep_after" in history) == (steps > 0)
         if steps:
             assert history["sleep_before"].notna().sum() == 1
-        latents.append(model.get_latent_representation().to_numpy())
+        means.append(model.get_latent_representation().to_numpy())
+        draws.append(model.get_latent_representation(sample=True).to_numpy())
         modes = {module.training for part in (model.model, model.guide) for module in part.modules()}
         assert modes == {False} and all(p.requires_grad for p in model.model.parameters())
-    assert np.array_equal(latents[1], latents[2]) and not np.array_equal(latents[0], latents[1])
+    assert np.array_equal(draws[1], draws[2]) and not np.array_equal(draws[0], draws[1])
+    assert np.array_equal(means[0], means[1]) == (name != "MultiVI")  # in the other models only widths change
 
 
 def test_points_and_untrainable_guides_are_left_as_they_are():
@@ -161,6 +164,7 @@ def test_points_and_untrainable_guides_are_left_as_they_are():
     assert "sleep_after" not in model.history
     before = {k: v.clone() for k, v in model.guide.state_dict().items()}
     assert len(sleep(model.model, model.guide, minibatches(model), 3)) == 0
+    assert len(sleep(model.model, model.guide, minibatches(model), 3, means=False)) == 0
     assert all(torch.equal(v, before[k]) for k, v in model.guide.state_dict().items())
     for wrong in (-1, 2.5, True):
         with pytest.raises(ValueError, match="sleep_steps must be a whole number"):
@@ -217,3 +221,21 @@ def test_a_loss_that_is_not_finite_is_said():
     with pytest.raises(NonFiniteLossError, match="parameters that are not finite"):
         sleep(model.model, model.guide, minibatches(model), 3)
     assert all(torch.equal(v, before[k]) for k, v in model.guide.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["MultiVI", "ContrastiveVI", "DiagVI", "ScModal"])
+def test_means_may_be_left_as_they_are(name):
+    model = made(name)
+    only = [measured(model._data(None), model._data(None).find(None))]
+
+    def moments():
+        with torch.no_grad(), without_penalties(model.guide), AtMean():
+            nodes = poutine.trace(model.guide).get_trace(only[0]).nodes
+        return {k: (nodes[k]["fn"].mean, nodes[k]["fn"].stddev) for k in nodes if k == "z" or k == "s" or k[:2] == "z_"}
+
+    before = moments()
+    losses = sleep(model.model, model.guide, only, 60, means=False)
+    assert losses[-10:].mean() < losses[:10].mean()
+    for site, (mean, sd) in moments().items():
+        assert torch.equal(mean, before[site][0])
+        assert not torch.equal(sd, before[site][1])

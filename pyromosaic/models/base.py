@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from inspect import Parameter, signature
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -64,6 +64,8 @@ class TrainedModel:
     model: Program
     guide: Program
     options: dict[str, Any]
+    #: The sleep phase after training: its number of steps, and whether it may change the means of posteriors.
+    sleep_phase: ClassVar[tuple[int, bool]] = (100, False)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Record the options of the outermost constructor (e.g. of a subclass), to rebuild the model from them."""
@@ -222,7 +224,7 @@ class TrainedModel:
         validation: Rate = 0.1,
         test: Rate = 0.0,
         early_stopping: Count | None = None,
-        sleep_steps: Whole = 200,
+        sleep_steps: Whole | None = None,
         seed: Seed = 0,
         n_workers: Whole = 0,
         **trainer: Any,
@@ -245,9 +247,10 @@ class TrainedModel:
             better likelihood), and restore the parameters of the best epoch.
         sleep_steps
             Number of steps after training in which the guide is fitted to cells drawn from the model, so that
-            posteriors are as wide as they should be; see `pyromosaic.train.sleep`. 0 leaves them out; there are at most
-            as many as steps of training. The last row of the history gets their loss as ``sleep_before`` and
-            ``sleep_after``, means over the first and the last ten steps.
+            posteriors are as wide as they should be; see `pyromosaic.train.sleep`. If None, 200 in MultiVI, where the
+            means of posteriors may change too, and 100 in other models, where only widths change. 0 leaves them out;
+            there are at most as many as steps of training. The last row of the history gets their loss as
+            ``sleep_before`` and ``sleep_after``, means over the first and the last ten steps.
         seed
             Seed of split, order of minibatches and noise.
         n_workers
@@ -302,7 +305,7 @@ class TrainedModel:
             "seed": seed,
             "validation": validation,
             "test": test,
-            "sleep_steps": sleep_steps,
+            "sleep_steps": self.sleep_phase[0] if sleep_steps is None else sleep_steps,
             **_of_data(mosaic),
             **{f"{name} cells": torch.from_numpy(cells) for name, cells in vars(parts).items()},
         }
@@ -328,8 +331,9 @@ class TrainedModel:
                         **trainer,
                     )
                     again = self.loader(mosaic, parts.train, batch_size, seed)
-                    n_steps = min(sleep_steps, len(rows) * len(train))
-                    losses = sleep(self.model, self.guide, again, n_steps, seed=seed, progress_bar=bar)
+                    n_steps = min(settings["sleep_steps"], len(rows) * len(train))
+                    means = self.sleep_phase[1]
+                    losses = sleep(self.model, self.guide, again, n_steps, means=means, seed=seed, progress_bar=bar)
                     if len(losses):
                         rows[-1] |= {"sleep_before": losses[:10].mean(), "sleep_after": losses[-10:].mean()}
             except (Exception, KeyboardInterrupt) as error:

@@ -35,8 +35,7 @@ class Wasserstein(Penalty):
 
     It is ``||mu||^2 + sum(sigma^2)``, summed over the given cells and divided by the number of cells of the minibatch.
     It keeps the salient variables of background cells, which the model never uses, near their true value 0
-    (contrastiveVI). It would make the salient posteriors of target cells that look like background cells too sure;
-    therefore the sleep phase leaves it out.
+    (contrastiveVI).
 
     Parameters
     ----------
@@ -46,7 +45,6 @@ class Wasserstein(Penalty):
 
     name = "wasserstein"
     warms_up = True
-    asleep = False
 
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
         """The penalty, a scalar."""

@@ -35,7 +35,6 @@ class Penalty(Described):
 
     name: str
     warms_up = False  # whether it is multiplied by the weight of the divergences, which increases during training
-    asleep = True  # whether it stays in the loss of the sleep phase; one that narrows each cell's posterior must not
 
     @checked
     def __init__(self, weight: Weight = 1.0, n_cells: Count | None = None) -> None:

@@ -18,12 +18,9 @@ from pyromosaic.sizes import LatentSize
 
 
 @contextmanager
-def without_penalties(guide: nn.Module, asleep: bool = False) -> Iterator[None]:
-    """A guide that only infers: its penalties, which are not part of the posterior, have weight 0.
-
-    With `asleep`, only those have weight 0 that have no place in the sleep phase.
-    """
-    penalties = [m for m in guide.modules() if isinstance(m, Penalty) and not (asleep and m.asleep)]
+def without_penalties(guide: nn.Module) -> Iterator[None]:
+    """A guide that only infers: its penalties, which are not part of the posterior, have weight 0."""
+    penalties = [module for module in guide.modules() if isinstance(module, Penalty)]
     weights = [penalty.weight for penalty in penalties]
     for penalty in penalties:
         penalty.weight = 0.0

@@ -18,6 +18,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from pyromosaic.accepted import Positive, Seed, Whole, checked
 from pyromosaic.data import Minibatch
+from pyromosaic.program import AtMean
 from pyromosaic.train.drawn import (
     cell_sites,
     draw_prior,
@@ -38,6 +39,7 @@ def sleep(
     n_steps: Whole = 200,
     learning_rate: Positive = 3e-3,
     *,
+    means: bool = True,
     seed: Seed = 0,
     progress_bar: bool = False,
 ) -> np.ndarray:
@@ -46,9 +48,8 @@ def sleep(
     Each step draws latent variables and measurements from the model for the cells of a minibatch, and minimises
     ``-log q(latent variables | measurements)``. This is the forward Kullback-Leibler divergence from the posterior to
     the guide; the ELBO has the reverse divergence, which makes posteriors too narrow. The drawn cells have the
-    modalities, covariates and sizes of the real ones. The parameters of the model do not change. The penalties of the
-    guide stay in the loss, on the measured cells, so that the modalities stay aligned, except those that would make the
-    posterior of each cell narrower (``asleep = False``, as in `pyromosaic.penalties.Wasserstein`).
+    modalities, covariates and sizes of the real ones. The parameters of the model do not change. If means may change,
+    the penalties of the guide stay in the loss, on the measured cells, so that the modalities stay aligned.
 
     Parameters
     ----------
@@ -61,6 +62,9 @@ def sleep(
         Number of steps; 0 does nothing.
     learning_rate
         Learning rate of Adam at the first step; it falls to 0 along a cosine.
+    means
+        Whether the means of the posteriors may change too. If not, only those parameters are fitted that set widths and
+        no mean: latent representations stay as they are.
     seed
         Seed of all draws; the caller's random numbers do not change.
     progress_bar
@@ -103,6 +107,10 @@ def sleep(
         return np.zeros(0)
     if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
         raise NonFiniteLossError("the model has parameters that are not finite; train it with a lower learning rate")
+    if not means:
+        parameters = _of_widths(guide, next(iter(minibatches)).to(parameters[0].device), parameters)
+        if not parameters:
+            return np.zeros(0)
     device, before = parameters[0].device, {k: v.clone() for k, v in guide.state_dict().items()}
     values: list[Tensor] = []
 
@@ -119,7 +127,7 @@ def sleep(
                     raise NonFiniteLossError(f"the loss of the sleep phase is not finite at step {len(values)}")
                 if bar is not None:
                     bar.update()
-                yield value + _penalties(guide, minibatch)
+                yield value + _penalties(guide, minibatch) if means else value
                 for optimiser in own:
                     optimiser.step()
                     optimiser.zero_grad()
@@ -173,12 +181,25 @@ def _surprise(model: Any, guide: Any, minibatch: Minibatch) -> Tensor | None:
     return None if total is None else total / len(minibatch)
 
 
+def _of_widths(guide: Any, minibatch: Minibatch, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    """The parameters that change the width of a posterior of cells and the mean of none."""
+    with torch.enable_grad(), without_penalties(guide), AtMean():
+        sites = [site["fn"] for _, site, _ in cell_sites(trace(guide, minibatch), minibatch)]
+
+    def changing(moment: str) -> set[int]:
+        values = [getattr(fn, moment) for fn in sites if not isinstance(fn, dist.Delta)]
+        values = [value.sum() for value in values if value.requires_grad]
+        slopes = torch.autograd.grad(values, parameters, retain_graph=True, allow_unused=True) if values else ()
+        return {id(p) for p, slope in zip(parameters, slopes, strict=bool(values)) if slope is not None}
+
+    chosen = changing("stddev") - changing("mean")
+    return [parameter for parameter in parameters if id(parameter) in chosen]
+
+
 def _penalties(guide: Any, minibatch: Minibatch) -> Tensor:
     """Penalties on the measured cells, per cell."""
     total = torch.zeros((), device=minibatch.index.device)
-    with without_penalties(guide, asleep=True):
-        found = trace(guide, minibatch)
-    for site in found.nodes.values():
+    for site in trace(guide, minibatch).nodes.values():
         if site["type"] == "sample" and isinstance(site["fn"], dist.Unit):
             # a factor of a guide enters a loss with a plus
             total = total + scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"]).sum()
