@@ -156,6 +156,10 @@ def _itself(parameter: Tensor) -> Tensor:
     return parameter
 
 
+def _globals_first(program: "Program", inputs: Any) -> None:
+    program.globals()
+
+
 class Program(Part):
     """A model or a guide: a `pyro.nn.PyroModule` called with a minibatch and a KL weight.
 
@@ -178,7 +182,7 @@ class Program(Part):
 
     def __init__(self, name: str = "") -> None:
         super().__init__(name)
-        self.register_forward_pre_hook(lambda program, inputs: program.globals())
+        self.register_forward_pre_hook(_globals_first)
 
     def globals(self) -> None:
         """Draw the global latent variables."""
@@ -203,6 +207,12 @@ class Program(Part):
                 parameter.unconstrained = partial(_itself, parameter)
         with one_thread, pyro.settings.context(module_local_params=True):
             return super().__call__(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle keeps; `unconstrained`, which refers to its own parameter, is made again by the next call."""
+        for parameter in self.parameters():
+            vars(parameter).pop("unconstrained", None)
+        return dict(vars(self))
 
 
 _TAKEN: "WeakSet[nn.Module]" = WeakSet()  # objects that are part of a model

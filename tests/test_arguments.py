@@ -351,6 +351,7 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
             {"n_epochs": 2, "callbacks": Elsewhere("test_anchors_are_sought_anew_by_scores_and_embedding")},
             trained(ScModal, mosaic, linking),
         ),
+        "to": Call(model.to, {"device": "cpu"}, {"device": Elsewhere("test_to_a_device")}),
         "save": Call(
             MultiVI.save,
             {},

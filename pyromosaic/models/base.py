@@ -21,6 +21,7 @@ from pyromosaic.fusion import Fusion
 from pyromosaic.laplace import learn_weights
 from pyromosaic.measurement import part_of
 from pyromosaic.program import Program, check, check_names
+from pyromosaic.shown import call
 from pyromosaic.tasks import inference_mode
 from pyromosaic.tasks.question import Cells, columns_of, portions
 from pyromosaic.threads import one_thread
@@ -362,7 +363,8 @@ class TrainedModel:
 
     def __repr__(self) -> str:
         trained = f"trained for {len(self.history)} epochs" if len(self.history) else "not trained"
-        return f"{type(self).__name__}, {trained}, on {self.mosaic if self.mosaic is not None else 'no data'}"
+        name = call(type(self), self.options)
+        return f"{name}, {trained}, on {self.mosaic if self.mosaic is not None else 'no data'}"
 
     def _data(self, data: Mosaic | None) -> Mosaic:
         mosaic = self.mosaic if data is None else data

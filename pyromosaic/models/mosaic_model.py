@@ -4,6 +4,7 @@ from pyromosaic.models.asking import Asking
 from pyromosaic.models.base import Preset
 from pyromosaic.models.keeping import Keeping
 from pyromosaic.models.locating import Locating
+from pyromosaic.shown import as_html, call
 from pyromosaic.tasks.question import Cells
 
 __all__ = ["Cells", "MosaicModel", "Preset"]
@@ -45,7 +46,7 @@ class MosaicModel(Locating, Asking, Keeping):
     >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0], batch_key="batch")
     >>> model = MultiVI(mosaic, n_latent=3)
     >>> model  # before training, results are those of the start values
-    MultiVI, not trained, on Mosaic of 60 cells
+    MultiVI(n_latent=3), not trained, on Mosaic of 60 cells
       rna: 40 cells × 50 features, nb, batch 'batch' (2)
       adt: 40 cells × 5 features, nb_mixture, batch 'batch' (2)
     >>> model.get_latent_representation().shape
@@ -53,3 +54,12 @@ class MosaicModel(Locating, Asking, Keeping):
     >>> model.get_normalized_expression("rna", features=["rna_0", "rna_1"]).shape  # also where RNA was not measured
     (60, 2)
     """
+
+    def _repr_html_(self) -> str:
+        n = sum(parameter.numel() for program in (self.model, self.guide) for parameter in program.parameters())
+        last = {} if self.history.empty else dict(self.history.iloc[-1])
+        rows: list[list[object]] = [["epochs trained", len(self.history)]]
+        rows += [[name, f"{last[name]:.4g}"] for name in ("train_elbo", "validation_elbo") if name in last]
+        rows += [["parameters", f"{n:,}"], ["device", self._device]]
+        data = "" if self.mosaic is None else self.mosaic._repr_html_()
+        return as_html(call(type(self), self.options), ["", ""], rows, "no data" * (not data)) + data
