@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from pyromosaic.accepted import Count, Positive, Rate, Seed, Weight, Whole, checked
 from pyromosaic.data import Minibatch, Mosaic, Schema, Split, loader, measured, split, to_predict
+from pyromosaic.foreign import check_words
 from pyromosaic.fusion import Fusion
 from pyromosaic.laplace import learn_weights
 from pyromosaic.measurement import part_of
@@ -415,6 +416,7 @@ def _options(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dic
     for old, new in RENAMED.items():
         if old in kwargs and old not in accepted and new.split("=")[0] in accepted:
             raise TypeError(f"the option {old!r} of {cls.__name__} was renamed; use {new!r}")
+    check_words(cls.__name__, kwargs, accepted)
     bound = constructor.bind_partial(None, *args, **kwargs)
     bound.apply_defaults()
     options: dict[str, Any] = {}

@@ -20,6 +20,7 @@ from pyromosaic import __version__, described, penalties, priors
 from pyromosaic.accepted import Count, checked
 from pyromosaic.data import ModalitySpec, Mosaic, Schema, Split
 from pyromosaic.data.mosaic import NewBatches
+from pyromosaic.foreign import check_words
 from pyromosaic.likelihoods import Likelihood
 from pyromosaic.models.base import TrainedModel, accepted_options
 from pyromosaic.models.formats import FORMAT, READ, upgraded, upgraded_schema
@@ -133,6 +134,7 @@ class Keeping(TrainedModel):
         >>> model.get_latent_representation().equals(again.get_latent_representation())
         True
         """
+        check_words("load", objects, {"directory", "data", *accepted_options(cls)})
         directory = Path(directory)
         content = _description(directory)
         of = f"{directory} (saved by pyromosaic {content.get('version', '0.1.0 or earlier')})"

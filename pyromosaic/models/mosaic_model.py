@@ -1,5 +1,9 @@
 """The class of all models."""
 
+from abc import ABCMeta
+from typing import TYPE_CHECKING, Any
+
+from pyromosaic.foreign import check_name
 from pyromosaic.models.asking import Asking
 from pyromosaic.models.base import Preset
 from pyromosaic.models.keeping import Keeping
@@ -10,7 +14,17 @@ from pyromosaic.tasks.question import Cells
 __all__ = ["Cells", "MosaicModel", "Preset"]
 
 
-class MosaicModel(Locating, Asking, Keeping):
+class _Kind(ABCMeta):
+    """The class of the classes of models, which says what to use instead of a method of scvi-tools."""
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(cls, name: str) -> Any:
+            check_name(cls.__name__, name)
+            raise AttributeError(f"type object {cls.__name__!r} has no attribute {name!r}")
+
+
+class MosaicModel(Locating, Asking, Keeping, metaclass=_Kind):
     """A Pyro program (`model`, `guide`) over a mosaic.
 
     A subclass builds `model` and `guide` in its constructor inside ``with self.construction(data, seed) as schema``.
@@ -54,6 +68,13 @@ class MosaicModel(Locating, Asking, Keeping):
     >>> model.get_normalized_expression("rna", features=["rna_0", "rna_1"]).shape  # also where RNA was not measured
     (60, 2)
     """
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Say what to use instead of a method of scvi-tools."""
+            check_name(type(self).__name__, name)
+            return super().__getattribute__(name)  # raises the error again
 
     def _repr_html_(self) -> str:
         n = sum(parameter.numel() for program in (self.model, self.guide) for parameter in program.parameters())
