@@ -255,6 +255,13 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
         "protein_foreground": With(True, {"modality": "adt"}),
         **{"features": ["rna_3"], "data": part, "seed": 1},
     }
+    joint = without(answers, "library") | {
+        "modalities": ["rna", "adt"],
+        "features": {"rna": ["rna_3"]},
+        "n_samples": 3,
+        "encode": With(["rna"], {"cells": mosaic.modalities["rna"].present}),
+        "seed": 1,
+    }
     effect = without(
         compared, "groupby", "group1", "group2", "cells1", "cells2", "batch_correction", "protein_foreground"
     )
@@ -404,7 +411,26 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
             of,
             {"modality": "adt"}
             | answers
-            | {"encode": With(["rna"], {"cells": mosaic.modalities["rna"].present}), "seed": 1},
+            | {"encode": With(["rna"], {"cells": mosaic.modalities["rna"].present}), "seed": 1}
+            | {"form": Elsewhere("test_sparse_measurements")},
+        ),
+        "get_draws": Call(
+            model.get_draws,
+            {"modalities": ["rna"], "n_samples": 2},
+            joint | {"kind": "predicted"},
+            lambda **o: [v.to_numpy() for v in model.get_draws(**o).data_vars.values()],
+        ),
+        "to_inference_data": Call(
+            model.to_inference_data,
+            {"modalities": ["rna"], "n_samples": 2},
+            joint,
+            lambda **o: [v.to_numpy() for v in model.to_inference_data(**o)["posterior"].data_vars.values()],
+        ),
+        "get_latent_posterior": Call(
+            treated.get_latent_posterior,
+            {},
+            {"cells": [0, 1], "site": "s", "modality": "rna", "data": some},
+            lambda **o: treated.get_latent_posterior(**o).mean,
         ),
         "differential": Call(model.differential, {"groupby": "celltype", "n_samples": 40} | of, compared),
         "get_latent_representation": Call(

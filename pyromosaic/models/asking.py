@@ -297,52 +297,6 @@ class Asking(TrainedModel):
         return self._estimate(question, quantiles)
 
     @checked
-    def posterior_predictive_sample(
-        self,
-        modality: str,
-        cells: Cells = None,
-        *,
-        features: Cells = None,
-        encode: str | Sequence[str] | None = None,
-        batch: object = None,
-        library: Positive | None = None,
-        n_samples: Count = 1,
-        data: Mosaic | None = None,
-        seed: Seed = 0,
-    ) -> np.ndarray:
-        """Measurements drawn from the posterior predictive distribution, measured or not.
-
-        Parameters
-        ----------
-        modality, cells, features, encode, batch, library, data, seed
-            As in `get_imputed_values`.
-        n_samples
-            Number of independent draws.
-
-        Returns
-        -------
-        numpy.ndarray
-            Draws × cells × features, in the order of `cells` and `features`.
-
-        Notes
-        -----
-        A cell in which the modality was measured keeps its size. For other cells the size is drawn too (see
-        `pyromosaic.sizes.Size`), so that the draws have the noise of depth.
-
-        Examples
-        --------
-        >>> from pyromosaic import Mosaic, MultiVI, simulate
-        >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0], batch_key="batch")
-        >>> model = MultiVI(mosaic, n_latent=3)
-        >>> model.posterior_predictive_sample("adt", cells=["cell0"], n_samples=4).shape
-        (4, 1, 5)
-        """
-        check_size(modality, self.schema[modality], library)
-        question = Question(modality, None, cells, features, encode, batch, library, n_samples, True, data, seed)
-        chunks = self._answers(question)
-        return np.concatenate([chunk.cpu().numpy() for chunk in chunks], axis=1)
-
-    @checked
     def differential(
         self,
         groupby: Column | None = None,
