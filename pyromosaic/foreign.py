@@ -37,6 +37,8 @@ ARGUMENTS: Mapping[str, Word] = {
     "give_mean": Word("sample", "the mean is the default; use sample=True for a draw"),
     "mc_samples": Word("sample", "use sample=True for a draw"),
     "representation_kind": Word("representation", "use representation, 'salient' or 'background'"),
+    "sample_key": Word("key", "use key, a column of obs"),
+    "correlation_type": Word("method", "use method"),
     "normalize_cells": Word("factors", "use factors=True to multiply by the factors of cells and regions"),
     "normalize_regions": Word("factors", "use factors=True to multiply by the factors of cells and regions"),
     "return_mean": Word("", "results are means over draws; get_draws has the draws themselves"),

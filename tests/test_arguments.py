@@ -392,7 +392,7 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
             opened.get_accessibility_estimates,
             {},
             {"modality": "rna", "cells": [0, 1], "features": ["atac_3"], "batch": "batch0", "factors": True}
-            | {"n_samples": 2, "data": other_regions, "seed": With(1, {"n_samples": 2})},
+            | {"n_samples": 2, "data": other_regions, "seed": With(1, {"n_samples": 2}), "threshold": 0.5},
         ),
         "get_cell_factors": Call(model.get_cell_factors, {}, where),
         "get_region_factors": Call(
@@ -425,6 +425,21 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
             {"modalities": ["rna"], "n_samples": 2},
             joint,
             lambda **o: [v.to_numpy() for v in model.to_inference_data(**o)["posterior"].data_vars.values()],
+        ),
+        "get_protein_background_mean": Call(
+            model.get_protein_background_mean,
+            {"n_samples": 3},
+            without(answers, "library", "seed") | {"modality": "rna", "features": ["adt_3"], "seed": 1},
+        ),
+        "get_feature_correlation_matrix": Call(
+            model.get_feature_correlation_matrix,
+            {"modalities": "adt", "n_samples": 2},
+            without(answers, "library", "n_samples")
+            | {"modalities": ["rna", "adt"], "features": {"adt": ["adt_3", "adt_1"]}, "method": "pearson"}
+            | {"cells": mosaic.obs_names[:9], "n_samples": 3, "seed": 1},
+        ),
+        "differential_abundance": Call(
+            model.differential_abundance, {"key": "celltype"}, {"key": "batch", "cells": [0, 1], "data": part}
         ),
         "get_latent_posterior": Call(
             treated.get_latent_posterior,

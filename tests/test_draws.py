@@ -156,7 +156,7 @@ def test_every_model_gives_draws(name, data):
     ("given", "error", "message"),
     [
         ({"modalities": "protein"}, KeyError, "there is no modality 'protein'"),
-        ({"modalities": ["rna"], "kind": "mean"}, ValueError, "kind must be 'expected' or 'predicted'"),
+        ({"modalities": ["rna"], "kind": "mean"}, ValueError, "kind must be 'denoised', 'expected' or 'predicted'"),
         ({"modalities": ["rna"], "features": {"adt": ["adt_0"]}}, ValueError, "features of modality 'adt' have no eff"),
         ({"modalities": ["rna"], "features": {"rna": ["x"]}}, ValueError, "feature 'x' is not in modality 'rna'"),
         ({"n_samples": 0}, ValueError, "n_samples must be a whole number from 1"),

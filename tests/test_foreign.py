@@ -55,6 +55,8 @@ QUESTIONS = [
     MultiVI.get_imputed_values,
     MultiVI.posterior_predictive_sample,
     MultiVI.differential,
+    MultiVI.differential_abundance,
+    MultiVI.get_feature_correlation_matrix,
     MultiVI.save,
 ]
 MODELS = [MultiVI, ContrastiveVI, DiagVI, ScModal]

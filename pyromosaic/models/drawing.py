@@ -50,7 +50,8 @@ class Drawing(TrainedModel):
             Names, positions or a mask; None for all.
         kind
             ``"expected"``: expected measurements, as in `get_imputed_values`; ``"predicted"``: measurements drawn from
-            the likelihood, as in `posterior_predictive_sample`.
+            the likelihood, as in `posterior_predictive_sample`; ``"denoised"``: values without depth and background,
+            as in `get_normalized_expression`.
         features
             Names of features to keep, by modality; all of the modalities that are left out.
         encode, batch, data, seed
@@ -287,7 +288,9 @@ class Drawing(TrainedModel):
                 f"{type(features).__name__}"
             )
         for name in [*names, *(features or {})]:
-            self._likelihood(name)
+            self.schema[name]
+            if "denoised" in kinds:
+                self._likelihood(name)
             if name in ("chain", "draw", "cell"):
                 raise ValueError(f"modality {name!r} has the name of a dimension of draws; give it another name")
         for name in features or {}:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from pyromosaic.foreign import check_name
 from pyromosaic.models.asking import Asking
 from pyromosaic.models.base import Preset
-from pyromosaic.models.drawing import Drawing
+from pyromosaic.models.comparing import Comparing
 from pyromosaic.models.keeping import Keeping
 from pyromosaic.models.locating import Locating
 from pyromosaic.shown import as_html, call
@@ -25,7 +25,7 @@ class _Kind(ABCMeta):
             raise AttributeError(f"type object {cls.__name__!r} has no attribute {name!r}")
 
 
-class MosaicModel(Locating, Asking, Drawing, Keeping, metaclass=_Kind):
+class MosaicModel(Locating, Asking, Comparing, Keeping, metaclass=_Kind):
     """A Pyro program (`model`, `guide`) over a mosaic.
 
     A subclass builds `model` and `guide` in its constructor inside ``with self.construction(data, seed) as schema``.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,10 +15,10 @@ from pyromosaic.laplace import draw_weights, weights_set
 from pyromosaic.measurement import encoded_once, part_of
 from pyromosaic.tasks.inference import inference_mode
 from pyromosaic.tasks.prediction import ENTRIES, run
-from pyromosaic.tasks.question import portions
+from pyromosaic.tasks.question import portions, unit_size
 
-#: What is drawn of a modality: the expected measurements, or measurements.
-Kind = Literal["expected", "predicted"]
+#: What is drawn of a modality: denoised values, expected measurements, or measurements.
+Kind = Literal["denoised", "expected", "predicted"]
 
 
 def latent_sites(trace: poutine.Trace, n_cells: int) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def joint_draws(
     modalities
         Modalities to decode; all values of a draw come from one run of the program.
     kinds
-        Which values of them.
+        Which values of them; ``"denoised"`` stands alone, because it sets the sizes of cells.
     n_samples
         Number of independent draws. Each includes a draw of the decoders' weights, the same for all cells.
     device
@@ -86,15 +87,19 @@ def joint_draws(
         By ``("latent", site)`` and ``(kind, modality)``, each of shape (draws, cells, width).
     """
     width = sum(mosaic.schema[name].n_features for name in modalities) * len(kinds) + 1
-    size = min(1024, max(1, ENTRIES // (width * n_samples)))
+    n_cells = min(1024, max(1, ENTRIES // (width * n_samples)))
     parts = {name: part for name in modalities if (part := part_of(model, name)) is not None}
     with inference_mode(model, guide, seed=seed):
         weights = {
             name: [draw_weights(part.decoder, (seed << 20) + i) for i in range(n_samples)]
             for name, part in parts.items()
         }
-        for some in portions(index, size):
+        for some in portions(index, n_cells):
             minibatch = to_predict(mosaic, some, tuple(modalities), encode, batch).to(device)
+            if "denoised" in kinds:
+                for name, view in minibatch.decoded.items():
+                    size = torch.full_like(view.library, unit_size(mosaic.schema[name]))
+                    minibatch.decoded[name] = replace(view, library=size)
             drawn: dict[tuple[str, str], list[Tensor]] = {}
             with encoded_once(guide):
                 for i in range(n_samples):
@@ -108,6 +113,9 @@ def joint_draws(
                     for name in modalities:
                         site = trace.nodes[name]
                         for kind in kinds:
-                            value = site["value"] if kind == "predicted" else site["fn"].mean
+                            if kind == "denoised":
+                                value = parts[name].likelihood.normalized(site["fn"])
+                            else:
+                                value = site["value"] if kind == "predicted" else site["fn"].mean
                             drawn.setdefault((kind, name), []).append(value)
             yield {key: torch.stack(values) for key, values in drawn.items()}
