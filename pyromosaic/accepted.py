@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from pyromosaic.foreign import check_words
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -261,6 +263,8 @@ def checked(function: F) -> F:
         try:
             bound = form.bind(*args, **kwargs)
         except TypeError:
+            owner = function.__qualname__.removesuffix(".__init__").split(".")[-1]
+            check_words(owner, kwargs, form.parameters)
             return function(*args, **kwargs)  # which says what is missing or too much
         for name in rules.keys() & bound.arguments.keys():
             bound.arguments[name] = take(name, bound.arguments[name], rules[name])

@@ -90,18 +90,19 @@ def draw_weights(module: nn.Module, seed: int) -> Weights:
 
 
 @contextmanager
-def weights_set(module: nn.Module, weights: Weights) -> Iterator[None]:
-    """Context in which a decoder computes with weights from `draw_weights`, as if it were linear in them."""
-    layers = _layers(module)
-    hook = module.register_forward_hook(lambda module, x, y: _linearised(y))
+def weights_set(*decoders: tuple[nn.Module, Weights]) -> Iterator[None]:
+    """Context in which decoders compute with weights from `draw_weights`, as if they were linear in them."""
+    hooks = [decoder.register_forward_hook(lambda module, x, y: _linearised(y)) for decoder, _ in decoders]
+    layers = [each for decoder, weights in decoders for each in zip(_layers(decoder), weights, strict=True)]
     try:
-        for layer, drawn in zip(layers, weights, strict=True):
+        for layer, drawn in layers:
             layer.drawn = drawn
         with forward_ad.dual_level():
             yield
     finally:
-        hook.remove()
-        for layer in layers:
+        for hook in hooks:
+            hook.remove()
+        for layer, _ in layers:
             layer.drawn = None
 
 

@@ -2,7 +2,7 @@
 
 import sysconfig
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from copy import deepcopy
 from functools import partial
@@ -69,15 +69,23 @@ class AtMean(Messenger):
             msg["done"] = True
 
 
+class _Dense(Messenger):
+    """Effect handler: sparse measurements become strided tensors, which all tools of Pyro take."""
+
+    def _pyro_sample(self, msg: Message) -> None:
+        if msg["is_observed"] and isinstance(msg["value"], Tensor) and msg["value"].is_sparse:
+            msg["value"] = msg["value"].to_dense()
+
+
 _announced: ContextVar[bool] = ContextVar("announced", default=True)
 
 
 @contextmanager
 def unannounced() -> Iterator[None]:
-    """Context in which plain modules run without ``pyro.module`` statements, if an optimiser has their parameters.
+    """Context of training by Lightning: no ``pyro.module`` statements, and sparse measurements stay sparse.
 
     `pyro.infer.SVI` finds the parameters by these statements. Lightning gets them from ``module.parameters()``, and
-    then the statements only take time: 7 % of a training step.
+    then the statements only take time: 7 % of a training step. Tools of Pyro need strided measurements.
     """
     before = _announced.set(False)
     try:
@@ -156,6 +164,10 @@ def _itself(parameter: Tensor) -> Tensor:
     return parameter
 
 
+def _globals_first(program: "Program", inputs: Any) -> None:
+    program.globals()
+
+
 class Program(Part):
     """A model or a guide: a `pyro.nn.PyroModule` called with a minibatch and a KL weight.
 
@@ -178,7 +190,7 @@ class Program(Part):
 
     def __init__(self, name: str = "") -> None:
         super().__init__(name)
-        self.register_forward_pre_hook(lambda program, inputs: program.globals())
+        self.register_forward_pre_hook(_globals_first)
 
     def globals(self) -> None:
         """Draw the global latent variables."""
@@ -201,8 +213,18 @@ class Program(Part):
             # pyro.infer.SVI asks each parameter for the tensor to optimise, and plain ones do not answer in local mode.
             if not hasattr(parameter, "unconstrained"):
                 parameter.unconstrained = partial(_itself, parameter)
-        with one_thread, pyro.settings.context(module_local_params=True):
+        with (
+            one_thread,
+            pyro.settings.context(module_local_params=True),
+            _Dense() if _announced.get() else nullcontext(),
+        ):
             return super().__call__(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle keeps; `unconstrained`, which refers to its own parameter, is made again by the next call."""
+        for parameter in self.parameters():
+            vars(parameter).pop("unconstrained", None)
+        return dict(vars(self))
 
 
 _TAKEN: "WeakSet[nn.Module]" = WeakSet()  # objects that are part of a model

@@ -255,6 +255,13 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
         "protein_foreground": With(True, {"modality": "adt"}),
         **{"features": ["rna_3"], "data": part, "seed": 1},
     }
+    joint = without(answers, "library") | {
+        "modalities": ["rna", "adt"],
+        "features": {"rna": ["rna_3"]},
+        "n_samples": 3,
+        "encode": With(["rna"], {"cells": mosaic.modalities["rna"].present}),
+        "seed": 1,
+    }
     effect = without(
         compared, "groupby", "group1", "group2", "cells1", "cells2", "batch_correction", "protein_foreground"
     )
@@ -351,6 +358,7 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
             {"n_epochs": 2, "callbacks": Elsewhere("test_anchors_are_sought_anew_by_scores_and_embedding")},
             trained(ScModal, mosaic, linking),
         ),
+        "to": Call(model.to, {"device": "cpu"}, {"device": Elsewhere("test_to_a_device")}),
         "save": Call(
             MultiVI.save,
             {},
@@ -384,7 +392,7 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
             opened.get_accessibility_estimates,
             {},
             {"modality": "rna", "cells": [0, 1], "features": ["atac_3"], "batch": "batch0", "factors": True}
-            | {"n_samples": 2, "data": other_regions, "seed": With(1, {"n_samples": 2})},
+            | {"n_samples": 2, "data": other_regions, "seed": With(1, {"n_samples": 2}), "threshold": 0.5},
         ),
         "get_cell_factors": Call(model.get_cell_factors, {}, where),
         "get_region_factors": Call(
@@ -403,7 +411,41 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
             of,
             {"modality": "adt"}
             | answers
-            | {"encode": With(["rna"], {"cells": mosaic.modalities["rna"].present}), "seed": 1},
+            | {"encode": With(["rna"], {"cells": mosaic.modalities["rna"].present}), "seed": 1}
+            | {"form": Elsewhere("test_sparse_measurements")},
+        ),
+        "get_draws": Call(
+            model.get_draws,
+            {"modalities": ["rna"], "n_samples": 2},
+            joint | {"kind": "predicted"},
+            lambda **o: [v.to_numpy() for v in model.get_draws(**o).data_vars.values()],
+        ),
+        "to_inference_data": Call(
+            model.to_inference_data,
+            {"modalities": ["rna"], "n_samples": 2},
+            joint,
+            lambda **o: [v.to_numpy() for v in model.to_inference_data(**o)["posterior"].data_vars.values()],
+        ),
+        "get_protein_background_mean": Call(
+            model.get_protein_background_mean,
+            {"n_samples": 3},
+            without(answers, "library", "seed") | {"modality": "rna", "features": ["adt_3"], "seed": 1},
+        ),
+        "get_feature_correlation_matrix": Call(
+            model.get_feature_correlation_matrix,
+            {"modalities": "adt", "n_samples": 2},
+            without(answers, "library", "n_samples")
+            | {"modalities": ["rna", "adt"], "features": {"adt": ["adt_3", "adt_1"]}, "method": "pearson"}
+            | {"cells": mosaic.obs_names[:9], "n_samples": 3, "seed": 1},
+        ),
+        "differential_abundance": Call(
+            model.differential_abundance, {"key": "celltype"}, {"key": "batch", "cells": [0, 1], "data": part}
+        ),
+        "get_latent_posterior": Call(
+            treated.get_latent_posterior,
+            {},
+            {"cells": [0, 1], "site": "s", "modality": "rna", "data": some},
+            lambda **o: treated.get_latent_posterior(**o).mean,
         ),
         "differential": Call(model.differential, {"groupby": "celltype", "n_samples": 40} | of, compared),
         "get_latent_representation": Call(

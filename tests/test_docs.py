@@ -26,8 +26,14 @@ def blocks(page):
     return ["\n" * text.count("\n", 0, match.start(1)) + match.group(1) for match in BLOCK.finditer(text)]
 
 
+#: Packages that a page is about and that neither the package nor its tests need (the extra "ecosystem").
+NEEDED = {"ecosystem": ("scanpy", "igraph", "scib_metrics", "cellmapper"), "arviz": ("arviz",)}
+
+
 def run(page):
     """Execute a page and return its namespace."""
+    for package in NEEDED.get(page.stem, ()):
+        pytest.importorskip(package, exc_type=ImportError)
     namespace = {"__name__": page.stem}
     for block in blocks(page):
         exec(compile(block, str(page), "exec"), namespace)
@@ -67,6 +73,9 @@ def workshop(monkeypatch, tmp_path, quick_umap):
 @pytest.mark.filterwarnings("ignore:it is not clear that the links match the right cells")
 @pytest.mark.filterwarnings("ignore:Mean of empty slice")
 @pytest.mark.filterwarnings("ignore:invalid value encountered in scalar divide")
+@pytest.mark.filterwarnings(
+    "ignore:::scanpy", "ignore:::scib_metrics", "ignore:::cellmapper", "ignore:::jax", "ignore:::arviz"
+)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_page_runs(page, workshop):
     assert run(page)

@@ -85,7 +85,8 @@ def test_a_column_that_is_there_twice_is_refused():
     ("given", "message"),
     [
         ({"batch": "b"}, "no argument 'batch'; accepted for all modalities: .*'batch_key'.*'size_factor_key'"),
-        ({"labels_key": "b"}, "no argument 'labels_key'; .*'label_key'"),
+        ({"labelkey": "b"}, "no argument 'labelkey'; .*'label_key'"),
+        ({"labels_key": "b"}, "registration takes no 'labels_key'; use label_key"),
         ({"batch_key": "b", "covariates": ["b"]}, "no argument 'covariates'; .*'categorical_covariates'"),
         ({"likelihood": "nb"}, "no argument 'likelihood'"),
         ({"layer": ["counts"]}, "layer must be text or None; found"),

@@ -104,9 +104,9 @@ def test_decoders_are_linear_in_what_is_drawn(model):
         return found
 
     ahead, behind = moved(0.01), moved(-0.01)
-    with weights_set(decoder, drawn):
+    with weights_set((decoder, drawn)):
         once = decoder(z, view)
-    with weights_set(decoder, [(2 * weight, 2 * bias) for weight, bias in drawn]):
+    with weights_set((decoder, [(2 * weight, 2 * bias) for weight, bias in drawn])):
         twice = decoder(z, view)
     for name, value in trained.items():
         slope = (ahead[name] - behind[name]) / 0.02
@@ -117,7 +117,7 @@ def test_decoders_are_linear_in_what_is_drawn(model):
 
 def test_untrained_layers_are_sure():
     layer, x = UncertainLinear(4, 3), torch.randn(5, 4)
-    with weights_set(layer, draw_weights(layer, 0)):
+    with weights_set((layer, draw_weights(layer, 0))):
         assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
 
 
@@ -139,9 +139,9 @@ def test_all_cells_share_a_draw_of_weights(model):
     decoder = model.model.modalities["rna"].decoder
     view = measured(model.mosaic, np.arange(20)).decoded["rna"]
     z = torch.randn(len(view.rows), 3)
-    with weights_set(decoder, draw_weights(decoder, 1)):
+    with weights_set((decoder, draw_weights(decoder, 1))):
         whole = decoder(z, view)["rate"]
-    with weights_set(decoder, draw_weights(decoder, 1)):
+    with weights_set((decoder, draw_weights(decoder, 1))):
         again = decoder(z, view)["rate"]
     assert torch.equal(whole, again)
     assert not torch.equal(whole, decoder(z, view)["rate"])

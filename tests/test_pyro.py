@@ -50,7 +50,7 @@ def model(request, data):
 
 def whole(model):
     mosaic = model._data(None)
-    return measured(mosaic, mosaic.find(None)).dense()
+    return measured(mosaic, mosaic.find(None))
 
 
 def parameters(*programs):
@@ -441,3 +441,54 @@ def test_the_same_seed_gives_the_same_numbers(name, data):
     other = build(name, data)
     other.train(2, batch_size=32, seed=6, progress_bar=False)
     assert not all(torch.equal(v, first[k]) for k, v in parameters(other.model, other.guide).items())
+
+
+# Sparse measurements
+
+
+@pytest.fixture(scope="module")
+def sparse_model():
+    """A model whose chromatin is sparse in minibatches, and all its cells."""
+    mosaic = Mosaic.from_mudata(simulate(60, {"rna": 30, "atac": 100}, seed=3)[0])
+    minibatch = measured(mosaic, mosaic.find(None))
+    assert minibatch.observed["atac"].counts.is_sparse
+    return MultiVI(mosaic, n_latent=3, n_hidden=16), minibatch
+
+
+def test_sparse_measurements_are_strided_at_the_sites(sparse_model):
+    model, minibatch = sparse_model
+    site = poutine.trace(model.model).get_trace(minibatch).nodes["atac"]
+    assert not site["value"].is_sparse and torch.equal(site["value"], minibatch.decoded["atac"].dense_counts())
+    assert minibatch.decoded["atac"].counts.is_sparse  # the minibatch stays as it was
+    with unannounced():  # as in training by Lightning
+        assert poutine.trace(model.model).get_trace(minibatch).nodes["atac"]["value"].is_sparse
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_pyros_tools_take_a_sparse_minibatch_as_it_is(sparse_model, parallel):
+    model, minibatch = sparse_model
+    assert "atac" in pyro.render_model(model.model, model_args=(minibatch,), render_distributions=True).source
+    found = []
+    for given in (minibatch, minibatch.dense()):
+        pyro.set_rng_seed(0)
+        prior = Predictive(model.model, num_samples=3, parallel=parallel)(given)
+        posterior = Predictive(model.model, guide=model.guide, num_samples=3, parallel=parallel)(given)
+        particles = {"num_particles": 4, "vectorize_particles": parallel, "max_plate_nesting": 2}
+        svi = SVI(model.model, model.guide, optim.Adam({}), Trace_ELBO(**particles))
+        found.append((prior, posterior, svi.evaluate_loss(given)))
+    for one, other in zip(found[0][:2], found[1][:2], strict=True):
+        assert one.keys() == other.keys() >= {"z", "rna", "atac"}
+        for name in one:
+            torch.testing.assert_close(one[name], other[name])
+    np.testing.assert_allclose(found[0][2], found[1][2], rtol=1e-5)
+
+
+def test_arviz_takes_what_predictive_gives_for_a_sparse_minibatch(sparse_model):
+    arviz = pytest.importorskip("arviz", exc_type=ImportError)
+    if not hasattr(arviz, "from_pyro"):
+        pytest.skip("ArviZ 1 has no from_pyro")
+    model, minibatch = sparse_model
+    posterior = Predictive(model.model, guide=model.guide, num_samples=3)(minibatch)
+    data = arviz.from_pyro(posterior_predictive=posterior, prior=Predictive(model.model, num_samples=3)(minibatch))
+    np.testing.assert_array_equal(data.posterior_predictive["atac"][0], posterior["atac"])
+    assert data.prior["rna"].shape[:2] == (1, 3)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pyromosaic import __version__
-from pyromosaic.cli import evaluation, inputs
+from pyromosaic.cli import evaluation, inputs, using
 from pyromosaic.cli.outputs import add, check_checkpoints, check_outputs, draft, named, write
 from pyromosaic.cli.running import kept, quiet, sentence, train
 
@@ -221,3 +221,7 @@ def demo(
             resume=resume,
             overwrite=True,
         )
+
+
+for name, command in using.COMMANDS.items():
+    app.command(name)(command)

@@ -43,6 +43,19 @@ def check_outputs(data: Path, out: Path, figure: Path | None, model: Path | None
         raise ValueError("--figure needs matplotlib and umap-learn; run pip install 'pyromosaic[plot]'")
 
 
+def check_out(out: Path, overwrite: bool, data: Path = Path(), suffixes: tuple[str, ...] = (".h5mu",)) -> None:
+    """Refuse an output that could not be written at the end, before anything is computed."""
+    if out.suffix not in suffixes:
+        raise ValueError(f"the output must be a file that ends in {' or '.join(suffixes)}; found {out}")
+    if out.resolve() == data.resolve():
+        raise ValueError(f"the output {out} is the input; give another name")
+    if out.is_dir():
+        raise ValueError(f"the output {out} is a folder; give another name")
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists; pass --overwrite to replace it")
+    _check_writable("out", out)
+
+
 def check_checkpoints(folder: Path | None, resume: bool, overwrite: bool) -> None:
     """Refuse a folder that cannot hold checkpoints, or holds those of another run."""
     if folder is None:
@@ -103,7 +116,8 @@ def add(mdata: "MuData", imputed: "dict[str, Estimate]", hidden: "dict[str, AnnD
         which = {cell: name for name, adata in hidden.items() for cell in adata.obs_names}
         mdata.obs["hidden_modality"] = pd.Categorical([which.get(cell, "none") for cell in mdata.obs_names])
     for name, estimate in imputed.items():
-        var = mdata.mod[name].var.copy()
+        features = estimate.mean.columns  # in the order of the model
+        var = mdata.mod[name].var.loc[features].copy() if name in mdata.mod else pd.DataFrame(index=features)
         var["feature"] = var.index.astype(str)
         var.index = [f"{name}_imputed:{feature}" for feature in var["feature"]]
         mean, sd = (frame.loc[mdata.obs_names].to_numpy("float32") for frame in (estimate.mean, estimate.sd))

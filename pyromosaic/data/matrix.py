@@ -1,5 +1,6 @@
 """Matrices of cells × features, in memory or in files: reading by rows, and checking of values."""
 
+import pickle
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -50,6 +51,18 @@ class Matrix:
         self.shape: tuple[int, int] = (source.shape[0], source.shape[1] if columns is None else len(columns))
         self.file = "" if self.in_memory else _file_of(source)
         self.marks: np.ndarray | None = None  # weighted sums of the rows, from `check_values`
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle keeps: the measurements too, unless they are in a file that it cannot take."""
+        if not self.in_memory:
+            try:
+                pickle.dumps(self.source)
+            except TypeError as error:
+                raise TypeError(
+                    f"the measurements are in a file, which pickle cannot take ({error}); read them into memory first "
+                    "(`to_memory()`), or keep the model by `save`, without its data"
+                ) from None
+        return vars(self)
 
     def __getitem__(self, rows: np.ndarray) -> Any:
         """Rows in the given order: a CSR matrix if the source is sparse, or else a NumPy array; True becomes 1."""

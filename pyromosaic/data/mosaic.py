@@ -44,6 +44,7 @@ from pyromosaic.data.registration import (
     not_empty,
     unlabelled,
 )
+from pyromosaic.shown import as_html
 
 NewBatches = Literal["refuse", "average", "add"]
 
@@ -104,6 +105,19 @@ class Mosaic:
             sizes = (f"{name!r} ({np.sum(self.groups == i)} cells)" for i, name in enumerate(self.cohorts.names))
             lines.append(f"  background {' against '.join(sizes)}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        columns = ["modality", "cells", "features", "likelihood", "batches", "labels"]
+        rows = [
+            [name, m.present.sum(), m.schema.n_features, m.spec.likelihood_name, *_counted(m)]
+            for name, m in self.modalities.items()
+        ]
+        patterns = [f"{n} {pattern}" for pattern, n in self.patterns.value_counts().items()]
+        some = patterns[:8] + ["…"] * (len(patterns) > 8)
+        title = f"Mosaic of {self.n_cells} cells"
+        if self.cohorts is not None:
+            title += f", background {' against '.join(map(repr, self.cohorts.names))}"
+        return as_html(title, columns, rows, f"cells by modalities: {', '.join(some)}")
 
     @property
     def n_cells(self) -> int:
@@ -468,3 +482,10 @@ class Mosaic:
         if schema is not None and schema.cohorts is not None:
             return replace(mosaic, cohorts=schema.cohorts, groups=schema.cohorts.codes(mosaic))
         return mosaic
+
+
+def _counted(modality: Modality) -> tuple[str, str]:
+    """How many batches and labels a modality has, and in which columns."""
+    spec, schema = modality.spec, modality.schema
+    batches = f"{len(schema.categories[spec.batch_key])} ({spec.batch_key})" if spec.batch_key else ""
+    return batches, f"{len(schema.labels)} ({spec.label_key})" if spec.label_key else ""

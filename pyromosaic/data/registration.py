@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
 from pyromosaic.data.modality import Modality
+from pyromosaic.foreign import check_words
 
 
 @dataclass
@@ -118,6 +119,7 @@ def _specifications(
         modalities = {name: LIKELIHOOD_BY_NAME[name.lower()] for name in found}
     settings = [field.name for field in fields(ModalitySpec)][1:]
     unknown = [name for name in shared if name not in settings]
+    check_words("registration", unknown, settings)
     if unknown:
         raise TypeError(f"registration has no argument {unknown[0]!r}; accepted for all modalities: {_words(settings)}")
     specs = {}

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from pyro import poutine
 from pyro.distributions import TorchDistribution
+from scipy import sparse
 from torch import Tensor
 
 from pyromosaic.accepted import Column, Count, Level, Positive, Seed, Share, checked
@@ -135,6 +136,7 @@ class Asking(TrainedModel):
         features: Cells = None,
         batch: object = None,
         factors: bool = False,
+        threshold: Share | None = None,
         n_samples: Count | None = None,
         data: Mosaic | None = None,
         seed: Seed = 0,
@@ -149,6 +151,9 @@ class Asking(TrainedModel):
             As in `get_normalized_expression`.
         factors
             Multiply by the cell factor and the region factor; this gives the probability of observing a fragment.
+        threshold
+            Replace values below it by 0, and return sparse columns, of which ``.sparse.to_coo()`` makes a matrix. Only
+            some cells at a time are dense in memory.
 
         Returns
         -------
@@ -168,7 +173,15 @@ class Asking(TrainedModel):
         modality = first_of(self.schema, "'bernoulli'", lambda traits: traits.binary) if modality is None else modality
         value = (lambda d: d.mean) if factors else self._likelihood(modality).normalized
         question = Question(modality, value, cells, features, None, None, None, n_samples, None, data, seed)
-        return self._expected(question, batch)
+        if threshold is None:
+            return self._expected(question, batch)
+        mosaic, parts = self._data(data), []
+        for i, some in enumerate(portions(mosaic.find(cells))):
+            part = self._expected(replace(question, cells=some, seed=(seed + i) % 2**32), batch)
+            parts.append(sparse.csr_matrix(part.where(part >= threshold, 0.0).to_numpy()))
+        index = mosaic.obs_names[mosaic.find(cells)]
+        values = sparse.vstack(parts, format="csc")
+        return pd.DataFrame.sparse.from_spmatrix(values, index, part.columns)  # type: ignore[attr-defined]
 
     @checked
     def get_cell_factors(self, cells: Cells = None, *, data: Mosaic | None = None) -> pd.DataFrame:
@@ -295,52 +308,6 @@ class Asking(TrainedModel):
             modality, lambda d: d.mean, cells, features, encode, batch, library, n_samples, seed, data, seed
         )
         return self._estimate(question, quantiles)
-
-    @checked
-    def posterior_predictive_sample(
-        self,
-        modality: str,
-        cells: Cells = None,
-        *,
-        features: Cells = None,
-        encode: str | Sequence[str] | None = None,
-        batch: object = None,
-        library: Positive | None = None,
-        n_samples: Count = 1,
-        data: Mosaic | None = None,
-        seed: Seed = 0,
-    ) -> np.ndarray:
-        """Measurements drawn from the posterior predictive distribution, measured or not.
-
-        Parameters
-        ----------
-        modality, cells, features, encode, batch, library, data, seed
-            As in `get_imputed_values`.
-        n_samples
-            Number of independent draws.
-
-        Returns
-        -------
-        numpy.ndarray
-            Draws × cells × features, in the order of `cells` and `features`.
-
-        Notes
-        -----
-        A cell in which the modality was measured keeps its size. For other cells the size is drawn too (see
-        `pyromosaic.sizes.Size`), so that the draws have the noise of depth.
-
-        Examples
-        --------
-        >>> from pyromosaic import Mosaic, MultiVI, simulate
-        >>> mosaic = Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0], batch_key="batch")
-        >>> model = MultiVI(mosaic, n_latent=3)
-        >>> model.posterior_predictive_sample("adt", cells=["cell0"], n_samples=4).shape
-        (4, 1, 5)
-        """
-        check_size(modality, self.schema[modality], library)
-        question = Question(modality, None, cells, features, encode, batch, library, n_samples, seed, data, seed)
-        chunks = self._answers(question)
-        return np.concatenate([chunk.cpu().numpy() for chunk in chunks], axis=1)
 
     @checked
     def differential(

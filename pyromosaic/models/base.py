@@ -17,10 +17,12 @@ from torch.utils.data import DataLoader
 
 from pyromosaic.accepted import Count, Positive, Rate, Seed, Weight, Whole, checked
 from pyromosaic.data import Minibatch, Mosaic, Schema, Split, loader, measured, split, to_predict
+from pyromosaic.foreign import check_words
 from pyromosaic.fusion import Fusion
 from pyromosaic.laplace import learn_weights
 from pyromosaic.measurement import part_of
 from pyromosaic.program import Program, check, check_names
+from pyromosaic.shown import call
 from pyromosaic.tasks import inference_mode
 from pyromosaic.tasks.question import Cells, columns_of, portions
 from pyromosaic.threads import one_thread
@@ -366,7 +368,8 @@ class TrainedModel:
 
     def __repr__(self) -> str:
         trained = f"trained for {len(self.history)} epochs" if len(self.history) else "not trained"
-        return f"{type(self).__name__}, {trained}, on {self.mosaic if self.mosaic is not None else 'no data'}"
+        name = call(type(self), self.options)
+        return f"{name}, {trained}, on {self.mosaic if self.mosaic is not None else 'no data'}"
 
     def _data(self, data: Mosaic | None) -> Mosaic:
         mosaic = self.mosaic if data is None else data
@@ -417,6 +420,7 @@ def _options(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dic
     for old, new in RENAMED.items():
         if old in kwargs and old not in accepted and new.split("=")[0] in accepted:
             raise TypeError(f"the option {old!r} of {cls.__name__} was renamed; use {new!r}")
+    check_words(cls.__name__, kwargs, accepted)
     bound = constructor.bind_partial(None, *args, **kwargs)
     bound.apply_defaults()
     options: dict[str, Any] = {}

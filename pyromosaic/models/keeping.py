@@ -18,12 +18,15 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from pyromosaic import __version__, described, penalties, priors
 from pyromosaic.accepted import Count, checked
-from pyromosaic.data import ModalitySpec, Mosaic, Schema
+from pyromosaic.data import ModalitySpec, Mosaic, Schema, Split
 from pyromosaic.data.mosaic import NewBatches
+from pyromosaic.foreign import check_words
 from pyromosaic.likelihoods import Likelihood
 from pyromosaic.models.base import TrainedModel, accepted_options
 from pyromosaic.models.formats import FORMAT, READ, WIDTHS, upgraded, upgraded_schema
 from pyromosaic.models.query import carry_over, only
+from pyromosaic.program import own
+from pyromosaic.threads import one_thread
 from pyromosaic.train.checkpoints import check_state
 from pyromosaic.train.files import clear_drafts, drafts, n_entries, replaced, shapes, size_of
 
@@ -90,6 +93,7 @@ class Keeping(TrainedModel):
             "objects": objects,
             "schema": self.schema.to_json(),
             "history": _numbers(self.history.reset_index()),
+            "split": None if self.split is None or self.mosaic is None else _parts(self.split, self.mosaic),
         }
         content = json.loads(json.dumps(content))  # as it will be read
         text = json.dumps(content | {"digest": _digest(content)}).encode()
@@ -117,7 +121,8 @@ class Keeping(TrainedModel):
             Directory that `save` wrote.
         data
             A MuData or a dictionary of AnnData, which is registered and checked against the schema of the model
-            (features are put in its order); or a `Mosaic` that was registered with that schema; None for no data.
+            (features are put in its order); or a `Mosaic` that was registered with that schema; None for no data. If
+            they are the cells of the training, in any order, the model has its `split` again.
         **objects
             The objects that the model was constructed with, but for the package's own penalties and priors, which are
             saved; and the classes of likelihoods of your own, by their names.
@@ -139,6 +144,7 @@ class Keeping(TrainedModel):
         >>> model.get_latent_representation().equals(again.get_latent_representation())
         True
         """
+        check_words("load", objects, {"directory", "data", *accepted_options(cls)})
         directory, refused = Path(directory), []
         for content in _descriptions(directory):
             try:
@@ -150,6 +156,7 @@ class Keeping(TrainedModel):
             raise refused[0]
         if data is not None:
             model.mosaic = model.register(data)
+            model.split = _split(content.get("split"), model.arranged(model.mosaic))
         return model
 
     @classmethod
@@ -196,6 +203,57 @@ class Keeping(TrainedModel):
         elif "epoch" in model.history:
             model.history = model.history.astype({"epoch": int}).set_index("epoch")
         return model
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the model to a device, on which it then answers; `train` chooses its own (``accelerator=``).
+
+        Parameters
+        ----------
+        device
+            E.g. ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``.
+
+        Returns
+        -------
+        MosaicModel
+            The model itself.
+
+        Raises
+        ------
+        ValueError
+            If there is no such device.
+
+        Examples
+        --------
+        >>> from pyromosaic import Mosaic, MultiVI, simulate
+        >>> model = MultiVI(Mosaic.from_mudata(simulate(60, {"rna": 50, "adt": 5})[0]), n_latent=3)
+        >>> model.to("cpu") is model
+        True
+        """
+        try:
+            torch.zeros(1, device=device).item()  # "meta" has no values
+        except (RuntimeError, AssertionError, TypeError) as error:
+            why = str(error).splitlines()[0]
+            raise ValueError(
+                f"device must be one that PyTorch can use here, e.g. 'cpu'; found {device!r}: {why}"
+            ) from None
+        with one_thread:
+            self.model.to(device)
+            self.guide.to(device)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A separate model of the same data; the data are not copied."""
+        memo[id(self.mosaic)] = self.mosaic
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(deepcopy(vars(self), memo))
+        return copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what pickle or deepcopy kept; the parts belong to this model alone."""
+        vars(self).update(state)
+        for program in (self.model, self.guide):
+            for part in program.modules():
+                own(part)
 
     @checked
     def register(self, data: Any, new_batches: NewBatches = "refuse") -> Mosaic:
@@ -306,6 +364,30 @@ def _numbers(history: pd.DataFrame) -> dict[str, list[Any]]:
     return {"columns": list(history.columns), "data": rows}
 
 
+#: How the cells are saved that were in a part of the split, or in none.
+_LETTERS = {"train": "t", "validation": "v", "test": "e"}
+
+
+def _parts(split: Split, mosaic: Mosaic) -> dict[str, str]:
+    """The part of each cell as a letter, in the order of the cells' names, and a digest of these names."""
+    names = mosaic.obs_names.to_numpy().astype(str)
+    letters = np.full(len(names), "-")
+    for part, letter in _LETTERS.items():
+        letters[getattr(split, part)] = letter
+    order = np.argsort(names, kind="stable")
+    return {"cells": _digest(names[order].tolist()), "parts": "".join(letters[order])}
+
+
+def _split(saved: Mapping[str, str] | None, mosaic: Mosaic) -> Split | None:
+    """The inverse of `_parts`; None if these are other cells."""
+    names = mosaic.obs_names.to_numpy().astype(str)
+    order = np.argsort(names, kind="stable")
+    if saved is None or saved["cells"] != _digest(names[order].tolist()):
+        return None
+    letters = np.array(list(saved["parts"]))
+    return Split(**{part: np.sort(order[letters == letter]) for part, letter in _LETTERS.items()})
+
+
 def _is_own(spec: ModalitySpec) -> bool:
     return not isinstance(spec.likelihood, str)
 
@@ -377,7 +459,7 @@ def _read(directory: Path, file: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def _digest(content: Mapping[str, Any]) -> str:
+def _digest(content: Any) -> str:
     return sha256(json.dumps(content).encode()).hexdigest()
 
 

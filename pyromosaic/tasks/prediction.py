@@ -14,6 +14,7 @@ from pyromosaic.data import Minibatch, Mosaic
 from pyromosaic.laplace import Weights, draw_weights, weights_set
 from pyromosaic.measurement import encoded_once, part_of
 from pyromosaic.program import AtMean
+from pyromosaic.shown import as_html
 from pyromosaic.tasks.inference import inference_mode
 from pyromosaic.tasks.question import Question, columns_of, portions
 
@@ -39,6 +40,8 @@ class Estimate:
     >>> found = MultiVI(mosaic).get_imputed_values("adt", n_samples=4, quantiles=(0.05, 0.95))
     >>> found.mean.shape, list(found.quantiles)
     ((60, 5), [0.05, 0.95])
+    >>> found
+    Estimate of 60 cells × 5 features: mean, sd, quantiles 0.05, 0.95
     >>> bool((found.quantiles[0.05] <= found.quantiles[0.95]).all(axis=None))
     True
     """
@@ -46,6 +49,18 @@ class Estimate:
     mean: pd.DataFrame
     sd: pd.DataFrame
     quantiles: dict[float, pd.DataFrame] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        levels = f", quantiles {', '.join(map(str, self.quantiles))}" if self.quantiles else ""
+        return f"Estimate of {self.mean.shape[0]} cells × {self.mean.shape[1]} features: mean, sd{levels}"
+
+    def _repr_html_(self) -> str:
+        """The first cells and features, as mean ± standard deviation."""
+        mean, sd = self.mean.iloc[:5, :5], self.sd.iloc[:5, :5]
+        values = zip(mean.index, mean.to_numpy(), sd.to_numpy(), strict=True)
+        rows = [[cell, *(f"{m:.3g} ± {s:.2g}" for m, s in zip(*row, strict=True))] for cell, *row in values]
+        more = " (the first of each below)" if self.mean.size > mean.size else ""
+        return as_html(f"{self}{more}", ["cell", *mean.columns], rows)
 
 
 def run(
@@ -110,7 +125,7 @@ def draws(
     at_mean, n_samples = question.n_samples is None, question.n_samples or 1
     with encoded_once(guide):
         for i in range(n_samples):
-            with nullcontext() if weights is None or part is None else weights_set(part.decoder, weights[i]):
+            with nullcontext() if weights is None or part is None else weights_set((part.decoder, weights[i])):
                 trace = run(model, guide, minibatch, latent_at_mean=at_mean, drawn=value is None)
             if question.modality not in trace.nodes:
                 raise ValueError(

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from pyromosaic.accepted import Count, check_arguments, checked
 from pyromosaic.data import Minibatch
+from pyromosaic.foreign import check_words
 from pyromosaic.train.checkpoints import Files, Keeper, check_state, newest
 from pyromosaic.train.plan import Optimisation, Plan
 
@@ -98,6 +99,8 @@ def check_trainer(options: Mapping[str, Any]) -> None:
             by = _SET_HERE[name]
             raise ValueError(f"{name} is set {f'by {by} here' if by else 'by training itself'}; leave it out")
         if name not in own and name not in lightnings:
+            known = ("validation", "test", "seed", "n_workers", "trainer")
+            check_words("train", [name], {*known, *own, *signature(Optimisation).parameters})
             raise TypeError(f"train takes no option {name!r}, nor does lightning.pytorch.Trainer")
     if options.get("precision") not in (None, 32, "32", "32-true"):
         raise ValueError(
