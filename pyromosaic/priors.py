@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from pyro import distributions as dist
+from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from pyromosaic.accepted import Count, Positive, Width, checked
@@ -123,6 +124,15 @@ class ARD(Described):
         return dist.Normal(0.0, self.log_scale.exp()).expand([len(minibatch), 1, len(self.log_scale)]).to_event(1)
 
 
+class RealMixture(dist.MixtureSameFamily):
+    """A mixture over real vectors that says so, as samplers such as NUTS and automatic guides need."""
+
+    @constraints.dependent_property(is_discrete=False, event_dim=1)
+    def support(self) -> constraints.Constraint:
+        """All real vectors."""
+        return constraints.real_vector
+
+
 class GaussianMixture(Described):
     """Mixture of diagonal normals with learnt parameters, ``sum_l pi_l Normal(m_l, diag(s_l^2))`` (DiagVI).
 
@@ -172,9 +182,7 @@ class GaussianMixture(Described):
             one_hot = torch.nn.functional.one_hot(known.clamp_min(0), len(self.labels)) * (known >= 0).unsqueeze(-1)
             logits = logits + 100.0 * one_hot.unsqueeze(1)
         components = dist.Normal(self.loc, self.log_scale.exp() + 1e-4).to_event(1)
-        return dist.MixtureSameFamily(
-            dist.Categorical(logits=logits), components.expand([len(minibatch), 1, len(self.logits)])
-        )
+        return RealMixture(dist.Categorical(logits=logits), components.expand([len(minibatch), 1, len(self.logits)]))
 
 
 class VampPrior(nn.Module):
@@ -218,4 +226,4 @@ class VampPrior(nn.Module):
         loc, scale = encoder.posterior(self.inputs, View.typical(encoder.scaling.schema, self.inputs))
         components = dist.Normal(loc[:, : self.n_latent], scale[:, : self.n_latent]).to_event(1)
         shape = [len(minibatch), 1, len(self.logits)]
-        return dist.MixtureSameFamily(dist.Categorical(logits=self.logits.expand(shape)), components.expand(shape))
+        return RealMixture(dist.Categorical(logits=self.logits.expand(shape)), components.expand(shape))

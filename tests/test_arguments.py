@@ -194,6 +194,9 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
     model.train(1, **quiet)
     part = Mosaic.from_mudata(mdata[0][:20].copy(), schema=mosaic.schema)
     answers["data"] = part
+    specs = {"rna": ModalitySpec("nb", batch_key="batch")}
+    specs["adt"] = ModalitySpec("nb_mixture", batch_key="batch", background="latent")
+    inferring = MultiVI(Mosaic.from_mudata(mdata[0], specs), **multi)
     regions = simulate(30, {"rna": 20, "atac": 20}, patterns=["rna+atac"], n_batches=2, seed=1)[0]
     opened = MultiVI(Mosaic.from_mudata(regions, batch_key="batch"), **small)
     other_regions = opened.register(regions[:9].copy())
@@ -427,9 +430,10 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
             lambda **o: [v.to_numpy() for v in model.to_inference_data(**o)["posterior"].data_vars.values()],
         ),
         "get_protein_background_mean": Call(
-            model.get_protein_background_mean,
+            inferring.get_protein_background_mean,
             {"n_samples": 3},
-            without(answers, "library", "seed") | {"modality": "rna", "features": ["adt_3"], "seed": 1},
+            without(answers, "library", "seed")
+            | {"modality": "rna", "features": ["adt_3"], "seed": 1, "data": inferring.register(mdata[0][:20].copy())},
         ),
         "get_feature_correlation_matrix": Call(
             model.get_feature_correlation_matrix,

@@ -128,7 +128,7 @@ def test_prior_and_posterior_predictive(model, parallel):
     error = posterior["z"].mean(0) - q.mean
     assert (error.abs() < 5 * q.stddev / 50**0.5).all()
     wider = 2**0.5 - 1 if isinstance(model, MultiVI) else 0  # before training, a mixture of normals at random places
-    assert prior["z"].mean().abs() < 0.2 and abs(prior["z"].std() - 1 - wider) < 0.1
+    assert prior["z"].mean().abs() < 0.2 and abs(prior["z"].std() - 1 - wider) < 0.2
 
 
 def test_condition_scores_a_value_and_do_does_not(model):
