@@ -60,9 +60,10 @@ def train(
     resume_from = checkpoints if resume and checkpoints is not None and checkpoints_in(checkpoints) else None
     if resume and resume_from is None:
         typer.echo(f"there is no checkpoint in {checkpoints}; training begins", err=True)
-    columns = (TextColumn("Training"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeRemainingColumn())
+    words, epoch = TextColumn("{task.description}"), TextColumn("epochs")
+    columns = (words, BarColumn(), MofNCompleteColumn(), epoch, TimeRemainingColumn())
     with Progress(*columns) as progress:
-        task = progress.add_task("", total=epochs)
+        task = progress.add_task("Training", total=epochs)
 
         class Advance(Callback):
             def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -70,6 +71,9 @@ def train(
 
             def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
                 progress.advance(task)
+
+            def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+                progress.update(task, description="Training: widths of posteriors")
 
         multivi.train(
             epochs,
@@ -81,7 +85,8 @@ def train(
             callbacks=[Advance()],
             devices=1,  # on several, Lightning would start this command once for each
         )
-        progress.update(task, completed=len(multivi.history))  # also of a run with nothing left to train
+        done = len(multivi.history)
+        progress.update(task, completed=done, description="Training")  # also of a run with nothing left to train
 
 
 @contextmanager
