@@ -239,3 +239,16 @@ def test_means_may_be_left_as_they_are(name):
     for site, (mean, sd) in moments().items():
         assert torch.equal(mean, before[site][0])
         assert not torch.equal(sd, before[site][1])
+
+
+def test_widths_of_a_rare_modality_are_fitted_too():
+    """The first minibatch lacks it."""
+    model = made("ContrastiveVI")
+    mosaic = model._data(None)
+    kinds = [np.flatnonzero(mosaic.patterns == kind) for kind in ("rna", "adt")]
+    several = [measured(mosaic, cells) for cells in kinds]
+    head = {name: model.guide.modalities[name].encoder.z.log_variance for name in ("rna", "adt")}
+    before = {name: [p.clone() for p in layer.parameters()] for name, layer in head.items()}
+    sleep(model.model, model.guide, several, 6, means=False)
+    for name, layer in head.items():
+        assert not any(torch.equal(a, b) for a, b in zip(layer.parameters(), before[name], strict=True))

@@ -4,7 +4,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from typing import Any
 
 import numpy as np
@@ -108,7 +108,7 @@ def sleep(
     if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
         raise NonFiniteLossError("the model has parameters that are not finite; train it with a lower learning rate")
     if not means:
-        parameters = _of_widths(guide, next(iter(minibatches)).to(parameters[0].device), parameters)
+        parameters = _of_widths(guide, minibatches, parameters)
         if not parameters:
             return np.zeros(0)
     device, before = parameters[0].device, {k: v.clone() for k, v in guide.state_dict().items()}
@@ -181,19 +181,20 @@ def _surprise(model: Any, guide: Any, minibatch: Minibatch) -> Tensor | None:
     return None if total is None else total / len(minibatch)
 
 
-def _of_widths(guide: Any, minibatch: Minibatch, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+def _of_widths(guide: Any, minibatches: Iterable[Minibatch], parameters: list[nn.Parameter]) -> list[nn.Parameter]:
     """The parameters that change the width of a posterior of cells and the mean of none."""
-    with torch.enable_grad(), without_penalties(guide), AtMean():
-        sites = [site["fn"] for _, site, _ in cell_sites(trace(guide, minibatch), minibatch)]
-
-    def changing(moment: str) -> set[int]:
-        values = [getattr(fn, moment) for fn in sites if not isinstance(fn, dist.Delta)]
-        values = [value.sum() for value in values if value.requires_grad]
-        slopes = torch.autograd.grad(values, parameters, retain_graph=True, allow_unused=True) if values else ()
-        return {id(p) for p, slope in zip(parameters, slopes, strict=bool(values)) if slope is not None}
-
-    chosen = changing("stddev") - changing("mean")
-    return [parameter for parameter in parameters if id(parameter) in chosen]
+    changing: dict[str, set[int]] = {"stddev": set(), "mean": set()}
+    for minibatch in islice(minibatches, 20):  # not every one has a rare modality
+        minibatch = minibatch.to(parameters[0].device)
+        with torch.enable_grad(), without_penalties(guide), AtMean():
+            sites = [site["fn"] for _, site, _ in cell_sites(trace(guide, minibatch), minibatch)]
+        for moment, found in changing.items():
+            values = [getattr(fn, moment) for fn in sites if not isinstance(fn, dist.Delta)]
+            values = [value.sum() for value in values if value.requires_grad]
+            if values:
+                slopes = torch.autograd.grad(values, parameters, retain_graph=True, allow_unused=True)
+                found |= {id(p) for p, slope in zip(parameters, slopes, strict=True) if slope is not None}
+    return [p for p in parameters if id(p) in changing["stddev"] - changing["mean"]]
 
 
 def _penalties(guide: Any, minibatch: Minibatch) -> Tensor:
