@@ -96,12 +96,12 @@ def calibration_report(
     rows = {}
     for of, found in ranks.items():
         patterns = mosaic.patterns.loc[names].rename("cells") if of == "latent" else None
-        table = found.coverage((0.5, 0.9), by=patterns)
-        for key, part in table.groupby(level=[name for name in table.index.names if name != "level"], sort=False):
-            variable, group = key if of == "latent" else (key[0] if isinstance(key, tuple) else key, "all")
-            rows[of, variable, group] = (*part["randomised"], part["n"].iloc[0])
+        half, most = (found.coverage((level,), by=patterns) for level in (0.5, 0.9))
+        shares = half["randomised"], most["randomised"], most["n"]
+        for (variable, *group, _), *found_there in zip(half.index, *shares, strict=True):
+            rows[of, variable, *(group or ["all"])] = found_there
     for name, outside, n in check.overall[["outside", "n"]].itertuples():
-        rows["data", *name] = (np.nan, 1 - outside, n)
+        rows["data", *name] = [np.nan, 1 - outside, n]
     index_of = pd.MultiIndex.from_tuples(list(rows), names=["question", "variable", "cells"])
     table = pd.DataFrame(list(rows.values()), index_of, ["inside_50", "inside_90", "n"]).astype({"n": int})
     return CalibrationReport(table, **ranks, predictive=check)
