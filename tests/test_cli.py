@@ -560,7 +560,8 @@ def test_signals_leave_a_model_and_a_true_exit_code(folder, number, code):
         f"interrupted after {done} of 100000 epochs. The model, trained for {done} epoch{'s' * (done > 1)}, is in "
         f"{kept.name}. To go on from run, run the same command with --resume"
     )
-    assert done - len(newest("run")[1]["run"]["rows"]) in (0, 1)  # it may come between an epoch's end and its checkpoint
+    # The signal may come between the end of an epoch and its checkpoint.
+    assert done - len(newest("run")[1]["run"]["rows"]) in (0, 1)
     assert sorted(p.name for p in folder.iterdir()) == ["data.h5mu", kept.name, "run"]
 
 
