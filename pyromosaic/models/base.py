@@ -66,8 +66,9 @@ class TrainedModel:
     model: Program
     guide: Program
     options: dict[str, Any]
-    #: The sleep phase after training: its number of steps, and whether it may change the means of posteriors.
-    sleep_phase: ClassVar[tuple[int, bool]] = (100, False)
+    #: The sleep phase after training: its number of steps by default, and whether it may change means of posteriors.
+    sleep_steps: ClassVar[int] = 100
+    sleep_means: ClassVar[bool] = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Record the options of the outermost constructor (e.g. of a subclass), to rebuild the model from them."""
@@ -307,7 +308,7 @@ class TrainedModel:
             "seed": seed,
             "validation": validation,
             "test": test,
-            "sleep_steps": self.sleep_phase[0] if sleep_steps is None else sleep_steps,
+            "sleep_steps": self.sleep_steps if sleep_steps is None else sleep_steps,
             **_of_data(mosaic),
             **{f"{name} cells": torch.from_numpy(cells) for name, cells in vars(parts).items()},
         }
@@ -334,8 +335,9 @@ class TrainedModel:
                     )
                     again = self.loader(mosaic, parts.train, batch_size, seed)
                     n_steps = min(settings["sleep_steps"], len(rows) * len(train))
-                    means = self.sleep_phase[1]
-                    losses = sleep(self.model, self.guide, again, n_steps, means=means, seed=seed, progress_bar=bar)
+                    losses = sleep(
+                        self.model, self.guide, again, n_steps, means=self.sleep_means, seed=seed, progress_bar=bar
+                    )
                     if len(losses):
                         rows[-1] |= {"sleep_before": losses[:10].mean(), "sleep_after": losses[-10:].mean()}
             except (Exception, KeyboardInterrupt) as error:

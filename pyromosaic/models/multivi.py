@@ -231,7 +231,7 @@ class MultiVI(MosaicModel):
     Model: ClassVar[type[MultiVIModel]] = MultiVIModel
     Guide: ClassVar[type[MultiVIGuide]] = MultiVIGuide
     presets: ClassVar[Mapping[str, Preset]] = MappingProxyType({"paper": PAPER, "calibrated": CALIBRATED})
-    sleep_phase = (200, True)
+    sleep_steps, sleep_means = 200, True
 
     @checked
     def __init__(
