@@ -478,7 +478,8 @@ def files(options: argparse.Namespace) -> Counter:
 
 # Mosaics
 
-LIKELIHOODS = ("nb", "zinb", "nb_mixture", "multinomial", "bernoulli", "normal", "log1p_normal", "ziln", "zig")
+COUNTED = ("nb", "zinb", "nb_mixture", "multinomial", "poisson", "bernoulli")
+LIKELIHOODS = (*COUNTED, "normal", "log1p_normal", "ziln", "zig")
 
 
 def random_data(rng: np.random.Generator, least: int) -> tuple[dict[str, Any], dict[str, str]]:
@@ -497,14 +498,12 @@ def random_data(rng: np.random.Generator, least: int) -> tuple[dict[str, Any], d
         cells = np.flatnonzero(rng.random(n) < rng.choice([0.3, 0.7, 1.0]))
         cells = cells if len(cells) > 1 else np.arange(2)
         shape, density = (len(cells), width), rng.choice([0.05, 0.3, 1.0])
-        if likelihood in LIKELIHOODS[:5]:
+        if likelihood in COUNTED:
             x = rng.negative_binomial(2, 1 / (1 + rng.gamma(1, 5, width)), shape).astype("float64")
         else:
             x = rng.normal(size=shape) if likelihood == "normal" else rng.gamma(2, 1, shape)
         x *= rng.random(shape) < density
-        x = x.astype(
-            rng.choice(["float32", "float64", "int32", "int64"] if likelihood in LIKELIHOODS[:5] else ["float32"])
-        )
+        x = x.astype(rng.choice(["float32", "float64", "int32", "int64"] if likelihood in COUNTED else ["float32"]))
         store = [np.asarray, sparse.csr_matrix, sparse.csc_matrix, sparse.csr_array][rng.integers(4)]
         var = pd.DataFrame(index=[f"m{i}f{j}" for j in range(width)])
         adatas[f"m{i}"], likelihoods[f"m{i}"] = anndata.AnnData(store(x), obs.iloc[cells].copy(), var), likelihood

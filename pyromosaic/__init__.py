@@ -3,10 +3,10 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from pyromosaic.data import ModalitySpec, Mosaic, hide, pbmc_mosaic, protein_gene_links, simulate, unpair
+    from pyromosaic.data import ModalitySpec, Mosaic, hide, pbmc_mosaic, protein_gene_links, read, simulate, unpair
     from pyromosaic.models import ContrastiveVI, DiagVI, MultiVI, ScModal
 
 # Imported when first used, so that `import pyromosaic` is quick.
@@ -20,6 +20,7 @@ _HOME = {
     "hide": "data",
     "pbmc_mosaic": "data",
     "protein_gene_links": "data",
+    "read": "data",
     "simulate": "data",
     "unpair": "data",
 }
@@ -56,6 +57,7 @@ __all__ = [
     "hide",
     "pbmc_mosaic",
     "protein_gene_links",
+    "read",
     "simulate",
     "unpair",
 ]

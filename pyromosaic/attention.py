@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from pyromosaic.accepted import Rate, Whole, Width, checked
 from pyromosaic.data import ModalitySchema
-from pyromosaic.nn import Encoder
+from pyromosaic.nn import Covariance, Encoder
 
 
 class AttentionEncoder(Encoder):
@@ -25,6 +25,8 @@ class AttentionEncoder(Encoder):
         As in `pyromosaic.nn.Encoder`.
     n_tokens
         Number of tokens.
+    covariance
+        As in `pyromosaic.nn.Encoder`.
     """
 
     @checked
@@ -37,8 +39,9 @@ class AttentionEncoder(Encoder):
         dropout: Rate = 0.1,
         covariates: bool = True,
         n_tokens: Width = 8,
+        covariance: Covariance = "diagonal",
     ) -> None:
-        super().__init__(schema, n_latent, n_hidden, 0, dropout, covariates)
+        super().__init__(schema, n_latent, n_hidden, 0, dropout, covariates, covariance=covariance)
         n_inputs = schema.n_features + covariates * schema.n_covariates
         self.hidden = nn.Sequential(
             nn.Linear(n_inputs, n_tokens * n_hidden),

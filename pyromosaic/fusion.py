@@ -56,12 +56,13 @@ class FusedWidth(nn.Module):
         self.tenth_of_log = nn.Parameter(torch.zeros(n_modalities - 1)) if n_modalities > 1 else None
 
     def forward(self, scale: Tensor, used: Tensor) -> Tensor:
-        """Standard deviation of every cell of the minibatch, shape (B, latent).
+        """Standard deviation of every cell of the minibatch, or Cholesky factor, in the shape of `scale`.
 
         Parameters
         ----------
         scale
-            Standard deviation by the rule of the fusion, shape (B, latent).
+            Standard deviation by the rule of the fusion, shape (B, latent), or a Cholesky factor of the covariance,
+            shape (B, latent, latent).
         used
             Whether a modality is used in a cell, shape (B, modalities), 0 or 1.
         """
@@ -69,11 +70,14 @@ class FusedWidth(nn.Module):
             return scale
         # Adam's steps have one size; a single number has further to go than a weight of a network.
         factors = torch.cat([self.tenth_of_log.new_ones(1), (10 * self.tenth_of_log).exp()])
-        return scale * factors[(used > 0).sum(-1) - 1].unsqueeze(-1)
+        return scale * factors[(used > 0).sum(-1) - 1].reshape(-1, *[1] * (scale.dim() - 1))
 
 
 class Fusion(nn.Module):
-    """Base class of fusions; a subclass defines `forward`, and `posterior` if it is not normal.
+    """Base class of fusions.
+
+    A subclass defines `forward`, `correlated` if it takes posteriors whose dimensions are correlated, and `posterior`
+    if it is not normal.
 
     Parameters
     ----------
@@ -102,12 +106,28 @@ class Fusion(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} does not define forward()")
 
+    def correlated(
+        self, posteriors: Mapping[str, Posterior], used: Tensor, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean, shape (B, latent), and covariance, shape (B, latent, latent); arguments as in `forward`."""
+        raise TypeError(f"{type(self).__name__} takes posteriors with independent dimensions only; see correlated()")
+
     def posterior(
         self, posteriors: Mapping[str, Posterior], used: Tensor, index: Tensor | None = None
     ) -> dist.TorchDistribution:
         """Posterior of every cell of the minibatch, batch shape (B, 1), event shape (latent,)."""
-        loc, scale = self.moments(posteriors, used, index, self.width)
-        return dist.Normal(loc.unsqueeze(-2), scale.unsqueeze(-2)).to_event(1)
+        return self.normal(posteriors, used, index)
+
+    def normal(
+        self, posteriors: Mapping[str, Posterior], used: Tensor, index: Tensor | None = None
+    ) -> dist.TorchDistribution:
+        """The normal distribution with the mean and the (co)variance of the fusion, and the learnt width."""
+        if all(q.factor is None for q in posteriors.values()):
+            loc, scale = self.moments(posteriors, used, index, self.width)
+            return dist.Normal(loc.unsqueeze(-2), scale.unsqueeze(-2)).to_event(1)
+        loc, covariance = self.correlated(posteriors, used, index)
+        scale_tril = self.width(torch.linalg.cholesky(covariance), used)
+        return dist.MultivariateNormal(loc.unsqueeze(-2), scale_tril=scale_tril.unsqueeze(-3))
 
     def moments(
         self, posteriors: Mapping[str, Posterior], used: Tensor, index: Tensor | None, width: FusedWidth
@@ -144,6 +164,16 @@ class MeanFusion(Fusion):
         variance = placed([(q.rows, (w[q.rows].unsqueeze(-1) * q.scale).square()) for w, q in qs], len(used))
         total = weights.sum(-1, keepdim=True)
         return loc / total, variance.sqrt() / total
+
+    def correlated(
+        self, posteriors: Mapping[str, Posterior], used: Tensor, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and covariance, ``sum(w^2 S) / sum(w)^2`` of covariances S; see `Fusion.correlated`."""
+        weights = self.weights(posteriors, used, index)
+        total = weights.sum(-1, keepdim=True)
+        qs = list(zip((weights / total).unbind(-1), posteriors.values(), strict=True))
+        loc = placed([(q.rows, w[q.rows].unsqueeze(-1) * q.loc) for w, q in qs], len(used))
+        return loc, _placed([(q.rows, w[q.rows].square(), q.covariance) for w, q in qs], len(used))
 
 
 class GlobalFusion(MeanFusion):
@@ -241,6 +271,19 @@ class ProductFusion(Fusion):
         precision = 1 + placed([(q.rows, p) for q, p in qs], len(used))
         return placed([(q.rows, p * q.loc) for q, p in qs], len(used)) / precision, precision.rsqrt()
 
+    def correlated(
+        self, posteriors: Mapping[str, Posterior], used: Tensor, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and covariance, where precision matrices take the place of precisions; see `Fusion.correlated`."""
+        qs = [
+            (q, w[q.rows], torch.cholesky_inverse(q.scale_tril))
+            for w, q in zip(used.unbind(-1), posteriors.values(), strict=True)
+        ]
+        precision = _placed([(q.rows, w, p) for q, w, p in qs], len(used))
+        covariance = torch.linalg.inv(precision + torch.eye(precision.shape[-1]).to(precision))
+        shift = placed([(q.rows, w.unsqueeze(-1) * (p @ q.loc.unsqueeze(-1)).squeeze(-1)) for q, w, p in qs], len(used))
+        return (covariance @ shift.unsqueeze(-1)).squeeze(-1), covariance
+
 
 class MixtureFusion(Fusion):
     """Mixture of experts: the modalities' normal posteriors with equal weights (Shi et al. 2019).
@@ -261,14 +304,31 @@ class MixtureFusion(Fusion):
         q = self.posterior(posteriors, used, index)
         return q.mean.squeeze(-2), q.stddev.squeeze(-2)
 
+    def correlated(
+        self, posteriors: Mapping[str, Posterior], used: Tensor, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of the mixture; see `Fusion.correlated`."""
+        qs = list(zip((used / used.sum(-1, keepdim=True)).unbind(-1), posteriors.values(), strict=True))
+        loc = placed([(q.rows, w[q.rows].unsqueeze(-1) * q.loc) for w, q in qs], len(used))
+        away = [q.loc - loc[q.rows] for _, q in qs]
+        parts = [(q.rows, w[q.rows], q.covariance + _outer(a)) for (w, q), a in zip(qs, away, strict=True)]
+        return loc, _placed(parts, len(used))
+
     def posterior(
         self, posteriors: Mapping[str, Posterior], used: Tensor, index: Tensor | None = None
     ) -> dist.TorchDistribution:
         """Mixture of every cell; see `Fusion.posterior`."""
         n = len(used)
-        loc = torch.stack([placed([(q.rows, q.loc)], n) for q in posteriors.values()], dim=-2)
-        scale = torch.stack([placed([(q.rows, q.scale - 1)], n) + 1 for q in posteriors.values()], dim=-2)
-        experts = dist.Normal(loc.unsqueeze(1), scale.unsqueeze(1)).to_event(1)  # absent modalities have weight 0
+        loc = torch.stack([placed([(q.rows, q.loc)], n) for q in posteriors.values()], dim=-2).unsqueeze(1)
+        experts: dist.TorchDistribution  # absent modalities have weight 0
+        if all(q.factor is None for q in posteriors.values()):
+            scale = torch.stack([placed([(q.rows, q.scale - 1)], n) + 1 for q in posteriors.values()], dim=-2)
+            experts = dist.Normal(loc, scale.unsqueeze(1)).to_event(1)
+        else:
+            one = torch.eye(loc.shape[-1]).to(loc)
+            each = [placed([(q.rows, (q.scale_tril - one).flatten(1))], n) for q in posteriors.values()]
+            factors = torch.stack(each, dim=-2).unflatten(-1, one.shape) + one
+            experts = dist.MultivariateNormal(loc, scale_tril=factors.unsqueeze(1))
         return ExpertMixture(dist.Categorical(logits=used.log().unsqueeze(1)), experts)
 
 
@@ -336,6 +396,17 @@ def fusion_of(fusion: str | Fusion, modalities: Sequence[str]) -> Fusion:
     if not isinstance(fusion, str) or fusion not in FUSIONS:
         raise ValueError(f"fusion must be a Fusion or one of {', '.join(map(repr, FUSIONS))}; found {fusion!r}")
     return FUSIONS[fusion](modalities)
+
+
+def _placed(parts: Iterable[tuple[Tensor, Tensor, Tensor]], n_cells: int) -> Tensor:
+    """Weighted sum of matrices over parts (rows, weights, matrices), as in `placed`; shape (n_cells, width, width)."""
+    parts = list(parts)
+    total = placed([(rows, (w[:, None, None] * matrices).flatten(1)) for rows, w, matrices in parts], n_cells)
+    return total.unflatten(-1, parts[0][2].shape[1:])
+
+
+def _outer(x: Tensor) -> Tensor:
+    return x.unsqueeze(-1) * x.unsqueeze(-2)
 
 
 def _hashes(names: pd.Index) -> np.ndarray:

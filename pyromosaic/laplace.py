@@ -27,14 +27,22 @@ class UncertainLinear(nn.Linear):
     Decoded with the drawn weights themselves, layer after layer, effects shrink towards 0.
 
     To include a decoder that you wrote, use such layers, with a bias, instead of `torch.nn.Linear`.
+
+    Parameters
+    ----------
+    in_features, out_features
+        Width of inputs and outputs.
+    last
+        Whether the outputs are those of the decoder: then value and derivative are added at once, which is faster.
     """
 
     products: Tensor
     information: Tensor
     precision: Tensor
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, last: bool = False) -> None:
         super().__init__(in_features, out_features)
+        self.last = last
         self.register_buffer("products", torch.zeros(in_features + 1, in_features + 1))
         self.register_buffer("information", torch.zeros(out_features))
         self.register_buffer("precision", torch.tensor(torch.inf))  # sure, as long as nothing was learnt
@@ -58,8 +66,33 @@ class UncertainLinear(nn.Linear):
         """Outputs, shape (..., out), of inputs of shape (..., in); with a draw, a dual number (see `weights_set`)."""
         if self.drawn is None:
             return super().forward(x)
+        if self.last:
+            value, slope = forward_ad.unpack_dual(x)
+            return self.moved(value, slope, self.drawn)
         trained = self.weight.detach(), self.bias.detach()
         return linear(x, *map(forward_ad.make_dual, trained, self.drawn))
+
+    def moved(
+        self, x: Tensor, slope: Tensor | None, drawn: tuple[Tensor, Tensor] | None, columns: Any = slice(None)
+    ) -> Tensor:
+        """Outputs plus their derivative in the direction of a draw.
+
+        Parameters
+        ----------
+        x, slope
+            Inputs, and their derivative in that direction; None for 0.
+        drawn
+            Deviations of weights and bias, from `draw`; None for none.
+        columns
+            The outputs to compute.
+        """
+        weight, bias = self.weight.detach()[columns], self.bias.detach()[columns]
+        if drawn is None:
+            return linear(x, weight, bias)
+        bias = bias + drawn[1][columns]
+        y = linear(x if slope is None else x + slope, weight, bias)
+        y.flatten(0, -2).addmm_(x.flatten(0, -2), drawn[0][columns].T)
+        return y
 
 
 def _layers(module: nn.Module) -> list[UncertainLinear]:

@@ -14,9 +14,11 @@ import torch
 from pyro import distributions as dist
 from pyro import poutine
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from pyromosaic.accepted import Weight, checked
 from pyromosaic.data import Minibatch, Traits, View
+from pyromosaic.data.minibatch import across_batches
 from pyromosaic.posterior import Posterior, alone
 from pyromosaic.program import Part, Slots, weighted
 
@@ -90,10 +92,12 @@ class Plates:
         return weighted(kl_weight * self.private_kl)
 
     @contextmanager
-    def features(self) -> Iterator[None]:
-        """Plate of the features (dim -1), inside that of the cells."""
+    def features(self, view: View | None = None) -> Iterator[None]:
+        """Plate of the features (dim -1), inside that of the cells; only what was measured in the view counts."""
+        partial = view is not None and view.counts is not None and view.measured is not None
         with scaled(self.likelihood_weight), pyro.plate(f"{self.name}_features", self.n_features, dim=-1):
-            yield
+            with poutine.mask(mask=view.measured) if partial and view is not None else nullcontext():
+                yield
 
 
 class Measurement(Part):
@@ -137,6 +141,7 @@ class Measurement(Part):
             )
         self.plates, self.n_private = plates, n_private
         self.size, self.decoder, self.likelihood = size, decoder, likelihood
+        self.held: list[tuple[Tensor, Tensor | None, View]] | None = None  # inside `held_back`
 
     def forward(self, z: Tensor, view: View, minibatch: Minibatch, kl_weight: float = 1.0, *context: Any) -> None:
         """Sites: ``<name>``, before it ``<name>_library`` or ``<name>_size``, ``z_<name>`` and those of the likelihood.
@@ -156,18 +161,24 @@ class Measurement(Part):
         """
         shared, own = z[..., view.rows, 0, :], None
         with self.plates.cells(minibatch):
-            view = view if self.size is None else self.size(shared, view)
+            view = view if self.size is None else self.size(shared, view, minibatch)
             if self.n_private:
                 prior = dist.Normal(shared.new_zeros(len(view.rows), 1, self.n_private), 1.0).to_event(1)
                 with self.plates.private(kl_weight):
                     own = pyro.sample(f"z_{self.plates.name}", prior)[..., 0, :]
+            if self.held is not None:
+                inputs = self.decoder.inputs(shared if own is None else torch.cat([shared, own], dim=-1), view)
+                value, slope = forward_ad.unpack_dual(inputs)
+                self.held.append((value, slope, view))
+                return
             predictors = self.predictors(shared, own, view, *context)
-            with self.plates.features():
+            with self.plates.features(view):
                 self.likelihood(self.plates.name, predictors, view, kl_weight)
 
     def predictors(self, z: Tensor, own: Tensor | None, view: View, *context: Any) -> dict[str, Tensor]:
         """Outputs of the decoder for the shared and the private latent variable, by predictor."""
-        decoded: dict[str, Tensor] = self.decoder(z if own is None else torch.cat([z, own], dim=-1), view)
+        latent = z if own is None else torch.cat([z, own], dim=-1)
+        decoded = across_batches(lambda view: self.decoder(latent, view), view, self.likelihood)
         lacking = [name for name in getattr(self.likelihood, "predictors", ()) if name not in decoded]
         if lacking:
             raise ValueError(
@@ -201,8 +212,9 @@ class MeasurementGuide(Part):
         Plates and weights of the modality, the same as in the `Measurement`.
     encoder
         Module that maps the `View` of the b cells with the modality to mean and standard deviation, each of shape
-        (b, n_latent + n_private): first of the shared latent variable, then of the private one. An example is
-        `pyromosaic.nn.Encoder`.
+        (b, n_latent + n_private): first of the shared latent variable, then of the private one. It may return the
+        Cholesky factor of the correlation matrix as well, of which the part of the shared variable is used. An example
+        is `pyromosaic.nn.Encoder`.
     n_latent, n_private
         Dimensions of the shared and of the private latent variable.
     decoder
@@ -235,14 +247,14 @@ class MeasurementGuide(Part):
 
     def encode(self, view: View) -> tuple[Posterior, Posterior]:
         """Posteriors of the shared and of the private latent variable given the modality alone."""
-        loc, scale = self._once(self.encoder, view)
+        loc, scale, *factor = self._once(self.encoder, view)
         if loc.shape[-1] < self.n_latent + self.n_private:
             raise ValueError(
                 f"the encoder of modality {self.plates.name!r} returns {loc.shape[-1]} dimensions; accepted: "
                 f"n_latent + n_private = {self.n_latent + self.n_private}"
             )
-        q = Posterior(view.rows, loc, scale)
-        return q.dimensions(slice(self.n_latent)), q.dimensions(slice(self.n_latent, None))
+        q = Posterior(view.rows, loc, scale, *factor)
+        return q.first(self.n_latent), q.after(self.n_latent)
 
     def forward(
         self, z: Tensor, view: View, minibatch: Minibatch, kl_weight: float = 1.0, private: Posterior | None = None
@@ -273,19 +285,20 @@ class MeasurementGuide(Part):
                 with self.plates.private(kl_weight):
                     latent = torch.cat([latent, pyro.sample(f"z_{name}", q)[..., 0, :]], dim=-1)
             if self.decoder is not None:
-                predictors, (likelihood,) = self.decoder(latent, view), self.owned_by_model
-                with self.plates.features():
+                (likelihood,) = self.owned_by_model
+                predictors = across_batches(lambda view: self.decoder(latent, view), view)
+                with self.plates.features(view):
                     likelihood.posterior(name, predictors, kl_weight)
 
-    def _once(self, network: nn.Module, view: View) -> tuple[Tensor, Tensor]:
+    def _once(self, network: nn.Module, view: View) -> tuple[Tensor, ...]:
         """Output of a network for a view, cached inside `encoded_once`."""
         if self.known is None:
-            encoding: tuple[Tensor, Tensor] = network(view)
+            encoding: tuple[Tensor, ...] = network(view)
             return encoding
         key = id(network), id(view)
         if key not in self.known:
             self.known[key] = network(view), view  # the view is kept, so that no other view gets its id
-        found: tuple[Tensor, Tensor] = self.known[key][0]
+        found: tuple[Tensor, ...] = self.known[key][0]
         return found
 
     def start(self, view: View, biases: Mapping[str, Tensor]) -> None:
@@ -298,6 +311,24 @@ class MeasurementGuide(Part):
             nn.init.constant_(self.size_encoder.log_variance.bias, -4.0)
         if self.decoder is not None and hasattr(self.decoder, "start"):
             self.decoder.start(biases)
+
+
+@contextmanager
+def held_back(part: Measurement) -> Iterator[list[tuple[Tensor, Tensor | None, View]]]:
+    """Context in which a modality makes no site; in its place, it leaves what its features are decoded from.
+
+    Yields
+    ------
+    list
+        For each run of the program: the inputs of the decoder's heads, their derivative in the direction of drawn
+        weights (see `pyromosaic.laplace`), and the view with the sizes of the cells.
+    """
+    held: list[tuple[Tensor, Tensor | None, View]] = []
+    part.held = held
+    try:
+        yield held
+    finally:
+        part.held = None
 
 
 @contextmanager

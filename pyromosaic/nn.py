@@ -1,19 +1,22 @@
 """Neural networks in plain torch, without probability."""
 
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributions import CorrCholeskyTransform
 
 from pyromosaic.accepted import Dimensions, Rate, Whole, Width, checked
 from pyromosaic.data import DataKind, ModalitySchema, View
-from pyromosaic.laplace import UncertainLinear
+from pyromosaic.laplace import UncertainLinear, Weights
 
 
 class Dropout(nn.Dropout):
-    """`torch.nn.Dropout` that uses 16 random bits per unit on the CPU, in a fifth of torch's time.
+    """`torch.nn.Dropout` that uses 16 random bits per unit on the CPU, from a fast generator with a seed by torch.
 
     The dropout rate is exact to 1 in 100,000.
     """
@@ -22,9 +25,9 @@ class Dropout(nn.Dropout):
         """Input x of any shape after dropout, scaled so that its expectation is x."""
         if not self.training or self.p in (0, 1) or x.device.type != "cpu":
             return super().forward(x)
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        kept = words.view(torch.int16)[: x.numel()].reshape(x.shape) >= round(2**16 * self.p) - 2**15
-        return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
+        words = np.random.SFC64(int(torch.randint(2**62, ()))).random_raw(-(-x.numel() // 4))
+        kept = words.view(np.uint16)[: x.numel()] >= round(2**16 * self.p)
+        return x * torch.from_numpy(kept).to(x.dtype).mul_(1 / (1 - self.p)).reshape(x.shape)
 
 
 def layers(
@@ -95,17 +98,20 @@ class InputScaling(nn.Module):
             return view.rates(x)
         if self.schema.spec.traits.binary:
             x = (x > 0).to(x.dtype)
-        return (x * (self.schema.library / view.library.clamp_min(1e-8))).log1p_()
+        factor = self.schema.library / view.library.clamp_min(1e-8)
+        return torch.addcmul(x.new_ones(()), x, factor).log_()
 
     def start(self, view: View) -> None:
         """Set mean and standard deviation from the cells of a view."""
         x = self.transform(view)
-        self.mean.copy_(x.mean(0))
-        self.sd.copy_(x.std(0).clamp_min(0.1 * x.std(0).mean().clamp_min(1e-6)))
+        self.mean.copy_(view.over_cells(x))
+        sd = view.spread(x)
+        self.sd.copy_(sd.clamp_min(0.1 * sd.mean().clamp_min(1e-6)))
 
     def forward(self, view: View) -> Tensor:
-        """Scaled measurements, shape (b, features)."""
-        return (self.transform(view) - self.mean).div_(self.sd)
+        """Scaled measurements, shape (b, features); 0, the mean, where a feature was not measured."""
+        scaled = (self.transform(view) - self.mean).div_(self.sd)
+        return scaled if view.measured is None else torch.where(view.measured, scaled, 0.0)
 
     def expected(self, mean: Tensor, view: View) -> Tensor:
         """Scaled values of expected measurements for cells of median size, shape (b, features)."""
@@ -121,8 +127,15 @@ class InputScaling(nn.Module):
         return x.expm1().clamp_min(0.0) * (view.library / self.schema.library)
 
 
+#: Covariance of a posterior: its dimensions are independent, or not.
+Covariance = Literal["diagonal", "full"]
+
+#: From the real line to the Cholesky factor of a correlation matrix.
+_to_factor = CorrCholeskyTransform()
+
+
 class Encoder(nn.Module):
-    """Map measurements of one modality to a diagonal normal posterior of the latent variable.
+    """Map measurements of one modality to a normal posterior of the latent variable.
 
     Parameters
     ----------
@@ -136,6 +149,9 @@ class Encoder(nn.Module):
         Dimension of a learnt embedding that replaces the covariates; 0 uses the covariates as they are.
     input_dropout
         Dropout rate on the inputs in training, scaled by ``1 - 250 / n_features``.
+    covariance
+        ``"diagonal"`` for independent latent dimensions, or ``"full"``: then a further layer gives their correlations,
+        which start at 0.
     """
 
     @checked
@@ -149,35 +165,85 @@ class Encoder(nn.Module):
         covariates: bool = True,
         embedding: Dimensions = 0,
         input_dropout: Rate = 0.0,
+        covariance: Covariance = "diagonal",
     ) -> None:
         super().__init__()
         self.scaling = InputScaling(schema)
+        # what stands for a feature that was not measured, on the scale of the inputs
+        self.missing = None if schema.panels is None else nn.Parameter(torch.zeros(schema.n_features))
         self.unseen = Dropout(input_dropout * max(0.0, 1 - 250 / schema.n_features))
         self.embed, width = embed(schema, embedding if covariates else 0)
         self.covariates = covariates and width > 0
         self.hidden = layers(schema.n_features + covariates * width, n_hidden, n_layers, dropout)
         self.loc = nn.Linear(n_hidden, n_latent)
         self.log_variance = nn.Linear(n_hidden, n_latent)
+        self.correlation = None
+        if covariance == "full" and n_latent > 1:
+            self.correlation = nn.Linear(n_hidden, n_latent * (n_latent - 1) // 2)
+            nn.init.zeros_(self.correlation.weight)
+            nn.init.zeros_(self.correlation.bias)
 
     def start(self, view: View) -> None:
         """Learn the input scaling from the cells of a view."""
         self.scaling.start(view)
 
-    def forward(self, view: View) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the posterior, each of shape (b, latent)."""
+    def forward(self, view: View) -> tuple[Tensor, ...]:
+        """Mean and standard deviation of the posterior, each of shape (b, latent).
+
+        With full covariance also the lower Cholesky factor of the correlation matrix, shape (b, latent, latent).
+        """
         return self.posterior(self.seen(view), view)
 
     def seen(self, view: View) -> Tensor:
-        """Scaled measurements, shape (b, features), with dropout in training."""
-        seen: Tensor = self.unseen(self.scaling(view))
+        """Scaled measurements, shape (b, features), with dropout in training.
+
+        If the training data have panels, a value for each feature is learnt, which replaces it where it was not
+        measured; otherwise its mean does.
+        """
+        x: Tensor = self.scaling(view)
+        if view.measured is not None and self.missing is not None:
+            x = torch.where(view.measured, x, self.missing)
+        seen: Tensor = self.unseen(x)
         return seen
 
-    def posterior(self, x: Tensor, view: View) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation given the input after scaling and dropout."""
+    def posterior(self, x: Tensor, view: View) -> tuple[Tensor, ...]:
+        """The same, given the input after scaling and dropout."""
         if self.covariates:
             x = torch.cat([x, self.embed(view.design())], dim=-1)
         hidden = self.hidden(x)
-        return self.loc(hidden), torch.exp(0.5 * self.log_variance(hidden).clamp(-20.0, 20.0))
+        moments = self.loc(hidden), torch.exp(0.5 * self.log_variance(hidden).clamp(-20.0, 20.0))
+        return moments if self.correlation is None else (*moments, _to_factor(self.correlation(hidden)))
+
+
+def encoder_of(
+    encoder: Callable[..., nn.Module] | None, covariance: Covariance, default: type[Encoder] = Encoder, **options: Any
+) -> Callable[..., nn.Module]:
+    """The class or function that makes a model's encoders: the given one, or the default with these options.
+
+    Parameters
+    ----------
+    encoder
+        A user's encoder, or None.
+    covariance
+        Of posteriors, as in `Encoder`.
+    default
+        The encoder to use if none is given.
+    **options
+        Arguments of the default that come after the shape of the network.
+
+    Raises
+    ------
+    ValueError
+        If a full covariance is asked of a given encoder.
+    """
+    if encoder is None:
+        return partial(default, covariance=covariance, **options)
+    if covariance == "full":
+        raise ValueError(
+            "covariance='full' is for the encoders of this package; let your encoder return the Cholesky factor of the "
+            "correlation matrix after mean and standard deviation, and leave covariance out"
+        )
+    return encoder
 
 
 def embed(schema: ModalitySchema, width: int) -> tuple[nn.Module, int]:
@@ -218,7 +284,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed, width = embed(schema, embedding)
         self.hidden = layers(n_latent + width, n_hidden, n_layers, dropout, UncertainLinear)
-        heads = {name: UncertainLinear(n_hidden + width, schema.n_features) for name in predictors}
+        heads = {name: UncertainLinear(n_hidden + width, schema.n_features, last=True) for name in predictors}
         self.heads: Any = nn.ModuleDict(heads)
 
     def start(self, biases: Mapping[str, Tensor]) -> None:
@@ -229,10 +295,22 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor, view: View) -> dict[str, Tensor]:
         """Predictors by name, each of shape (..., b, features), for z of shape (..., b, latent)."""
+        inputs = self.inputs(z, view)
+        return {name: head(inputs) for name, head in self.heads.items()}
+
+    def outputs(
+        self, inputs: Tensor, slope: Tensor | None, drawn: Weights | None, columns: slice | Tensor
+    ) -> dict[str, Tensor]:
+        """Predictors of some features, from the inputs of the heads; see `pyromosaic.laplace.UncertainLinear.moved`."""
+        of_heads = [None] * len(self.heads) if drawn is None else drawn[len(drawn) - len(self.heads) :]
+        heads = zip(self.heads.items(), of_heads, strict=True)
+        return {name: head.moved(inputs, slope, deviation, columns) for (name, head), deviation in heads}
+
+    def inputs(self, z: Tensor, view: View) -> Tensor:
+        """What the heads see, the last hidden layer and the covariates, shape (..., b, n_hidden + covariates)."""
         design = self.embed(view.design()).expand(*z.shape[:-1], -1)
         hidden = self.hidden(torch.cat([z, design], dim=-1))
-        hidden = torch.cat([hidden, design], dim=-1)
-        return {name: head(hidden) for name, head in self.heads.items()}
+        return torch.cat([hidden, design], dim=-1)
 
 
 class _UnitColumns(nn.Module):

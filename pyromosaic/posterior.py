@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass
 class Posterior:
-    """Diagonal normal posterior of the latent variable given one modality.
+    """Normal posterior of the latent variable given one modality.
 
     Parameters
     ----------
@@ -18,19 +18,38 @@ class Posterior:
         Positions in the minibatch of the b cells that have the modality, shape (b,).
     loc, scale
         Mean and standard deviation, shape (b, latent).
+    factor
+        Lower Cholesky factor of the correlation matrix, shape (b, latent, latent); None for independent dimensions.
     """
 
     rows: Tensor
     loc: Tensor
     scale: Tensor
+    factor: Tensor | None = None
 
-    def dimensions(self, which: slice) -> "Posterior":
-        """The posterior of some of the latent dimensions."""
-        return Posterior(self.rows, self.loc[:, which], self.scale[:, which])
+    def first(self, n: int) -> "Posterior":
+        """The posterior of the first latent dimensions."""
+        factor = None if self.factor is None else self.factor[:, :n, :n]
+        return Posterior(self.rows, self.loc[:, :n], self.scale[:, :n], factor)
+
+    def after(self, n: int) -> "Posterior":
+        """The posterior of the dimensions after the first `n`, as if they were independent."""
+        return Posterior(self.rows, self.loc[:, n:], self.scale[:, n:])
 
     def of(self, cells: Tensor | slice) -> "Posterior":
         """The posterior in some of the cells."""
-        return Posterior(self.rows[cells], self.loc[cells], self.scale[cells])
+        factor = None if self.factor is None else self.factor[cells]
+        return Posterior(self.rows[cells], self.loc[cells], self.scale[cells], factor)
+
+    @property
+    def scale_tril(self) -> Tensor:
+        """Lower Cholesky factor of the covariance, shape (b, latent, latent)."""
+        return torch.diag_embed(self.scale) if self.factor is None else self.scale.unsqueeze(-1) * self.factor
+
+    @property
+    def covariance(self) -> Tensor:
+        """Covariance, shape (b, latent, latent)."""
+        return self.scale_tril @ self.scale_tril.mT
 
     @classmethod
     def whole(cls, joint: dist.TorchDistribution) -> "Posterior":

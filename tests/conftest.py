@@ -1,8 +1,10 @@
+import gzip
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import anndata
+import mudata
 import numpy as np
 import pandas as pd
 import pyro
@@ -11,7 +13,9 @@ import torch
 from filelock import FileLock
 from mudata import MuData
 from scipy import sparse
+from scipy.io import mmwrite
 
+from pyromosaic.data.tables import kept_apart
 from pyromosaic.models import MosaicModel
 
 # Tests run in several processes: threads beside them, in a notebook's kernel too, would only get in each other's way.
@@ -70,6 +74,23 @@ def shared_data():
     if not path.exists():
         pytest.skip("the development data are not here")
     return path
+
+
+@pytest.fixture
+def geo_files(shared_data, tmp_path, monkeypatch):
+    """SNARE-seq as GEO has it, a quarter of the nuclei, where pooch looks before it downloads."""
+    pytest.importorskip("pooch", reason="it comes with the extra 'test'")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "pyromosaic"
+    folder.mkdir()
+    with kept_apart():
+        nuclei = mudata.read_h5mu(shared_data / "snare_cortex.h5mu")[::4]
+    for assay, features, name in (("cDNA", "genes", "rna"), ("chromatin", "peaks", "atac")):
+        names = {features: nuclei[name].var_names, "barcodes": nuclei[name].obs_names}
+        for part, index in names.items():
+            pd.Series(index).to_csv(folder / f"snare_{assay}.{part}.tsv.gz", header=False, index=False)
+        with gzip.open(folder / f"snare_{assay}.counts.mtx.gz", "wb", compresslevel=1) as file:
+            mmwrite(file, nuclei[name].X.T.tocoo().astype(int))
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Small data that users could have, for the tests of what registration and questions take."""
 
+import warnings
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -12,6 +14,14 @@ def make(cells, n_features=3, prefix="f", **obs):
     counts = 1 + np.random.default_rng(0).poisson(5, (len(cells), n_features)).astype(np.float32)
     var = pd.DataFrame(index=[f"{prefix}{i}" for i in range(n_features)])
     return anndata.AnnData(counts, pd.DataFrame(obs, index=pd.Index(cells, dtype=object)), var)
+
+
+def warned(call):
+    """What a call returns, and the texts of the warnings that are for users."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        returned = call()
+    return returned, [str(w.message) for w in caught if w.category is UserWarning]
 
 
 def names(n, prefix="c"):

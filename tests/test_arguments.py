@@ -29,6 +29,7 @@ from pyromosaic import (
     linkage,
     metrics,
     nn,
+    read,
     simulate,
     unpair,
 )
@@ -138,6 +139,11 @@ def calls(mdata, mosaic, graph, tmp_path_factory):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return all_calls(mdata, mosaic, graph, tmp_path_factory.mktemp("saved"))
+
+
+def _written(mdata: Any, path: Path) -> Path:
+    mdata.write(path)
+    return path
 
 
 def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) -> dict[str, Call]:
@@ -275,6 +281,7 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
         "cells": [0, 1],
         "n_neighbors": 2,
     }
+    full = Elsewhere("test_every_model_takes_it")
     blocks = Elsewhere("test_copies_may_come_in_any_order_dtype_place_and_block")
     found = {
         "MultiVI": Call(
@@ -283,14 +290,19 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
             common
             | {"data": part, "n_decoder_layers": 2, "input_dropout": 0.0, "covariate_embedding": 2, "library": "latent"}
             | {"fusion": "product", "n_private": 2, "private_kl": 5.0, "jeffreys": 5.0, "mmd": 0.0, "adversary": 5.0}
-            | {"left_out": 0.9},
+            | {"left_out": 0.9, "covariance": Elsewhere("test_multivi_trains_and_is_saved")}
+            | {
+                "graph": Elsewhere("test_links_stand_in_for_pairs"),
+                "linkage": Elsewhere("test_few_pairs_suffice_and_many_lose_nothing"),
+                "pull": Elsewhere("test_most_of_the_pull_fades_in_the_warm_up"),
+            },
             lambda **o: loss(MultiVI(**o)),
         ),
         "ContrastiveVI": Call(
             ContrastiveVI,
             {"data": cohorts} | small,
             common
-            | {"penalties": [CohortMMD(7.0)]}
+            | {"penalties": [CohortMMD(7.0)], "covariance": full}
             | {
                 "data": Elsewhere("test_cells_of_neither_cohort_take_no_part"),
                 "n_salient": 4,
@@ -305,7 +317,7 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
             DiagVI,
             {"data": mosaic} | linking,
             common
-            | {"decoder": Doubled}
+            | {"decoder": Doubled, "covariance": full}
             | {
                 "data": part,
                 "graph": None,
@@ -329,6 +341,7 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
             {"data": mosaic} | linking,
             common
             | {"data": part, "graph": With(None, {"linkage": "features"}), "n_private": 2, "private_kl": 5.0}
+            | {"covariance": full}
             | {
                 "deterministic": With(True, {"n_private": 0}),
                 "pairs": Elsewhere("test_three_modalities_form_a_chain_or_all_pairs"),
@@ -407,7 +420,7 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
             {"modality": "adt"}
             | answers
             | {"encode": With(["rna"], {"cells": mosaic.modalities["rna"].present})}
-            | {"quantiles": (0.5,), "seed": 1},
+            | {"quantiles": (0.5,), "seed": 1, "out": Elsewhere("test_a_file_holds_what_is_returned_without_one")},
         ),
         "posterior_predictive_sample": Call(
             model.posterior_predictive_sample,
@@ -552,7 +565,8 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
             }
             | {"start": With("diagonal", {"held_out": 0.0}), "rounds": With(1, {"held_out": 0.0}), "held_out": 0.6}
             | {"link_share": 0.1, "n_components": 1, "n_pcs": 4, "n_neighbors": 3, "ridge": 0.9, "n_metacells": 8}
-            | {"correspondence": Elsewhere("test_known_pairs_and_labels_are_given_from_outside"), "seed": 1},
+            | {"correspondence": Elsewhere("test_known_pairs_and_labels_are_given_from_outside"), "seed": 1}
+            | dict.fromkeys(("pairs", "population"), Elsewhere("test_pairs_a_population_and_links_are_known")),
         ),
         "variational_cca": Call(
             linkage.variational_cca,
@@ -744,6 +758,16 @@ def all_calls(mdata: Any, mosaic: Mosaic, graph: GuidanceGraph, folder: Path) ->
             unpair,
             {"mdata": mdata[0], "share": 0.5},
             {"mdata": Elsewhere("test_unpaired_cells_stand_once_for_each_modality"), "share": 0.9, "seed": 1},
+        ),
+        "read": Call(
+            read,
+            {"path": _written(mdata[0], folder / "whole.h5mu")},
+            {
+                "path": _written(mdata[0][:20].copy(), folder / "part.h5mu"),
+                "modality": Elsewhere("test_data_that_do_not_say_their_features"),
+                "genome": Elsewhere("test_several_genomes"),
+            },
+            lambda **o: [part.shape for part in read(**o).mod.values()],
         ),
         "hide": Call(
             hide,

@@ -42,9 +42,13 @@ def model(folder):
 def test_every_command_on_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train = MosaicModel.train
-    monkeypatch.setattr(MosaicModel, "train", lambda model, n_epochs=150, **o: train(model, min(n_epochs, 2), **o))
+    monkeypatch.setattr(
+        MosaicModel, "train", lambda model, n_epochs=None, **o: train(model, min(n_epochs or 2, 2), **o)
+    )
     page = (ROOT / "docs" / "how_to" / "command_line.md").read_text()
     lines = [line for block in COMMANDS.findall(page) for line in block.replace("\\\n", " ").splitlines() if line]
+    for name, text in re.findall(r"^```toml\n# (\S+)\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        (tmp_path / name).write_text(text)
     used = set()
     for line in lines:
         name, command, *words = shlex.split(line)
@@ -55,8 +59,11 @@ def test_every_command_on_the_page_runs(tmp_path, monkeypatch):
     assert named == {command.name or command.callback.__name__ for command in cli.app.registered_commands}
     assert used == named - {"demo"}  # which has a test of its own
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("try.h5mu", "result.h5mu", "mapped.h5mu", "model", "all.csv", "two.csv")
+        *("try.h5mu", "result.h5mu", "mapped.h5mu", "model", "metrics.json", "all.csv", "two.csv", "apart.h5mu"),
+        *("links.csv", "aligned.h5mu", "aligned", "linked.h5mu", "candidates.csv", "treated.h5mu", "contrasted.h5mu"),
+        *("effects.csv", "some.h5mu", "run.toml", "short.h5mu", "linkage", "scored.h5mu", "open.h5mu", "opened.h5mu"),
     }
+    assert not [name for name in mudata.read_h5mu("short.h5mu").mod if name.endswith("_imputed")]
 
 
 def test_simulated_data(folder):
@@ -157,12 +164,10 @@ def test_other_models_and_folders(folder, model):
     graph = links.GuidanceGraph.from_table(model.mosaic, table)
     DiagVI(Mosaic.from_mudata(mudata.read_h5mu("data.h5mu")), graph, linkage=None).save("linked")
     run("differential", "linked", "data.h5mu", "--groupby", "celltype", "--out", "linked.csv")
-    said = run("query", "linked", "data.h5mu", "--out", "o.h5mu", code=2).stderr
-    assert said == "error: linked holds a model of class DiagVI; this command takes MultiVI\n"
     said = run("query", "nowhere", "data.h5mu", "--out", "o.h5mu", code=2).stderr
     assert said.startswith("error: nowhere does not hold a saved model: ")
     said = run("query", "model", "data.h5mu", "--out", "data.h5mu", "--overwrite", code=2).stderr
-    assert said == "error: the output data.h5mu is the input; give another name\n"
+    assert said == "error: --out data.h5mu is the input or another output; give another name\n"
     said = run("query", "model", "data.h5mu", "--out", "model", code=2).stderr
-    assert said == "error: the output must be a file that ends in .h5mu; found model\n"
+    assert said == "error: --out needs a file that ends in .h5mu; found model\n"
     assert not list(folder.glob("*.part")) and not (folder / "o.h5mu").exists()

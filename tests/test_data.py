@@ -206,7 +206,7 @@ def test_holes_in_the_dense_x_beside_an_obsm_block():
 
 def test_specification_of_a_modality(mdata):
     rna = mdata["rna"]
-    rna.layers["raw"] = 2 * rna.X
+    rna.layers["raw"] = 3 * rna.X
     specs = {
         "rna": ModalitySpec(
             "zinb",
@@ -538,10 +538,7 @@ def test_data_that_do_not_fit_the_schema(mdata, registered):
 
         return change
 
-    known = [f"gene{i}" for i in range(12)]
-    fails(["'rna'", "12 features", "13", "unknown: 'novel'"], genes([*known, "novel"]))
-    fails(["'rna'", "12 features", "11", "missing: 'gene11'"], genes(known[:-1]))
-    fails(["'rna'", "missing: 'gene0'", "unknown: 'novel'"], genes(["novel", *known[1:]]))
+    fails(["'rna'", "none of the 12 features of the model", "'gene0'", "'novel'"], genes(["novel"]))
 
     adatas = {"rna": mdata["rna"], "prot": mdata["adt"]}
     refusal(["'adt'", "'prot'"], Mosaic.from_anndata, adatas, schema=registered.schema)
@@ -626,7 +623,7 @@ BAD = {
         {"batch_key": "sex", "categorical_covariates": ("sex",)},
         ["'rna'", "'sex'", "more than once"],
     ),
-    "unknown likelihood": (as_it_is, {"modalities": {"rna": "poisson"}}, ["'rna'", "'poisson'", "nb_mixture"]),
+    "unknown likelihood": (as_it_is, {"modalities": {"rna": "gaussian"}}, ["'rna'", "'gaussian'", "nb_mixture"]),
     "unknown modality": (as_it_is, {"modalities": {"rna": "nb", "atac": "bernoulli"}}, ["'atac'", "'rna', 'adt'"]),
     "no modality": (as_it_is, {"modalities": {}}, ["no modality"]),
     "field of no modality": (

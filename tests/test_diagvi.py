@@ -593,7 +593,7 @@ def test_bad_input_is_refused_in_one_sentence(mosaic, graph, data):
             small(mosaic, graph, **options)
     with pytest.raises(ValueError, match="blur must be a number above 0, at most 1e9 or None; found -1"):
         Sinkhorn(blur=-1.0)
-    with pytest.raises(ValueError, match="linkage must be 'cca', a DataFrame or None; found 'mnn'"):
+    with pytest.raises(ValueError, match="linkage must be 'cca', a DataFrame, a Linkage or None; found 'mnn'"):
         small(mosaic, graph, linkage="mnn").train(1, **QUIET)
     table = pd.DataFrame(np.zeros((2, 3)), index=mosaic.obs_names[:2])
     with pytest.raises(ValueError, match="the linkage has no scores for cell"):

@@ -23,6 +23,7 @@ from pyromosaic.distributions import (
     NegativeBinomial,
     NegativeBinomialMixture,
     Normal,
+    Poisson,
     ZeroInflatedGamma,
     ZeroInflatedLogNormal,
     ZeroInflatedNegativeBinomial,
@@ -45,6 +46,7 @@ COUNTS = [
     NegativeBinomialMixture,
     Marginal,
     AccessibilityBernoulli,
+    Poisson,
 ]
 CONTINUOUS = [Log1pNormal, ZeroInflatedLogNormal, ZeroInflatedGamma]
 ZERO_INFLATED = [ZeroInflatedLogNormal, ZeroInflatedGamma]
@@ -121,6 +123,9 @@ def mp_log_prob(cls, x, *args):
             mp_sigmoid(mixture) * mpmath.exp(mp_nb(x, background, theta))
             + mp_sigmoid(-mixture) * mpmath.exp(mp_nb(x, foreground, theta))
         )
+    if cls is Poisson:
+        x, mu = mpmath.mpf(x), mpmath.mpf(args[0])
+        return x * mpmath.log(mu) - mu - mpmath.loggamma(x + 1)
     is_open = mp_sigmoid(args[0]) * mp_sigmoid(args[1]) * mp_sigmoid(args[2])
     return mpmath.log(is_open) if x > 0 else mpmath.log(1 - is_open)
 
@@ -150,6 +155,7 @@ GRIDS = {
         [-40, -3, 0, 4, 80],
         [-40, -3, 0, 4, 80],
     ),
+    Poisson: ([0, 1, 2, 7, 100, 10_000, 1_000_000], [1e-8, 1e-3, 0.3, 1, 1.5, 50, 99, 101, 1e3, 1.01e4, 1e6]),
 }
 
 
@@ -187,6 +193,9 @@ def test_agrees_with_scipy_and_torch():
     for mu, theta in [(3.0, 0.7), (40.0, 12.0)]:
         ours = NegativeBinomial(*double(mu, theta)).log_prob(torch.tensor(x))
         np.testing.assert_allclose(ours, stats.nbinom(theta, theta / (theta + mu)).logpmf(x), rtol=1e-9)
+        np.testing.assert_allclose(
+            Poisson(*double(mu)).log_prob(torch.tensor(x)), stats.poisson(mu).logpmf(x), rtol=1e-9
+        )
     values = parameters(ZeroInflatedNegativeBinomial, (6, 5), dtype=torch.float64)
     value = counts_like((6, 5)).double()
     theirs = pyro.distributions.ZeroInflatedNegativeBinomial(
@@ -253,7 +262,7 @@ def test_gradcheck_continuous(cls):
     assert torch.autograd.gradcheck(lambda *args: cls(*args).log_prob(value), list(values.values()))
 
 
-@pytest.mark.parametrize("cls", [NegativeBinomial, ZeroInflatedNegativeBinomial, NegativeBinomialMixture])
+@pytest.mark.parametrize("cls", [NegativeBinomial, ZeroInflatedNegativeBinomial, NegativeBinomialMixture, Poisson])
 def test_mean_that_underflows_to_zero(cls):
     logits = torch.tensor([[0.0, -200.0], [-200.0, 0.0]], requires_grad=True)
     mu = 10 * torch.softmax(logits, -1)
@@ -284,6 +293,8 @@ def dense_log_prob(cls, value, mu=None, theta=None, gate_logits=None, **others):
         shape = torch.lgamma(value + theta) - torch.lgamma(theta) - torch.lgamma(value + 1)
         return shape + theta * torch.log(theta / (theta + mean)) + value * torch.log(mean / (theta + mean))
 
+    if cls is Poisson:
+        return value * mu.log() - mu - torch.lgamma(value + 1)
     if cls is NegativeBinomial:
         return nb(mu)
     if cls is ZeroInflatedNegativeBinomial:
@@ -549,6 +560,7 @@ SAMPLED = [
     NegativeBinomialMixture(torch.tensor(1.0), torch.tensor(15.0), torch.tensor(4.0), torch.tensor(0.8)),
     MarginalNegativeBinomialMixture(*map(torch.tensor, (0.2, 0.4, 8.0, 4.0, 0.8))),
     AccessibilityBernoulli(torch.tensor(1.0), torch.tensor(2.0), torch.tensor(0.3)),
+    Poisson(torch.tensor(1.7)),
     Log1pNormal(torch.tensor(0.3), torch.tensor(0.4)),
     ZeroInflatedLogNormal(torch.tensor(0.3), torch.tensor(0.4), torch.tensor(-1.0)),
     ZeroInflatedGamma(torch.tensor(2.0), torch.tensor(0.7), torch.tensor(0.5)),
@@ -566,7 +578,7 @@ def test_sample_moments(distribution):
     assert bool(distribution.support.check(x).all())
 
 
-@pytest.mark.parametrize("distribution", SAMPLED[:6], ids=str)
+@pytest.mark.parametrize("distribution", SAMPLED[:7], ids=str)
 def test_sample_frequencies(distribution):
     n = 100_000
     observed = np.bincount(distribution.sample((n,)).int().numpy())
@@ -581,7 +593,7 @@ def test_sample_frequencies(distribution):
     assert stats.chi2(large.sum() - 1).sf(statistic) > 1e-3
 
 
-@pytest.mark.parametrize(("distribution", "positive"), [(SAMPLED[7], stats.lognorm(0.4, scale=np.exp(0.3)))])
+@pytest.mark.parametrize(("distribution", "positive"), [(SAMPLED[8], stats.lognorm(0.4, scale=np.exp(0.3)))])
 def test_positive_samples_have_their_distribution(distribution, positive):
     x = distribution.sample((20_000,)).numpy()
     assert stats.kstest(x[x > 0], positive.cdf).pvalue > 1e-3
@@ -737,6 +749,7 @@ INVALID = [
     (AccessibilityBernoulli, "logits", torch.nan),
     (AccessibilityBernoulli, "region_logits", torch.nan),
     (AccessibilityBernoulli, "cell_logits", torch.nan),
+    (Poisson, "mu", -1.0),
     (Log1pNormal, "scale", 0.0),
     (ZeroInflatedLogNormal, "loc", torch.nan),
     (ZeroInflatedLogNormal, "scale", -1.0),

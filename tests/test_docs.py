@@ -59,7 +59,9 @@ def workshop(monkeypatch, tmp_path, quick_umap):
     whole, hide, train = pyromosaic.pbmc_mosaic, pyromosaic.hide, MosaicModel.train
     monkeypatch.setattr(pyromosaic, "pbmc_mosaic", lambda: whole()[::4].copy())
     monkeypatch.setattr(pyromosaic, "hide", lambda mdata, n, **o: hide(mdata, {k: v // 4 for k, v in n.items()}, **o))
-    monkeypatch.setattr(MosaicModel, "train", lambda model, n_epochs=150, **o: train(model, min(n_epochs, 5), **o))
+    monkeypatch.setattr(
+        MosaicModel, "train", lambda model, n_epochs=None, **o: train(model, min(n_epochs or 5, 5), **o)
+    )
     at_most(checks, "predictive_check", n_samples=9)
     at_most(checks, "simulation_based_calibration", n_samples=9, n_steps=5)
     at_most(checks, "imputation_ranks", n_samples=9)
@@ -77,8 +79,46 @@ def workshop(monkeypatch, tmp_path, quick_umap):
     "ignore:::scanpy", "ignore:::scib_metrics", "ignore:::cellmapper", "ignore:::jax", "ignore:::arviz"
 )
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_page_runs(page, workshop):
+def test_the_page_runs(page, workshop, request):
+    if page.suffix == ".ipynb" and "GSE126074" in page.read_text():
+        request.getfixturevalue("geo_files")
     assert run(page)
+
+
+def test_the_readme_says_first_what_a_reader_looks_for():
+    """What it is, a figure, two commands, ten lines of Python, three claims with commands, losses with commands."""
+    text = (ROOT / "README.md").read_text()
+    sections = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+    assert list(sections) == [
+        *("Try it", "Ten lines of Python", "What sets it apart", "Where it loses", "Learn more", "Cite")
+    ]
+    opening = text.split("\n## ")[0].split("\n\n")
+    assert len(opening[1].split(". ")) == 2 and opening[2].startswith("![")
+    commands = COMMANDS.findall(sections["Try it"])
+    assert len(commands) == 2 and "pyromosaic demo" in commands[0] and "pytest" in commands[1]
+    (python,) = BLOCK.findall(sections["Ten lines of Python"])
+    assert len([line for line in python.splitlines() if line.strip()]) <= 10
+    _, *claims = re.split(r"^\*\*\d\. ", sections["What sets it apart"], flags=re.MULTILINE)
+    assert len(claims) == 3
+    for claim in claims:
+        said, block = claim.split("```bash")
+        assert re.search(r"\d", said) and "docs/" in said and "python " in block
+    _, _, *losses = [line.split("|")[1:-1] for line in sections["Where it loses"].splitlines() if line.startswith("|")]
+    assert len(losses) > 5
+    for case, figure, command in losses:
+        assert case.strip() and re.search(r"\d", figure)
+        assert ".py" in command or "the same" in command
+    assert "CITATION.cff" in sections["Cite"]
+
+
+def test_inference_data_of_a_prior_of_ones_own_takes_fifteen_lines(workshop):
+    block = blocks(ROOT / "docs" / "how_to" / "arviz.md")[0]
+    assert len([line for line in block.splitlines() if line.strip()]) <= 15
+    namespace = {"__name__": "arviz"}
+    exec(compile(block, "arviz.md", "exec"), namespace)
+    data = namespace["data"]
+    assert type(data).__name__ in ("DataTree", "InferenceData")
+    assert data["posterior"]["z"].sizes["cell"] == 50 and data["posterior"]["z"].sizes["draw"] == 100
 
 
 COMMANDS = re.compile(r"^```(?:bash|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -6,10 +6,15 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import xarray
+from pyro import distributions as dist
+from pyro.nn import PyroSample
 from scipy import sparse
+from scipy.stats import multinomial, nbinom
 
-from pyromosaic import ContrastiveVI, DiagVI, Mosaic, MultiVI, ScModal, simulate
+from pyromosaic import ContrastiveVI, DiagVI, ModalitySpec, Mosaic, MultiVI, ScModal, simulate
+from pyromosaic.likelihoods import NB
 from pyromosaic.models import drawing
 from pyromosaic.tasks import joint
 
@@ -208,7 +213,7 @@ def test_inference_data(model, monkeypatch, installed):
         monkeypatch.setitem(sys.modules, "arviz", None)
     cells = some(model)
     tree = model.to_inference_data(cells=cells, features={"atac": ["atac_1"]}, n_samples=6)
-    assert groups_of(tree) - {""} == {"posterior", "posterior_predictive", "observed_data"}
+    assert groups_of(tree) - {""} == {"posterior", "posterior_predictive", "log_likelihood", "observed_data"}
     posterior, predicted, seen = (tree[group] for group in ("posterior", "posterior_predictive", "observed_data"))
     assert set(posterior.data_vars) == {"z", "rna_mean", "atac_mean", "adt_mean"}
     assert posterior["z"].dims == ("chain", "draw", "cell", "z_dim") and posterior["z"].shape[0] == 1
@@ -225,6 +230,63 @@ def test_inference_data(model, monkeypatch, installed):
     assert model.to_inference_data("rna", measured, n_samples=2)["observed_data"]["rna"].dtype == np.int64
     if not installed:
         assert isinstance(tree, xarray.DataTree)
+
+
+class Uncertain(NB):
+    """Dispersions with a prior, and so with a posterior."""
+
+    def __init__(self, schema):
+        super().__init__(schema)
+        self.log_theta = PyroSample(dist.Normal(torch.zeros(schema.n_features), 0.3).to_event(1))
+
+
+THETA = "modalities.rna.likelihood.log_theta"
+
+
+def test_global_variables_and_log_likelihoods_are_of_the_same_draw(data, monkeypatch):
+    """Also cell by cell: the log-likelihood is that of the expected count and the dispersion of its draw."""
+    specs = {"rna": ModalitySpec(Uncertain, batch_key="batch"), "atac": "bernoulli"}
+    model = MultiVI(Mosaic.from_mudata(data, specs, batch_key="batch"), n_latent=3)
+    cells = some(model, 12)
+    for entries in (joint.ENTRIES, 1):
+        monkeypatch.setattr(joint, "ENTRIES", entries)
+        tree = model.to_inference_data(cells=cells, features={"rna": ["rna_4", "rna_2"]}, n_samples=5)
+        posterior, found, seen = (tree[group] for group in ("posterior", "log_likelihood", "observed_data"))
+        theta = np.exp(posterior[THETA])
+        assert theta.dims == ("chain", "draw", f"{THETA}_dim_0") and theta.shape == (1, 5, 30)
+        assert float(theta.std("draw").min()) > 0
+        theta, mean, counts = theta.to_numpy()[0][:, None, [4, 2]], posterior["rna_mean"].to_numpy()[0], seen["rna"]
+        expected = nbinom.logpmf(counts.to_numpy(), theta, theta / (theta + mean))
+        has = model.mosaic.presence.loc[cells, "rna"].to_numpy()
+        assert found["rna"].dims == ("chain", "draw", "cell", "rna_feature")
+        np.testing.assert_allclose(found["rna"].to_numpy()[0][:, has], expected[:, has], rtol=2e-3, atol=2e-4)
+        assert np.isnan(found["rna"].to_numpy()[0][:, ~has]).all() and has.any() and not has.all()
+        p, open_ = posterior["atac_mean"].to_numpy()[0], seen["atac"].to_numpy() > 0
+        has = model.mosaic.presence.loc[cells, "atac"].to_numpy()
+        np.testing.assert_allclose(
+            found["atac"].to_numpy()[0][:, has], np.log(np.where(open_, p, 1 - p))[:, has], rtol=1e-3, atol=1e-5
+        )
+
+
+def test_embeddings_of_features_are_drawn_once_for_all_cells(data, monkeypatch):
+    mosaic = Mosaic.from_mudata(data, {"rna": "nb", "adt": "nb_mixture"}, batch_key="batch")
+    model = DiagVI(mosaic, LINKS, linkage=None, n_latent=3)
+    monkeypatch.setattr(joint, "ENTRIES", 1)  # cell by cell
+    tree = model.to_inference_data("adt", some(model, 4), n_samples=3)
+    v = tree["posterior"]["v"]
+    assert v.dims == ("chain", "draw", "v_dim_0", "v_dim_1") and v.shape == (1, 3, 36, 3)
+    assert float(v.std("draw").min()) > 0
+    assert set(model.get_draws(n_samples=2)) == {"z", "v"}
+
+
+def test_log_likelihoods_of_a_multinomial_add_up(data):
+    model = MultiVI(Mosaic.from_mudata(data, {"rna": "multinomial"}), n_latent=3)
+    whole = model.to_inference_data(cells=list(model.mosaic.obs_names[:4]), n_samples=2)
+    counts, mean = whole["observed_data"]["rna"].to_numpy(), whole["posterior"]["rna_mean"].to_numpy()[0]
+    expected = multinomial.logpmf(
+        counts, counts.sum(-1), mean.astype(float) / mean.astype(float).sum(-1, keepdims=True)
+    )
+    np.testing.assert_allclose(whole["log_likelihood"]["rna"].sum("rna_feature")[0], expected, rtol=1e-3)
 
 
 def test_parts_of_one_run(model):

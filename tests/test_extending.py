@@ -320,7 +320,7 @@ def test_a_number_is_no_likelihood():
         ModalitySpec(3)
 
 
-@pytest.mark.parametrize("wrong", ["poisson", int, Poisson.__name__])
+@pytest.mark.parametrize("wrong", ["gaussian", int, Poisson.__name__])
 def test_what_is_no_likelihood_is_refused(wrong):
     with pytest.raises(
         ValueError,

@@ -139,3 +139,18 @@ def test_what_format_6_had_by_default_is_kept(tmp_path):
     assert again.schema["rna"].spec == ModalitySpec("nb") and again.schema["adt"].spec.background == "latent"
     assert again.options["prior"] == "normal"
     assert again.get_imputed_values("adt", n_samples=3).mean.equals(model.get_imputed_values("adt", n_samples=3).mean)
+
+
+def test_sizes_of_format_7_do_not_use_other_modalities(tmp_path):
+    mdata, _ = simulate(60, {"rna": 20, "adt": 5}, seed=0)
+    model = MultiVI(Mosaic.from_mudata(mdata), n_latent=2)
+    model.save(tmp_path)
+    weights = load_file(tmp_path / "weights.safetensors")
+    for name in ("rna", "adt"):
+        assert float(weights.pop(f"model.modalities.{name}.size.of_depths")) == 0
+    save_file(weights, tmp_path / "weights.safetensors")
+    content = json.loads((tmp_path / "model.json").read_text()) | {"format": 7}
+    del content["digest"], content["weights"]  # of the files before these changes
+    (tmp_path / "model.json").write_text(json.dumps(content))
+    again = MultiVI.load(tmp_path, model.mosaic)
+    assert again.get_imputed_values("adt", n_samples=3).mean.equals(model.get_imputed_values("adt", n_samples=3).mean)

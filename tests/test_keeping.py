@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import pyromosaic
 from pyromosaic import Mosaic, MultiVI, simulate
 from pyromosaic.models import keeping
-from pyromosaic.train import files
+from pyromosaic.train import files, folders
 
 QUIET = {"progress_bar": False, "accelerator": "cpu", "batch_size": 64}
 
@@ -165,7 +165,7 @@ def test_an_overwritten_model_stays_until_the_new_one_is_written(model, saved, m
         other.save(saved, overwrite=True)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     del other.options["odd"]
-    monkeypatch.setattr(keeping.json, "dumps", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(folders.json, "dumps", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         other.save(saved, overwrite=True)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
@@ -253,8 +253,8 @@ def test_large_weights_that_are_not_the_models_are_refused_unread(draft, saved, 
     with_header(saved, more, size)
     if draft:
         shutil.copy(saved / "model.json", saved / ".model.json.abc.part")
-    for name in ("load_file", "file_digest"):
-        monkeypatch.setattr(keeping, name, lambda *_: pytest.fail("the weights are read"))
+    for module, name in ((keeping, "load_file"), (folders, "file_digest")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("the weights are read"))
     refused(saved, "'model.more' of 1 not of the model")
 
 
@@ -286,12 +286,12 @@ def test_headers_that_contradict_the_file_are_refused(entry, saved):
 def test_long_descriptions_are_refused_before_they_are_read(junk, saved, monkeypatch):
     text = (saved / "model.json").read_text()
     (saved / "model.json").write_text(f'{text[:-1]}, "more": {junk}}}')
-    monkeypatch.setattr(keeping.json, "loads", lambda *_: pytest.fail("the description is read"))
+    monkeypatch.setattr(folders.json, "loads", lambda *_: pytest.fail("the description is read"))
     refused(saved, "has at most 33,554,432 bytes and 1,500,000 entries|where at most 33,554,432 are expected")
 
 
 def test_a_description_that_could_not_be_loaded_is_not_saved(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(keeping, "ENTRIES", 10)
+    monkeypatch.setattr(folders, "ENTRIES", 10)
     with pytest.raises(ValueError, match="has at most 33,554,432 bytes and 10 entries"):
         model.save(tmp_path / "model")
     assert not (tmp_path / "model").exists()

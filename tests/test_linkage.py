@@ -361,6 +361,7 @@ def test_cells_meet_their_copies(two_sets, options):
     assert all(len(a) == 5 and max(a) > 0.1 for a in link.agreement.values())
 
 
+@pytest.mark.filterwarnings("ignore:it is not sure")
 def test_links_beside_geometry(two_sets):
     pytest.importorskip("ot")
     mdata, links = two_sets
@@ -799,7 +800,7 @@ def test_bad_input_is_refused_in_one_sentence(two_sets, mdata):
         run(pd.DataFrame({"rna": ["unheard"], "adt": ["of"]}))
     with pytest.raises(ValueError, match="match must be 'transport', 'mutual', 'assignment' or .* found 'best'"):
         run(links, match="best")
-    with pytest.raises(ValueError, match="start must be 'links', 'diagonal', 'geometry' or None; found 'end'"):
+    with pytest.raises(ValueError, match="start must be 'links', 'diagonal', 'geometry', 'pairs' or None; found 'end'"):
         run(links, start="end")
     with pytest.raises(ValueError, match="rounds must be a whole number from 1 to 1e9; found 0"):
         run(links, rounds=0)

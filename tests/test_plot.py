@@ -319,3 +319,19 @@ def test_coverage_lies_below_the_diagonal_where_intervals_are_too_narrow(ax):
     fine = plot.coverage(of_ranks(rng.integers(0, 100, (2000, 1))))
     np.testing.assert_allclose(fine.lines[1].get_ydata(), fine.lines[1].get_xdata(), atol=0.04)
     assert [text.get_text() for text in fine.get_legend().get_texts()] == ["z"]
+
+
+def test_differences_have_their_intervals_and_say_which_are_significant(ax):
+    effects = {"difference_low": [0.1, -0.3], "difference_median": [0.2, -0.1], "difference_high": [0.4, 0.1]}
+    table = pd.DataFrame(effects | {"is_significant": [True, False]}, ["a", "b"])
+    assert plot.differential(table, ax, "B vs rest") is ax
+    (lines, dots) = ax.collections
+    assert [segment[:, 0].tolist() for segment in lines.get_segments()] == [[0.1, 0.4], [-0.3, 0.1]]
+    assert dots.get_offsets().tolist() == [[0.2, 0], [-0.1, 1]]
+    assert [to_hex(colour) for colour in dots.get_facecolor()] == [plot.PALETTE[0], plot.UNKNOWN]
+    assert ax.get_xlabel() == "difference" and ax.yaxis_inverted() and ax.get_title() == "B vs rest"
+    assert len(plot.differential(table, n_features=1).get_yticks()) == 1
+    with pytest.raises(ValueError, match="has feature 'a' more than once; give one comparison"):
+        plot.differential(pd.concat([table, table]))
+    with pytest.raises(ValueError, match="the table has no effects; it has the columns 'is_significant'"):
+        plot.differential(table[["is_significant"]])

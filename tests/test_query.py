@@ -45,6 +45,26 @@ def test_unknown_batches_are_refused_or_averaged(trained):
     assert np.isfinite(model.get_imputed_values("adt", data=mosaic, n_samples=2).mean).all(axis=None)
 
 
+def test_data_registered_otherwise_say_what_differs(trained):
+    model, reference, _, _ = trained
+    others = {
+        "label_key of modality 'rna' is None instead of 'celltype'": Mosaic.from_mudata(reference, batch_key="batch"),
+        "likelihood of modality 'rna' is 'zinb' instead of 'nb'": Mosaic.from_mudata(
+            reference, {"rna": "zinb", "adt": "nb_mixture"}, batch_key="batch", label_key="celltype"
+        ),
+        "features of modality 'rna': other values": Mosaic.from_anndata(
+            {"rna": reference["rna"][:, :100].copy(), "adt": reference["adt"].copy()},
+            match_cells=True,
+            batch_key="batch",
+            label_key="celltype",
+        ),
+        "the modalities are rna instead of rna, adt": Mosaic.from_anndata({"rna": reference["rna"].copy()}),
+    }
+    for what, mosaic in others.items():
+        with pytest.raises(ValueError, match=f"call model.register\\(mdata\\) first: {what}"):
+            model.get_latent_representation(data=mosaic)
+
+
 def test_adapting_moves_only_what_belongs_to_the_new_batch(trained):
     model, reference, query, last = trained
     adapted = model.adapt(query, 15, progress_bar=False)

@@ -17,7 +17,18 @@ from pyromosaic.data import Schema
 # Zeros
 
 
-LIKELIHOODS = ["nb", "zinb", "nb_mixture", "multinomial", "bernoulli", "normal", "log1p_normal", "ziln", "zig"]
+LIKELIHOODS = [
+    "nb",
+    "zinb",
+    "nb_mixture",
+    "multinomial",
+    "poisson",
+    "bernoulli",
+    "normal",
+    "log1p_normal",
+    "ziln",
+    "zig",
+]
 STORED = [np.array, sparse.csr_matrix, sparse.csc_matrix]
 
 
@@ -138,7 +149,7 @@ def test_what_was_detected_is_kept_with_a_model():
 # Sizes
 
 
-COUNTED = ["nb", "zinb", "nb_mixture", "multinomial", "bernoulli"]
+COUNTED = ["nb", "zinb", "nb_mixture", "multinomial", "poisson", "bernoulli"]
 SIZES = {
     "near 1": (lambda totals, rng: totals / np.median(totals), "0.0.* times the cells' total counts"),
     "logs": (lambda totals, rng: np.log1p(totals), "0.0.* times the cells' total counts"),

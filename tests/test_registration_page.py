@@ -73,7 +73,15 @@ def examples():
         **{"zeros": zeros, "block": block, "unmeasured": unmeasured, "changed": changed, "overlap": overlap},
         **{"mask": adt.obs["celltype"] == "type0", "latent": LATENT, "labels": GROUP, "metrics": metrics},
         **{"table": adt.to_df(), "points": LATENT.to_numpy(), "weights": np.full(len(LATENT), 1 / len(LATENT))},
-        **{"Mosaic": Mosaic, "MultiVI": MultiVI, "checks": checks, "linkage": linkage, "np": np, "pd": pd},
+        **{
+            "Mosaic": Mosaic,
+            "ModalitySpec": ModalitySpec,
+            "MultiVI": MultiVI,
+            "checks": checks,
+            "linkage": linkage,
+            "np": np,
+            "pd": pd,
+        },
     }
 
 

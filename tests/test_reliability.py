@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="the sources alone h
 )
 def test_some_trials(trial, n):
     outcome = subprocess.run(
-        [sys.executable, str(SCRIPT), trial, "--n", str(n)], capture_output=True, text=True, timeout=240
+        [sys.executable, str(SCRIPT), trial, "--n", str(n)], capture_output=True, text=True, timeout=900
     )
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     assert f"{n} {trial}" in outcome.stdout

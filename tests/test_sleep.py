@@ -10,7 +10,7 @@ import torch
 from pyro import poutine
 from torch import nn
 
-from pyromosaic import ContrastiveVI, DiagVI, ModalitySpec, Mosaic, MultiVI, ScModal, simulate
+from pyromosaic import ContrastiveVI, DiagVI, ModalitySpec, Mosaic, MultiVI, ScModal, progress, simulate
 from pyromosaic.data import loader, measured
 from pyromosaic.penalties import Penalty
 from pyromosaic.program import AtMean
@@ -171,11 +171,12 @@ def test_points_and_untrainable_guides_are_left_as_they_are():
             model.train(1, sleep_steps=wrong, **QUIET)
 
 
-def test_it_is_shown_and_as_long_as_training_at_most(capsys):
+def test_it_is_shown_and_as_long_as_training_at_most(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "MINUTE", 0.0)
     model = made("MultiVI")
     with warnings.catch_warnings(action="ignore"):
         model.train(2, batch_size=64, sleep_steps=200, progress_bar=True, accelerator="cpu")
-    assert "sleep: 100%" in capsys.readouterr().err
+    assert "Training, widths of posteriors: 100%" in capsys.readouterr().err
 
 
 class Stops:

@@ -245,12 +245,12 @@ def test_what_is_lost_by_saving(page, mosaic):
     class Copied(Factors):  # a tensor that is no buffer
         def start(self, mosaic):
             super().start(mosaic)
-            self.model.modalities["rna"].likelihood.level = torch.full((2,), 0.5)
+            self.model.modalities["rna"].likelihood.shade = torch.full((2,), 0.5)
 
         def __init__(self, data):
             super().__init__(data, n_latent=3)
             likelihood = self.model.modalities["rna"].likelihood
-            likelihood.level = getattr(likelihood, "level", torch.zeros(2))
+            likelihood.shade = getattr(likelihood, "shade", torch.zeros(2))
 
     class Remembers(Factors):
         def finish(self, mosaic):
@@ -277,7 +277,7 @@ def test_what_is_lost_by_saving(page, mosaic):
         (Positional, {}, "unexpected keyword argument 'widths'"),
         (Sticky, {"rate": 2.0}, "option 'rate' is not among model.options, which are saved"),
         (Remembers, {}, r"self.model.modalities.rna.decoder.n_seen is 90, and 0 in the loaded model"),
-        (Copied, {}, r"self.model.modalities.rna.likelihood.level is [0.5, 0.5], and [0.0, 0.0] in the loaded model"),
+        (Copied, {}, r"self.model.modalities.rna.likelihood.shade is [0.5, 0.5], and [0.0, 0.0] in the loaded model"),
         (Unregistered, {}, "imputed values of 'rna' differ, by up to"),
     ):
         wrong, _ = faults(kind, mosaic, **options)

@@ -170,10 +170,12 @@ def quantities(found: poutine.Trace, minibatch: Minibatch, of: Quantity) -> dict
                 value = value.masked_fill(~mask.reshape(len(where), 1), torch.nan)
             values[name] = where, value
         elif of != "latent" and name in minibatch.decoded:
-            mean = site["fn"].mean
+            mean, measured = site["fn"].mean, minibatch.decoded[name].measured
+            if measured is not None:
+                mean = mean.masked_fill(~measured, torch.nan)
             if of == "effect":
                 n = len(where) // 2
-                positive = bool((mean > 0).all())
+                positive = not bool((mean <= 0).any())
                 scale = mean.log() if positive else mean
                 where, mean = where[: 2 * n : 2], scale[: 2 * n : 2] - scale[1 : 2 * n : 2]
             values[name] = where, mean
@@ -247,6 +249,7 @@ def imputation_ranks(
         )
     if not isinstance(truth, pd.DataFrame):
         truth = truth.to_df(model.schema[modality].spec.layer)
+    spec = model.schema[modality].spec
     try:
         measured = truth.to_numpy(np.float64, na_value=np.nan)
     except (TypeError, ValueError) as error:
@@ -258,8 +261,10 @@ def imputation_ranks(
     for start in range(0, len(truth), size):
         part = slice(start, start + size)
         cells, values, missing = list(truth.index[part]), measured[part], np.isnan(measured[part])
-        if model.schema[modality].spec.traits.binary:
+        if spec.traits.binary:
             values = values > 0
+        if spec.cut_sites:
+            values = values // 2 + values % 2
         draws = model.posterior_predictive_sample(
             modality, cells, features=features, encode=encode, n_samples=n_samples, data=data, seed=seed + start
         )

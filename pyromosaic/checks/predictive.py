@@ -1,6 +1,7 @@
 """Predictive checks: whether data drawn from a model resemble the observed data."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyromosaic.accepted import Count, Seed, checked
@@ -204,8 +206,18 @@ def _pairs(model: MosaicModel, mosaic: Mosaic, index: np.ndarray, links: pd.Data
 def _leading(mosaic: Mosaic, name: str) -> np.ndarray:
     """Positions of the most variable features."""
     modality = mosaic.modalities[name]
-    counts = modality.tensor(modality.sample()).to_dense()
-    return np.sort(np.argsort(-log_scale(counts, modality.spec.data_kind).var(0).numpy())[:N_LEADING])
+    values = log_scale(modality.tensor(modality.sample()).to_dense(), modality.spec.data_kind)
+    variances = values.var(0).numpy()
+    if modality.panels is not None:
+        variances = np.nanvar(np.where(modality.measured(modality.sample()), values, np.nan), axis=0)
+    return np.sort(np.argsort(-variances)[:N_LEADING])
+
+
+@contextmanager
+def _at_mean(model: MosaicModel, minibatch: Minibatch) -> Iterator[None]:
+    """Context in which the global latent variables of the model's parts are at their posterior means."""
+    with poutine.replay(trace=shared_variables(model.guide, minibatch)), model.model._pyro_context:
+        yield
 
 
 def _add(
@@ -217,23 +229,28 @@ def _add(
     for name, view in minibatch.decoded.items():
         spec = model.schema[name].spec
         x = (drawn[name] > 0).double() if spec.traits.binary else drawn[name].double()
-        sums |= {(name, "n"): len(x), (name, "sum"): x.sum(0), (name, "squares"): x.square().sum(0)}
+        has = torch.ones_like(x, dtype=torch.bool) if view.measured is None else view.measured
+        x = x.where(has, 0.0)
+        sums |= {(name, "n"): has.sum(0), (name, "sum"): x.sum(0), (name, "squares"): x.square().sum(0)}
         if spec.data_kind != "real":
-            sums |= {(name, "zeros"): (x == 0).sum(0), (name, "size"): [x.sum(1)]}
+            sums |= {(name, "zeros"): ((x == 0) & has).sum(0), (name, "size"): [x.sum(1)]}
         likelihood: Any = getattr(part_of(model.model, name), "likelihood", None)
         if spec.traits.background and hasattr(likelihood, "background"):
-            background = likelihood.cell_factor(view) * likelihood.background(view)[0].exp()
-            sums[name, "background"] = (x <= background).sum(0)
+            with nullcontext() if spec.empty_droplets is None else _at_mean(model, minibatch):
+                background = likelihood.cell_factor(view) * likelihood.background(view)[0].exp()
+            sums[name, "background"] = ((x <= background) & has).sum(0)
         values = log_scale(torch.cat([x, x.sum(1, keepdim=True)], dim=1), spec.data_kind)
+        values[:, :-1] = values[:, :-1].where(has, torch.nan)
         # Cells without the modality are NaN, and so are their products.
         whole[name] = values.new_full((len(minibatch), values.shape[1]), torch.nan).index_copy(0, view.rows, values)
     for key, (first, second, _) in pairs.items():
         a, b = key.split(" ~ ")
         if a in whole and b in whole:
             both = ~(whole[a][:, -1] + whole[b][:, -1]).isnan()
-            x = whole[a][both][:, [*first, -1]]
-            y = whole[b][both][:, [*second, -1]]
-            sums[key, "pairs"] = torch.stack([torch.ones_like(x), x, y, x.square(), y.square(), x * y]).sum(1)
+            x, y = whole[a][both][:, [*first, -1]], whole[b][both][:, [*second, -1]]
+            has = ~(x + y).isnan()
+            x, y = x.where(has, 0.0), y.where(has, 0.0)
+            sums[key, "pairs"] = torch.stack([has.to(x), x, y, x.square(), y.square(), x * y]).sum(1)
     for k, value in sums.items():
         total[k] = total[k] + value if k in total else value
 
@@ -243,17 +260,20 @@ def _statistics(total: Mapping[Key, Any]) -> dict[Key, np.ndarray]:
     found = {}
     for (name, what), value in total.items():
         if what == "n":
-            if value < 2:
-                raise ValueError(f"modality {name!r} is measured in {value} of the cells; the check needs at least 2")
-            mean = total[name, "sum"] / value
+            if value.max() < 2:
+                raise ValueError(
+                    f"modality {name!r} is measured in {int(value.max())} of the cells; the check needs at least 2"
+                )
+            mean = total[name, "sum"] / value.clamp_min(1)
             found[name, "mean"] = mean
-            found[name, "variance"] = (total[name, "squares"] - value * mean.square()) / (value - 1)
+            found[name, "variance"] = (total[name, "squares"] - value * mean.square()) / (value - 1).clamp_min(1)
         elif what in ("zeros", "background"):
-            found[name, what] = value / total[name, "n"]
+            found[name, what] = value / total[name, "n"].clamp_min(1)
         elif what == "size":
             found[name, what] = torch.quantile(torch.cat(value), torch.tensor(SIZE_LEVELS).to(value[0]))
         elif what == "pairs":
             n, x, y, xx, yy, xy = value
+            n = n.clamp_min(1)  # no cell may have both
             spread = ((xx - x.square() / n).clamp_min(0) * (yy - y.square() / n).clamp_min(0)).sqrt()
             found[name, "correlation"] = torch.where(spread > 1e-9, (xy - x * y / n) / spread, 0.0)
     return {key: value.cpu().numpy() for key, value in found.items()}

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -10,31 +12,93 @@ from pyromosaic.accepted import Count, Rate, Seed, Whole, checked
 from pyromosaic.data.minibatch import Minibatch, measured
 from pyromosaic.data.mosaic import Mosaic
 
+BLOCK = 256  # neighbouring cells that stay together where measurements are read from files
+N_HELD = 16_384  # cells of the next minibatches that are read from files at once
+
 
 class _Minibatches(Dataset[Minibatch]):
-    """Turns an array of cell numbers into a minibatch."""
+    """Turns an array of cell numbers, perhaps with those of the next minibatches, into a minibatch."""
 
     def __init__(self, mosaic: Mosaic, n_cells: int) -> None:
         self.mosaic, self.n_cells = mosaic, n_cells
 
-    def __getitem__(self, index: np.ndarray) -> Minibatch:
+    def __getitem__(self, item: Any) -> Minibatch:
+        index, ahead = item if isinstance(item, tuple) else (item, None)
+        for modality in self.mosaic.modalities.values() if ahead is not None else ():
+            rows = modality.rows[ahead]
+            for matrix in (modality.matrix, modality.exposures):
+                if matrix is not None:
+                    matrix.hold(rows[rows >= 0])
         return measured(self.mosaic, index, self.n_cells)
 
 
-class _Portions(Sampler[np.ndarray]):
-    """Portions of nearly equal size, so that no minibatch is a remainder of one or two cells."""
+def _on_disk(mosaic: Mosaic) -> bool:
+    """Whether measurements are read from files."""
+    return not all(modality.matrix.in_memory for modality in mosaic.modalities.values())
 
-    def __init__(self, cells: np.ndarray, size: int, generator: np.random.Generator | None) -> None:
-        self.cells, self.generator = cells, generator
-        self.n_portions = -(-len(cells) // size)
+
+class Divided(Sampler[Any]):
+    """Minibatches that several processes divide: each in the same order, and of every few the one that is its own.
+
+    Every process has the same number of minibatches, and every cell of an epoch is in one of them. Cells that are read
+    from files are shuffled in blocks of neighbours, and within so many blocks as are read at once.
+
+    Parameters
+    ----------
+    n
+        Number of cells to divide.
+    size
+        Largest number of cells in a minibatch.
+    generator
+        Generator of the order, in the same state in every process; None leaves the order as it is.
+    on_disk
+        Whether cells are read from files; then a minibatch is yielded together with the cells of some that follow.
+    """
+
+    def __init__(self, n: int, size: int, generator: np.random.Generator | None, on_disk: bool) -> None:
+        self.n, self.size, self.generator, self.on_disk = n, size, generator, on_disk
+        self.rank, self.n_processes = 0, 1
+
+    def divide(self, rank: int, n_processes: int) -> None:
+        """Yield the minibatches of one of several processes."""
+        self.rank, self.n_processes = rank, n_processes
 
     def __len__(self) -> int:
-        return self.n_portions
+        return max(1, min(-(-self.n // (self.size * self.n_processes)), self.n // self.n_processes))
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        cells = self.cells if self.generator is None else self.generator.permutation(self.cells)
+    def __iter__(self) -> Iterator[Any]:
         # Lazily, because a loader with workers also makes an iterator that it does not use.
-        yield from np.array_split(cells, self.n_portions)
+        every = self.portions(len(self) * self.n_processes)
+        own = (portion for portion in islice(every, self.rank, None, self.n_processes) if len(portion))
+        if not self.on_disk:
+            yield from own
+        while ahead := list(islice(own, max(1, N_HELD // self.size))):
+            together = np.concatenate(ahead)
+            yield from ((portion, together) for portion in ahead)
+
+    def portions(self, n: int) -> Iterator[np.ndarray]:
+        """The minibatches of all processes."""
+        raise NotImplementedError
+
+    def ordered(self, cells: np.ndarray) -> np.ndarray:
+        """The cells in the order of this epoch."""
+        if self.generator is None or not self.on_disk:
+            return cells if self.generator is None else self.generator.permutation(cells)
+        blocks = np.array_split(np.sort(cells), -(-len(cells) // BLOCK))
+        order, n = self.generator.permutation(len(blocks)), max(1, N_HELD // BLOCK)
+        together = (np.concatenate([blocks[i] for i in order[k : k + n]]) for k in range(0, len(order), n))
+        return np.concatenate([self.generator.permutation(some) for some in together])
+
+
+class _Portions(Divided):
+    """Portions of nearly equal size, so that no minibatch is a remainder of one or two cells."""
+
+    def __init__(self, cells: np.ndarray, size: int, generator: np.random.Generator | None, on_disk: bool) -> None:
+        super().__init__(len(cells), size, generator, on_disk)
+        self.cells = cells
+
+    def portions(self, n: int) -> Iterator[np.ndarray]:
+        yield from np.array_split(self.ordered(self.cells), n)
 
 
 @checked
@@ -78,47 +142,52 @@ def loader(
     generator = None if seed is None else np.random.default_rng(seed)
     return DataLoader(
         _Minibatches(mosaic, len(cells)),
-        sampler=_Portions(cells, batch_size, generator),
+        sampler=_Portions(cells, batch_size, generator, _on_disk(mosaic)),
         batch_size=None,
         num_workers=n_workers,
     )
 
 
-class _Pairs(Sampler[np.ndarray]):
+class _Pairs(Divided):
     """Minibatches of as many background as target cells; an epoch has each cell of the larger cohort once."""
 
     def __init__(
-        self, cohorts: tuple[np.ndarray, np.ndarray], size: int, generator: np.random.Generator | None, replay: bool
+        self,
+        cohorts: tuple[np.ndarray, np.ndarray],
+        size: int,
+        generator: np.random.Generator | None,
+        on_disk: bool,
+        replay: bool,
     ) -> None:
-        self.cohorts, self.size, self.generator, self.replay = cohorts, size, generator, replay
-        self.n_pairs = -(-max(len(cells) for cells in cohorts) // size)
+        super().__init__(max(len(cells) for cells in cohorts), size, generator, on_disk)
+        self.cohorts, self.replay = cohorts, replay
 
-    def __len__(self) -> int:
-        return self.n_pairs
+    def divide(self, rank: int, n_processes: int) -> None:
+        if self.replay and n_processes > 1:
+            raise ValueError(
+                "replay=True repeats the minibatches of a run in one process; train in one, or leave it out"
+            )
+        super().divide(rank, n_processes)
 
-    def _order(self, cells: np.ndarray) -> np.ndarray:
-        return cells if self.generator is None else self.generator.permutation(cells)
+    def portions(self, n: int) -> Iterator[np.ndarray]:
+        yield from self._replayed(n) if self.replay else self._resampled(n)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        yield from self._replayed() if self.replay else self._resampled()
-
-    def _resampled(self) -> Iterator[np.ndarray]:
+    def _resampled(self, n_pairs: int) -> Iterator[np.ndarray]:
         """When the smaller cohort is used up, it begins again in a new order."""
-        n = max(len(cells) for cells in self.cohorts)
         longs = []
         for cells in self.cohorts:
-            passes = [self._order(cells) for _ in range(-(-n // len(cells)))]
-            longs.append(np.concatenate(passes)[:n])
-        for background, target in zip(*(np.array_split(long, self.n_pairs) for long in longs), strict=True):
+            passes = [self.ordered(cells) for _ in range(-(-self.n // len(cells)))]
+            longs.append(np.concatenate(passes)[: self.n])
+        for background, target in zip(*(np.array_split(long, n_pairs) for long in longs), strict=True):
             yield np.concatenate([background, target])
 
-    def _replayed(self) -> Iterator[np.ndarray]:
+    def _replayed(self, n_pairs: int) -> Iterator[np.ndarray]:
         """The minibatches of the smaller cohort repeat in the same order; the longer of two is cut to the shorter."""
         parts = []
         for cells in self.cohorts:
-            order = self._order(cells)
+            order = self.ordered(cells)
             parts.append([order[i : i + self.size] for i in range(0, len(order), self.size)])
-        for step in range(self.n_pairs):
+        for step in range(n_pairs):
             background, target = (part[step % len(part)] for part in parts)
             m = min(len(background), len(target))
             yield np.concatenate([background[:m], target[:m]])
@@ -185,7 +254,7 @@ def contrastive_loader(
     generator = None if seed is None else np.random.default_rng(seed)
     return DataLoader(
         _Minibatches(mosaic, 2 * max(map(len, cohorts))),
-        sampler=_Pairs(cohorts, batch_size, generator, replay),
+        sampler=_Pairs(cohorts, batch_size, generator, _on_disk(mosaic), replay),
         batch_size=None,
         num_workers=n_workers,
     )

@@ -1,15 +1,20 @@
 """Matrices of cells × features, in memory or in files: reading by rows, and checking of values."""
 
 import pickle
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy import sparse
 
+from pyromosaic.data.chromatin import fragments
+from pyromosaic.data.disk import Disk, check_whole
+
+T = TypeVar("T")
 CHUNK = 4096  # rows read at once in a pass over all cells
 DENSE_ABOVE = 0.3  # share of non-zero entries above which minibatches are dense tensors
 
@@ -36,20 +41,26 @@ class Matrix:
         Cells × features: a scipy sparse matrix or array, a NumPy array, or the `X` of a backed `anndata.AnnData`
         (sparse or dense). A CSC matrix in memory is copied to CSR, because it cannot be read by rows fast.
     columns
-        Columns to use, in this order; None for all columns.
+        Columns to use, in this order, -1 for a feature that the source does not have (it is read as 0); None for all.
+    cut_sites
+        Whether the values are cut sites, which are read as `fragments`.
     """
 
-    def __init__(self, source: Any, columns: np.ndarray | None = None) -> None:
-        self.in_memory = _is_sparse(source) or isinstance(source, np.ndarray)
-        self.is_sparse = _is_sparse(source) or (not self.in_memory and hasattr(source, "format"))
+    def __init__(self, source: Any, columns: np.ndarray | None = None, cut_sites: bool = False) -> None:
+        plain = _is_sparse(source) or isinstance(source, np.ndarray)
+        self.in_memory = plain or getattr(source, "in_memory", False)
+        self.is_sparse = _is_sparse(source) or (not plain and hasattr(source, "format"))
+        self.has_holes = False  # whether NaN means "not measured" and is read as 0
         if _is_sparse(source):
             _check_indices(source)
             source = source.tocsr()
-        if columns is not None and self.in_memory:
-            source, columns = source[:, columns], None
-        self.source, self.columns = source, columns
+        if columns is not None and plain:
+            source, columns = _picked(source, columns), None
+        self.source, self.columns, self.cut_sites = source, columns, cut_sites
         self.shape: tuple[int, int] = (source.shape[0], source.shape[1] if columns is None else len(columns))
         self.file = "" if self.in_memory else _file_of(source)
+        if not self.in_memory:
+            self.disk = self._of_file(lambda: Disk(source))
         self.marks: np.ndarray | None = None  # weighted sums of the rows, from `check_values`
 
     def __getstate__(self) -> dict[str, Any]:
@@ -66,24 +77,38 @@ class Matrix:
 
     def __getitem__(self, rows: np.ndarray) -> Any:
         """Rows in the given order: a CSR matrix if the source is sparse, or else a NumPy array; True becomes 1."""
-        block = self._rows(rows)
-        return block.astype(np.float32) if block.dtype == bool else block
+        block = self.raw(rows)
+        if self.has_holes and not _is_sparse(block):
+            block = np.nan_to_num(np.asarray(block), nan=0.0, posinf=np.inf, neginf=-np.inf)
+        elif self.has_holes:
+            block = block.copy()
+            block.data[np.isnan(block.data)] = 0
+            block.eliminate_zeros()
+        block = block.astype(np.float32) if block.dtype == bool else block
+        return fragments(block) if self.cut_sites else block
 
-    def _rows(self, rows: np.ndarray) -> Any:
+    def raw(self, rows: np.ndarray) -> Any:
+        """Rows as they are in the source."""
         if self.in_memory:
-            return self.source[rows]
-        # Files are read in increasing order, each row once.
-        unique, inverse = np.unique(rows, return_inverse=True)
+            return self.source[rows] if self.columns is None else _picked(self.source[rows], self.columns)
+        block = self._of_file(lambda: self.disk[rows])
+        return block if self.columns is None else _picked(block, self.columns)
+
+    def hold(self, rows: np.ndarray) -> None:
+        """Keep these rows in memory until others are asked for; does nothing if all are in memory."""
+        if not self.in_memory:
+            self._of_file(lambda: self.disk.hold(rows))
+
+    def _of_file(self, read: Callable[[], T]) -> T:
         try:
-            block = self.source[unique]
+            check_whole(self.file)
+            return read()
         except Exception as error:  # whatever HDF5, zarr and their filters say of a file that is damaged or gone
             said = next(iter(str(error).splitlines()), type(error).__name__)
             raise OSError(
                 f"measurements cannot be read from {self.file} ({said}); it may be damaged, or its disk or network "
                 "share is not there: restore the file and open it again"
             ) from error
-        block = (sparse.csr_matrix(block) if self.is_sparse else np.asarray(block))[inverse]
-        return block if self.columns is None else block[:, self.columns]
 
     def tensor(self, rows: np.ndarray, dense: bool) -> torch.Tensor:
         """Rows as a float32 tensor, see `as_tensor`."""
@@ -95,6 +120,55 @@ class Matrix:
             return np.empty(0, dtype=np.intp)
         registered = self.marks[rows]
         return np.flatnonzero(~np.isclose(marks(block), registered, rtol=1e-9, atol=1e-7))
+
+
+def _picked(block: Any, columns: np.ndarray) -> Any:
+    """Columns of a block in this order; zeros for -1."""
+    if (columns >= 0).all():
+        return block[:, columns]
+    has = np.flatnonzero(columns >= 0)
+    found, shape = block[:, columns[has]], (block.shape[0], len(columns))
+    if _is_sparse(found):
+        found = found.tocsr()
+        return sparse.csr_matrix((found.data, has[found.indices], found.indptr), shape=shape)
+    wide = np.zeros(shape, dtype=found.dtype)
+    wide[:, has] = found
+    return wide
+
+
+class Stacked:
+    """The measurements of several tables of cells, one below the other, read by rows.
+
+    Parameters
+    ----------
+    parts
+        The tables, all with the same features; see the argument `columns` of `Matrix`.
+    """
+
+    def __init__(self, parts: Sequence["Matrix"]) -> None:
+        self.parts = list(parts)
+        self.ends = np.cumsum([part.shape[0] for part in parts])
+        self.shape = (int(self.ends[-1]), parts[0].shape[1])
+        self.dtype = np.result_type(*(part.source.dtype for part in parts))
+        self.in_memory = all(part.in_memory for part in parts)
+        if any(part.is_sparse for part in parts):
+            self.format = "csr"
+
+    def __getitem__(self, rows: np.ndarray | slice) -> Any:
+        """Rows in the given order: a CSR matrix if any part is sparse, or else a NumPy array."""
+        rows = np.arange(self.shape[0])[rows]
+        owner = np.searchsorted(self.ends, rows, side="right")
+        starts, order = np.append(0, self.ends), np.argsort(owner, kind="stable")
+        blocks = [self.parts[i].raw(rows[owner == i] - starts[i]) for i in np.unique(owner)]
+        back = np.argsort(order, kind="stable")
+        if hasattr(self, "format") and blocks:
+            return sparse.vstack([sparse.csr_matrix(b) for b in blocks], format="csr", dtype=self.dtype)[back]
+        return np.concatenate([np.zeros((0, self.shape[1]), self.dtype), *blocks])[back]
+
+    @property
+    def store(self) -> str:
+        """Names of the files, for messages."""
+        return ", ".join(dict.fromkeys(part.file for part in self.parts if part.file))
 
 
 def _file_of(source: Any) -> str:
@@ -159,6 +233,10 @@ class Summary(NamedTuple):
     detected: np.ndarray
 
 
+class MissingValues(ValueError):
+    """Some values are NaN; the message names the first."""
+
+
 def check_values(
     matrix: Matrix,
     rows: np.ndarray,
@@ -190,8 +268,10 @@ def check_values(
 
     Raises
     ------
+    MissingValues
+        If a value is NaN.
     ValueError
-        If a value is not finite, negative (``"count"``, ``"nonnegative"``) or not whole (``"count"``). The message
+        If a value is infinite, negative (``"count"``, ``"nonnegative"``) or not whole (``"count"``). The message
         names the cell and feature of the first such value.
     """
     totals, n_nonzero = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
@@ -298,11 +378,12 @@ def _refuse(block: Any, kind: str, name: str, cells: pd.Index, features: pd.Inde
     if not bad.any():
         bad, problem, accepted = abs(values) > LARGEST[kind], "is too large", f"values up to {LARGEST[kind]:.4g}"
     first = int(np.flatnonzero(bad)[0])
+    kind_of = MissingValues if np.isnan(values.ravel()[first]) else ValueError
     if _is_sparse(block):
         row, column = int(np.searchsorted(block.indptr, first, side="right")) - 1, block.indices[first]
     else:
         row, column = divmod(first, block.shape[1])
-    raise ValueError(
+    raise kind_of(
         f"modality {name!r}: the value {values.ravel()[first]} of feature {features[column]!r} in cell "
         f"{cells[row]!r} {problem}; accepted: {accepted}"
     )

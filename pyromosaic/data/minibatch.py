@@ -1,6 +1,6 @@
 """Minibatches of a mosaic: for each modality, only the cells that have it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyromosaic.data.mosaic import Modality, Mosaic
+from pyromosaic.data.panels import BatchPanels
 from pyromosaic.data.spec import ModalitySchema
 from pyromosaic.data.tables import word
 
@@ -38,6 +39,15 @@ class View:
     exposure
         Exposure of each measurement (e.g. its coverage), shape (b, features); the median where nothing was measured.
         None if the modality has no exposure layer.
+    measured
+        Which features were measured in which cell, shape (b, features); the others have 0 in `counts`. None if all were
+        measured in all. In a prediction, those whose counts make up the size of the cell.
+    share
+        Expected share of the measured features in the counts of a cell, shape (b, 1); None if `measured` is.
+    batches
+        In a prediction, which features were measured in which batch; None if all were measured in all.
+    average
+        Batches whose average replaces the batch of every cell, as weights of shape (batches,); usually None.
 
     Examples
     --------
@@ -58,6 +68,10 @@ class View:
     counts: Tensor | None
     labels: Tensor | None = None
     exposure: Tensor | None = None
+    measured: Tensor | None = None
+    share: Tensor | None = None
+    batches: BatchPanels | None = None
+    average: Tensor | None = None
 
     @classmethod
     def typical(cls, schema: ModalitySchema, like: Tensor) -> "View":
@@ -72,6 +86,7 @@ class View:
             counts=None,
             labels=torch.full((n,), -1, device=device),
             exposure=like.new_full((n, schema.n_features), schema.exposure) if schema.spec.exposure_layer else None,
+            batches=None if schema.by_batch is None else schema.by_batch.to(device),
         )
 
     def dense_counts(self) -> Tensor:
@@ -87,12 +102,34 @@ class View:
 
     def one_hot(self, column: int = 0) -> Tensor:
         """Categories of one column as indicators, shape (b, categories); an unknown category is their average."""
+        if column == 0 and self.average is not None:
+            return self.average.expand(len(self.rows), -1)
         return self._indicators(self.codes[:, column], self.n_categories[column])
 
     def one_hot_label(self, n_labels: int) -> Tensor:
         """Labels as indicators, shape (b, labels); an unknown label is their average."""
         assert self.labels is not None
         return self._indicators(self.labels, n_labels)
+
+    def by_batch(self, parameter: Tensor) -> Tensor:
+        """A parameter of each batch and feature for the batches of the cells, shape (b, features).
+
+        In a prediction, a feature that was not measured in a batch has the mean over batches in which it was.
+        """
+        return self.one_hot() @ (parameter if self.batches is None else self.batches.filled(parameter))
+
+    def over_cells(self, values: Tensor) -> Tensor:
+        """Mean of values of shape (b, features) over the cells in which a feature was measured, shape (features,)."""
+        if self.measured is None:
+            return values.mean(0)
+        return torch.where(self.measured, values, 0.0).sum(0) / self.measured.sum(0).clamp_min(1)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Standard deviation of values over the cells in which a feature was measured, shape (features,)."""
+        if self.measured is None:
+            return values.std(0)
+        squares = torch.where(self.measured, (values - self.over_cells(values)).square(), 0.0).sum(0)
+        return (squares / (self.measured.sum(0) - 1).clamp_min(1)).sqrt()
 
     def _indicators(self, codes: Tensor, n: int) -> Tensor:
         rows = torch.eye(n, dtype=self.library.dtype, device=self.library.device)
@@ -108,7 +145,53 @@ class View:
         moved: dict[str, Any] = {
             k: v.to(device, non_blocking=non_blocking) for k, v in vars(self).items() if isinstance(v, Tensor)
         }
+        if self.batches is not None:
+            moved["batches"] = self.batches.to(device)
         return replace(self, **moved)
+
+
+def across_batches(
+    decode: Callable[[View], dict[str, Tensor]], view: View, likelihood: Any = None
+) -> dict[str, Tensor]:
+    """Predictors of a decoder; in a prediction, those of features that were never measured in the batch of a cell.
+
+    A decoder has not learnt such a feature for that batch. Its predictors are those for the average of the batches in
+    which it was measured, moved by what predictors of two batches may differ by without meaning.
+
+    Parameters
+    ----------
+    decode
+        Function from a view of the cells to the predictors by name, each of shape (..., b, features).
+    view
+        The cells.
+    likelihood
+        The likelihood, whose ``level`` gives these constants; None if there are none.
+    """
+    predictors = decode(view)
+    if view.batches is None:
+        return predictors
+    table, profile = view.batches.table, view.batches.profile
+    here, joined = view.batches.of(view.codes[:, 0]), dict(predictors)
+    nowhere = ~here.any(-1, keepdim=True)
+    for batches, features in view.batches.patterns:
+        others = decode(replace(view, average=batches / batches.sum()))
+        there, known = table[batches].all(0), torch.cat([batches, batches.new_zeros(1)])[view.codes[:, :1]]
+        levels: dict[str, Tensor] = {}
+        if hasattr(likelihood, "level"):
+            apart = ~(here & there).any(-1, keepdim=True)
+            of_here = torch.where(apart, torch.where(nowhere, there, here), here & there)
+            of_there = torch.where(apart, there, here & there)
+            one, two = (
+                likelihood.level(p, m, (m * profile).sum(-1, keepdim=True))
+                for p, m in ((predictors, of_here), (others, of_there))
+            )
+            levels = {name: torch.where(nowhere, 0.0, one[name]) - two[name] for name in one}
+        for name, values in others.items():
+            moved = values[..., features] + levels.get(name, 0.0)
+            joined[name] = joined[name].index_copy(
+                -1, features, torch.where(known, predictors[name][..., features], moved)
+            )
+    return joined
 
 
 @dataclass
@@ -203,6 +286,7 @@ def measured(mosaic: Mosaic, index: np.ndarray, n_cells: int | None = None) -> M
         rows = np.flatnonzero(modality.rows[index] >= 0)
         if len(rows):
             cells = index[rows]
+            features = (None, None) if modality.panels is None else modality.panels.measured(cells)
             views[name] = View(
                 rows=torch.from_numpy(rows),
                 codes=torch.from_numpy(modality.codes[cells]),
@@ -212,6 +296,8 @@ def measured(mosaic: Mosaic, index: np.ndarray, n_cells: int | None = None) -> M
                 counts=modality.tensor(cells),
                 labels=torch.from_numpy(modality.labels[cells]),
                 exposure=modality.exposure(cells),
+                measured=features[0],
+                share=features[1],
             )
     groups = None if mosaic.groups is None else torch.from_numpy(mosaic.groups[index])
     return Minibatch(torch.from_numpy(index), mosaic.n_cells if n_cells is None else n_cells, views, views, groups)
@@ -274,6 +360,8 @@ def to_predict(
             codes[:, 0] = _batch_code(name, modality, batch)
         size = modality.library[index] if library is None else np.broadcast_to(library, index.shape)
         size = np.array(size, dtype=np.float32)
+        whole = modality.panels is None or library is not None
+        own = (None, None) if whole or modality.panels is None else modality.panels.measured(index)
         views[name] = View(
             rows=torch.arange(len(index)),
             codes=torch.from_numpy(codes),
@@ -283,6 +371,9 @@ def to_predict(
             counts=None,
             labels=torch.from_numpy(modality.labels[index]),
             exposure=modality.exposure(index),
+            measured=own[0],
+            share=own[1],
+            batches=modality.schema.by_batch,
         )
     return Minibatch(seen.index, len(index), observed, views, seen.groups)
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from pyromosaic.data.matrix import Matrix, as_tensor
+from pyromosaic.data.panels import CellPanels
 from pyromosaic.data.spec import ModalitySchema, ModalitySpec
 
 ENTRIES_FOR_START = 5_000_000  # start values are computed from at most this many entries and 10,000 cells
@@ -38,6 +39,8 @@ class Modality:
         Whether minibatches are strided tensors rather than sparse ones.
     exposures
         Exposure of each measurement (e.g. its coverage), rows as in `matrix`; None if the likelihood needs none.
+    panels
+        Which features were measured in which cell; None if all were measured in all.
 
     Examples
     --------
@@ -58,6 +61,7 @@ class Modality:
     labels: np.ndarray
     dense: bool
     exposures: Matrix | None = None
+    panels: CellPanels | None = None
 
     @property
     def spec(self) -> ModalitySpec:
@@ -92,10 +96,17 @@ class Modality:
             exposure[torch.from_numpy(has)] = as_tensor(found, dense=True)
         return exposure
 
+    def measured(self, cells: np.ndarray) -> np.ndarray:
+        """Which features were measured in cells that have the modality, shape (len(cells), features), boolean."""
+        if self.panels is None:
+            return np.ones((len(cells), self.schema.n_features), dtype=bool)
+        return self.panels.masks[self.panels.codes[cells]]
+
     def take(self, cells: np.ndarray) -> "Modality":
         """The same modality for a selection of cells; the matrix is shared, not copied."""
         columns = ("rows", "codes", "continuous", "library", "labels")
-        return replace(self, **{name: getattr(self, name)[cells] for name in columns})
+        panels = None if self.panels is None else self.panels.take(cells)
+        return replace(self, panels=panels, **{name: getattr(self, name)[cells] for name in columns})
 
     def read(self, cells: np.ndarray) -> Any:
         """Measurements of cells that have the modality, as a CSR matrix or a NumPy array.

@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 
 from pyromosaic.accepted import Column, checked
+from pyromosaic.data.barcodes import warn_of_barcodes
 from pyromosaic.data.cohorts import Cohorts, from_cells, from_column
-from pyromosaic.data.matrix import is_readable
+from pyromosaic.data.panel_sources import grouping, suggested
 from pyromosaic.data.spec import ModalitySpec, Schema
 from pyromosaic.data.tables import (
     WHOLE,
@@ -28,22 +29,17 @@ if TYPE_CHECKING:
     from mudata import MuData
 from pyromosaic.data.modality import Modality
 from pyromosaic.data.registration import (
-    _absent,
     _check_new_batches,
     _check_vocabularies,
     _columns,
     _columns_of,
-    _first_duplicate,
     _modality,
-    _obs,
-    _Source,
-    _source,
     _specifications,
     _with_batches,
-    _words,
     not_empty,
     unlabelled,
 )
+from pyromosaic.data.sources import _absent, _block, _check_source, _obs, _source, _words
 from pyromosaic.shown import as_html
 
 NewBatches = Literal["refuse", "average", "add"]
@@ -100,6 +96,8 @@ class Mosaic:
             line = f"  {name}: {m.present.sum()} cells × {m.schema.n_features} features, {m.spec.likelihood_name}"
             if m.spec.batch_key:
                 line += f", batch {m.spec.batch_key!r} ({m.n_categories[0]})"
+            if m.panels is not None:
+                line += f", panels of {_range(m.panels.masks.sum(axis=1))} features"
             lines.append(line)
         if self.cohorts is not None and self.groups is not None:
             sizes = (f"{name!r} ({np.sum(self.groups == i)} cells)" for i, name in enumerate(self.cohorts.names))
@@ -245,6 +243,29 @@ class Mosaic:
             cohorts, groups = from_cells(self, background, target)
         return replace(self, cohorts=cohorts, groups=groups)
 
+    @checked
+    def suggested_panels(self, modality: str, key: Column | None = None) -> pd.DataFrame:
+        """A table of panels to look at, and to pass as `panels` at registration.
+
+        Parameters
+        ----------
+        modality
+            The modality.
+        key
+            Column of `obs` with groups of cells; the batches by default.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Groups × features: False where a feature is 0 in all cells of a group, which would be too unlikely by chance
+            given how often it is not 0 in other groups; and where it is known not to have been measured.
+        """
+        found = self.modalities[modality]
+        key = found.spec.batch_key if key is None else key
+        if key is None:
+            raise ValueError(f"modality {modality!r} has no batch_key; name a column of obs with groups of cells")
+        return suggested(found, self.words(key))
+
     def find(self, cells: Sequence[str] | np.ndarray | pd.Index | pd.Series | None) -> np.ndarray:
         """Numbers of cells, given by names, by numbers or by a mask (None: all).
 
@@ -269,6 +290,7 @@ class Mosaic:
         *,
         schema: Schema | None = None,
         new_batches: NewBatches = "refuse",
+        panels: Mapping[str, pd.DataFrame] | None = None,
         **shared: Any,
     ) -> "Mosaic":
         """Register a MuData as it is: a cell that is missing from a modality is a hole.
@@ -289,6 +311,11 @@ class Mosaic:
             What to do with batches that the schema does not have: ``"refuse"`` raises an error; ``"average"`` treats
             them as the average of its batches; ``"add"`` adds them to the schema of the mosaic, see
             `MosaicModel.adapt`.
+        panels
+            For some modalities, a table of batches × features that is True where a feature was measured; features
+            without a column were measured everywhere. If the index has the name of another column of `obs`, the rows
+            are the groups of that column. Without a table, a feature that is NaN in all cells of a batch was not
+            measured there. See `suggested_panels`.
         **shared
             Fields of `ModalitySpec`, e.g. ``batch_key="batch"``, for all modalities given by the name of a likelihood.
 
@@ -303,18 +330,20 @@ class Mosaic:
                 'from_anndata({"rna": adata}); mudata.read_h5mu reads a file'
             )
         sources = {name: lambda spec, n=name, a=adata: _source(n, a, spec) for name, adata in mdata.mod.items()}
-        return cls._register(sources, modalities, schema, shared, mdata.obs, new_batches)
+        warn_of_barcodes({name: adata.obs_names for name, adata in mdata.mod.items()})
+        return cls._register(sources, modalities, schema, shared, mdata.obs, new_batches, panels)
 
     @classmethod
     @checked
     def from_anndata(
         cls,
-        adatas: Mapping[str, "AnnData"],
+        adatas: "Mapping[str, AnnData | Sequence[AnnData]]",
         modalities: Mapping[str, ModalitySpec | str | type] | None = None,
         *,
         match_cells: bool = False,
         schema: Schema | None = None,
         new_batches: NewBatches = "refuse",
+        panels: Mapping[str, pd.DataFrame] | None = None,
         **shared: Any,
     ) -> "Mosaic":
         """Register one AnnData per modality.
@@ -322,11 +351,12 @@ class Mosaic:
         Parameters
         ----------
         adatas
-            The data of each modality, by its name.
+            The data of each modality, by its name: an AnnData, or a list of AnnData of different cells, which may have
+            other features. A feature that one of them lacks was not measured in its cells.
         match_cells
             Whether rows of the same name are the same cell. If not, every row is a separate cell; if a name occurs in
             two modalities, all cells are named ``"modality:name"``.
-        modalities, schema, new_batches, **shared
+        modalities, schema, new_batches, panels, **shared
             As in `from_mudata`.
 
         Raises
@@ -334,18 +364,26 @@ class Mosaic:
         ValueError
             If the data cannot be used. The message names the modality, column, cell or feature.
         """
-        if not isinstance(adatas, Mapping) or not all(hasattr(adata, "obs_names") for adata in adatas.values()):
+        lists: dict[str, list[Any]] = (
+            {k: list(v) if isinstance(v, list | tuple) else [v] for k, v in adatas.items()}
+            if isinstance(adatas, Mapping)
+            else {}
+        )
+        each = [adata for part in lists.values() for adata in part]
+        if not isinstance(adatas, Mapping) or not all(hasattr(a, "obs_names") for a in each) or [] in lists.values():
             raise ValueError(
                 'adatas must be a dictionary from modality to AnnData, e.g. {"rna": adata}; found a '
                 + (type(adatas).__name__ if not isinstance(adatas, Mapping) else "dictionary with other values")
             )
-        names = pd.Index(np.concatenate([np.asarray(a.obs_names) for a in adatas.values()])) if adatas else pd.Index([])
+        names = pd.Index(np.concatenate([np.asarray(a.obs_names) for a in each])) if each else pd.Index([])
         prefix = not match_cells and names.has_duplicates
+        if match_cells:
+            warn_of_barcodes({k: pd.Index(np.concatenate([a.obs_names for a in part])) for k, part in lists.items()})
         sources = {
             name: lambda spec, n=name, a=adata: _source(n, a, spec, f"{n}:" if prefix else "")
             for name, adata in adatas.items()
         }
-        return cls._register(sources, modalities, schema, shared, None, new_batches)
+        return cls._register(sources, modalities, schema, shared, None, new_batches, panels)
 
     @classmethod
     @checked
@@ -357,6 +395,7 @@ class Mosaic:
         *,
         schema: Schema | None = None,
         new_batches: NewBatches = "refuse",
+        panels: Mapping[str, pd.DataFrame] | None = None,
         **shared: Any,
     ) -> "Mosaic":
         """Register one AnnData whose `X` is one modality and whose `obsm` has the others.
@@ -368,7 +407,7 @@ class Mosaic:
         blocks
             For each modality, the key in `obsm`, or None for `X`. A row of which all values are missing (NaN) is a
             hole. Features are named by the columns of a DataFrame, or else ``"modality_0"``, ``"modality_1"``, …
-        modalities, schema, new_batches, **shared
+        modalities, schema, new_batches, panels, **shared
             As in `from_mudata`.
 
         Raises
@@ -380,29 +419,8 @@ class Mosaic:
             raise ValueError(f"adata must be an AnnData; found a {type(adata).__name__}")
         obs = _obs(next(iter(blocks), ""), adata)
 
-        def block(name: str, key: str | None, spec: ModalitySpec) -> _Source:
-            if key is None:
-                source = _source(name, adata, spec)
-            elif key not in adata.obsm:
-                raise ValueError(f"modality {name!r}: obsm has no key {key!r}; it has {_words(adata.obsm.keys())}")
-            elif (layer := spec.layer or spec.exposure_layer) is not None:
-                raise ValueError(
-                    f"modality {name!r}: obsm has no layers, but its ModalitySpec names {layer!r}; leave it out"
-                )
-            else:
-                values: Any = adata.obsm[key]
-                features = pd.Index([f"{name}_{i}" for i in range(values.shape[1])])
-                if isinstance(values, pd.DataFrame):
-                    features, nullable = values.columns.astype(str), values.to_numpy().dtype == object
-                    numbers = nullable and all(map(pd.api.types.is_numeric_dtype, values.dtypes))
-                    values = values.to_numpy(np.float64, na_value=np.nan) if numbers else values.to_numpy()
-                source = _Source(values, adata.obs_names, features, obs)
-            if isinstance(source.matrix, np.ndarray):
-                source.measured = pd.DataFrame(source.matrix).notna().any(axis=1).to_numpy()
-            return source
-
-        sources = {name: lambda spec, n=name, k=key: block(n, k, spec) for name, key in blocks.items()}
-        return cls._register(sources, modalities, schema, shared, obs, new_batches)
+        sources = {name: lambda spec, n=name, k=key: _block(n, k, adata, obs, spec) for name, key in blocks.items()}
+        return cls._register(sources, modalities, schema, shared, obs, new_batches, panels)
 
     @classmethod
     def _register(
@@ -413,6 +431,7 @@ class Mosaic:
         shared: Mapping[str, Any],
         obs: pd.DataFrame | None,
         new_batches: str,
+        panels: Mapping[str, pd.DataFrame] | None,
     ) -> "Mosaic":
         if schema is None and new_batches != "refuse":
             raise ValueError(f"new_batches={new_batches!r} needs the schema of a trained model; see model.register")
@@ -424,32 +443,7 @@ class Mosaic:
             if not read:
                 raise ValueError("the data have no cell; register at least one")
         for name, source in read.items():
-            if not is_readable(source.matrix):
-                raise ValueError(
-                    f"modality {name!r}: the measurements are a {type(source.matrix).__name__}; accepted: "
-                    "a NumPy array, a scipy sparse matrix or array, or those of a backed AnnData"
-                )
-            if source.matrix.dtype.kind not in "biuf":
-                raise ValueError(f"modality {name!r}: values of type {source.matrix.dtype}; accepted: real numbers")
-            if source.cells.has_duplicates:
-                raise ValueError(
-                    f"modality {name!r}: cell name {_first_duplicate(source.cells)!r} occurs more than once; "
-                    "cell names must be unique (obs_names_make_unique makes them so)"
-                )
-            if source.features.has_duplicates:
-                raise ValueError(
-                    f"modality {name!r}: feature name {_first_duplicate(source.features)!r} occurs more than once; "
-                    "feature names must be unique (var_names_make_unique makes them so)"
-                )
-            if len(source.cells) == 0 or (source.measured is not None and not source.measured.any()):
-                raise ValueError(f"modality {name!r} has no cell; leave it out, or give it cells")
-            if len(source.features) == 0:
-                raise ValueError(f"modality {name!r} has no feature; leave it out, or give it features")
-            if obs is not None and not source.cells.isin(obs.index).all():
-                stray = source.cells[~source.cells.isin(obs.index)][0]
-                raise ValueError(
-                    f"modality {name!r}: cell {stray!r} is not in the obs of the MuData; call its update() first"
-                )
+            _check_source(name, source, obs)
         for name, source in read.items():
             if specs[name].empty_cells == "holes":
                 found = not_empty(source.matrix)
@@ -475,13 +469,28 @@ class Mosaic:
         if new_batches == "add":
             known = {name: _with_batches(m, read[name].cells, columns[name]) for name, m in known.items()}
         average = new_batches == "average"
-        registered = {n: _modality(n, s, read[n], cells, columns[n], known.get(n), average) for n, s in specs.items()}
+        for name in panels or {}:
+            if name not in specs:
+                raise ValueError(f"there is no modality {name!r}, of which panels are given; found {_words(specs)}")
+        registered = {}
+        for name, spec in specs.items():
+            given = panels.get(name) if panels else None
+            by = grouping(name, spec, tables, cells, given, known.get(name))
+            n_old = len(schema[name].categories.get(spec.batch_key or "", ())) if schema else 0
+            registered[name] = _modality(
+                name, spec, read[name], cells, columns[name], known.get(name), average, n_old, by, given
+            )
         if schema is None:
             _check_vocabularies(registered)
         mosaic = cls(cells, registered, tables)
         if schema is not None and schema.cohorts is not None:
             return replace(mosaic, cohorts=schema.cohorts, groups=schema.cohorts.codes(mosaic))
         return mosaic
+
+
+def _range(numbers: np.ndarray) -> str:
+    """The smallest and the largest number, for a message."""
+    return " to ".join(map(str, np.unique([numbers.min(), numbers.max()])))
 
 
 def _counted(modality: Modality) -> tuple[str, str]:

@@ -2,13 +2,27 @@
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from pyromosaic.data.matrix import CHUNK, DENSE_ABOVE, Matrix, check_values, suspicion
+from pyromosaic.data.chromatin import warn_of_cut_sites
+from pyromosaic.data.controls import warn_of_controls
+from pyromosaic.data.matrix import CHUNK, DENSE_ABOVE, Matrix, MissingValues, check_values, suspicion
+from pyromosaic.data.modality import Modality
+from pyromosaic.data.panel_sources import (
+    extended,
+    found,
+    from_missing,
+    lacking,
+    profile_of,
+    remembered,
+    sizes,
+)
+from pyromosaic.data.panels import CellPanels
+from pyromosaic.data.sources import _some, _Source, _words, in_order, missing_columns
 from pyromosaic.data.spec import DATA_KINDS, LIKELIHOOD_BY_NAME, ModalitySchema, ModalitySpec, Schema
 from pyromosaic.data.tables import (
     WHOLE,
@@ -25,65 +39,7 @@ from pyromosaic.data.tables import (
     word,
     words,
 )
-
-if TYPE_CHECKING:
-    from anndata import AnnData
-    from mudata import MuData
-from pyromosaic.data.modality import Modality
 from pyromosaic.foreign import check_words
-
-
-@dataclass
-class _Source:
-    """One modality as the user gave it: measurements, names, and the table of its cells."""
-
-    matrix: Any
-    cells: pd.Index
-    features: pd.Index
-    obs: pd.DataFrame
-    measured: np.ndarray | None = None  # rows that are not holes; None for all
-    exposures: Any = None
-
-
-def _words(names: Any) -> str:
-    """All names, in quotes, for a message."""
-    return ", ".join(repr(str(n)) for n in names) or "none"
-
-
-def _first_duplicate(names: pd.Index) -> str:
-    return str(names[names.duplicated()][0])
-
-
-def _obs(name: str, data: "AnnData | MuData") -> pd.DataFrame:
-    """The `obs` of the data, which must be in memory."""
-    if not isinstance(data.obs, pd.DataFrame):
-        raise ValueError(
-            f"modality {name!r} was opened by read_lazy; accepted: anndata.read_h5ad(path), "
-            'or anndata.read_h5ad(path, backed="r"), which leaves the measurements in the file'
-        )
-    return data.obs
-
-
-def _source(name: str, adata: "AnnData", spec: ModalitySpec, prefix: str = "") -> _Source:
-    obs = _obs(name, adata)
-    for layer in (spec.layer, spec.exposure_layer):
-        if layer is not None and layer not in adata.layers:
-            raise ValueError(
-                f"modality {name!r}: there is no layer {layer!r}; it has {_words(set(adata.layers) - {None})}"
-            )
-    matrix = adata.X if spec.layer is None else adata.layers[spec.layer]
-    if matrix is None:
-        raise ValueError(f"modality {name!r}: X is empty; name the layer that holds the values")
-    cells = adata.obs_names if not prefix else pd.Index(prefix + adata.obs_names.astype(str))
-    exposures = None if spec.exposure_layer is None else adata.layers[spec.exposure_layer]
-    return _Source(matrix, cells, adata.var_names, obs, exposures=exposures)
-
-
-def _absent(known: ModalitySchema) -> _Source:
-    """Empty data for a modality of the model that no cell has."""
-    names = pd.Index([], dtype=object)
-    matrix = np.zeros((0, known.n_features), dtype=np.float32)
-    return _Source(matrix, names, pd.Index(known.features), pd.DataFrame(index=names))
 
 
 def _specifications(
@@ -220,11 +176,6 @@ def _check_new_batches(known: Mapping[str, ModalitySchema], columns: Mapping[str
         warn_of_spellings(key, values)
 
 
-def _some(names: Collection[str]) -> str:
-    """The first three names, in quotes, for a message."""
-    return _words(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
-
-
 def _columns_of(places: Sequence[Table], tables: Sequence[Table]) -> str:
     """Names of the columns of some tables, without the copies that MuData makes of columns of modalities."""
     copies = {f"{t.modality}:{column}" for t in tables for column in t.obs}
@@ -249,57 +200,72 @@ def _modality(
     table: pd.DataFrame,
     known: ModalitySchema | None,
     average_new_batches: bool = False,
+    n_old_batches: int = 0,
+    panel_groups: tuple[str, pd.Series] | None = None,
+    panels: Any = None,
 ) -> Modality:
     """Check one modality, and put it in the mosaic's order of cells and the schema's order of features."""
     features, columns = source.features.astype(str), None
-    if known is not None and tuple(features) != known.features:
-        columns = features.get_indexer(pd.Index(known.features))
-        if (columns < 0).any() or len(features) != len(known.features):
-            strange = features[~features.isin(known.features)]
-            raise ValueError(
-                f"modality {name!r}: the model has {len(known.features)} features and the data have {len(features)}; "
-                f"missing: {_words(np.array(known.features)[columns < 0][:3])}; unknown: {_words(strange[:3])}; "
-                "accepted: the same features in any order"
-            )
+    if known is not None:
+        columns = in_order(name, features, known)
         features = pd.Index(known.features)
     rows = source.cells.get_indexer(cells)
     if source.measured is not None:
         rows = np.where((rows >= 0) & source.measured[rows], rows, -1)
     present = rows >= 0
-    matrix = Matrix(source.matrix, columns)
+    matrix = Matrix(source.matrix, columns, spec.cut_sites)
     categorical = np.full((len(cells), len(spec.categorical)), -1, dtype=np.int64)
     categories: dict[str, tuple[str, ...]] = {}
     for i, key in enumerate(spec.categorical):
         values = table[key]
-        lacking = values[present].isna()
-        if lacking.any():
+        unknown = values[present].isna()
+        if unknown.any():
             raise ValueError(
-                f"modality {name!r}: column {key!r} has no value for cell {lacking.index[lacking][0]!r}; "
+                f"modality {name!r}: column {key!r} has no value for cell {unknown.index[unknown][0]!r}; "
                 "every cell needs one"
             )
-        found = words(values)
-        warn_of_not_known(found[present], f"modality {name!r}: column {key!r}")
+        spelled = words(values)
+        warn_of_not_known(spelled[present], f"modality {name!r}: column {key!r}")
         if known is None:
-            categories[key] = tuple(sorted(found[present].unique()))
+            categories[key] = tuple(sorted(spelled[present].unique()))
         else:
             categories[key] = known.categories[key]
-            unseen = present & ~found.isin(categories[key]).to_numpy()
+            unseen = present & ~spelled.isin(categories[key]).to_numpy()
             if unseen.any() and not (average_new_batches and key == spec.batch_key):
                 raise ValueError(
-                    f"modality {name!r}: cell {cells[unseen][0]!r} has {key} {found[unseen].iloc[0]!r}, "
+                    f"modality {name!r}: cell {cells[unseen][0]!r} has {key} {spelled[unseen].iloc[0]!r}, "
                     f"which the model has not seen; seen: {_words(categories[key])}"
                 )
-        categorical[:, i] = codes(found, categories[key])
+        categorical[:, i] = codes(spelled, categories[key])
 
     groups: np.ndarray | None = None
     batches: tuple[str, ...] = ("",)
     if spec.batch_key:
         groups, batches = categorical[present, 0] + 1, ("", *categories[spec.batch_key])  # 0: a new batch
-    summary = check_values(matrix, rows[present], spec.data_kind, name, cells[present], features, groups, len(batches))
+    own, parts = rows[present], missing_columns(source, columns, rows[present])
+    checked = (matrix, own, spec.data_kind, name, cells[present], features, groups, len(batches))
+    try:
+        summary = check_values(*checked)
+    except MissingValues as error:
+        parts.append(from_missing(error, spec, matrix, own, table[present], features))
+        summary = check_values(*checked)
+    if panel_groups is not None:
+        panel_groups = (panel_groups[0], panel_groups[1][present])
+    known_panels = None if known is None else known.panels
+    of = found(name, matrix, own, cells[present], features, parts, panel_groups, panels, known_panels)
+    masks, panel = (np.ones((1, len(features)), dtype=bool), np.zeros(len(own), dtype=int)) if of is None else of
     _check_empty(name, spec, summary.empty, cells[present])
-    sizes = np.bincount(np.zeros(present.sum(), int) if groups is None else groups, minlength=len(batches))
-    _warn_unmeasured(name, summary.detected, sizes, batches, known)
-    looks = suspicion(matrix, rows[present], summary.totals, spec.data_kind, spec.traits.sized)
+    if spec.traits.background and known is None:
+        warn_of_controls(name, features)
+    nowhere = np.flatnonzero(~masks.any(axis=0))
+    if known is None and len(nowhere):
+        raise ValueError(f"modality {name!r}: feature {features[nowhere[0]]!r} was measured in no cell; leave it out")
+    of_batch = np.zeros(len(own), dtype=int) if groups is None else groups
+    measured = np.stack([masks[np.unique(panel[of_batch == i])].all(axis=0) for i in range(len(batches))])
+    n_cells = np.bincount(of_batch, minlength=len(batches))
+    _warn_unmeasured(name, summary.detected, n_cells, batches, known, measured)
+    cut = warn_of_cut_sites(name, spec, Matrix(source.matrix)[own[:: 1 + len(own) // 1000]])
+    looks = None if cut else suspicion(matrix, rows[present], summary.totals, spec.data_kind, spec.traits.sized)
     if looks is not None and isinstance(spec.likelihood, str) and not spec.allow_non_integer:
         warnings.warn(
             f"modality {name!r}: {looks}, and likelihood {spec.likelihood!r} is for "
@@ -307,7 +273,15 @@ def _modality(
             "name the layer that has such values, or another likelihood",
             stacklevel=2,
         )
-    library = _library(name, spec, summary.totals, cells, present, table)
+    profile = profile_of(spec, matrix, own, masks, panel) if known is None else known.shares
+    totals = summary.totals
+    if of is not None or known_panels is not None:
+        shared = masks if known_panels is None else known_panels.by_group(len(features))
+        every = np.full(len(features), not spec.traits.shares)
+        if known is None or known_panels is not None:
+            every &= shared.all(axis=0)
+        totals = sizes(matrix, own, masks, panel, profile, every)
+    library = _library(name, spec, totals, cells, present, table)
 
     continuous = np.zeros((len(cells), len(spec.continuous_covariates)), dtype=np.float32)
     moments: dict[str, tuple[float, float]] = {}
@@ -328,6 +302,9 @@ def _modality(
     if source.exposures is not None:
         exposures = Matrix(source.exposures, columns)
         exposure = _exposure(name, spec, exposures, rows[present], cells[present], features)
+    n_measured = np.bincount(panel, minlength=len(masks)) @ masks
+    if known is not None and spec.batch_key and len(batches) - 1 > n_old_batches:
+        known = replace(known, panels=extended(known, masks, panel, of_batch - 1, n_old_batches))
     schema = known or ModalitySchema(
         spec=spec,
         features=tuple(features),
@@ -336,12 +313,23 @@ def _modality(
         labels=label_names,
         library=float(np.nanmedian(library)),
         exposure=exposure,
-        detected=tuple((summary.detected.sum(axis=0) / present.sum()).round(4).tolist()),
+        detected=tuple((summary.detected.sum(axis=0) / n_measured).round(4).tolist()),
+        profile=tuple(profile.tolist()),
+        panels=None
+        if of is None
+        else remembered(
+            masks, panel, of_batch - (groups is not None), batches[groups is not None :], spec, panel_groups
+        ),
     )
     # A user's likelihood may not support sparse tensors.
     dense = not isinstance(spec.likelihood, str) or DATA_KINDS[spec.likelihood] != "count"
     dense |= summary.density > DENSE_ABOVE
-    return Modality(name, schema, matrix, rows, categorical, continuous, library, labels, dense, exposures)
+    of_cells = None
+    if of is not None:
+        numbers = np.full(len(cells), -1)
+        numbers[present] = panel
+        of_cells = CellPanels(masks, numbers, masks @ profile)
+    return Modality(name, schema, matrix, rows, categorical, continuous, library, labels, dense, exposures, of_cells)
 
 
 def not_empty(matrix: Any) -> np.ndarray:
@@ -362,31 +350,35 @@ def _check_empty(name: str, spec: ModalitySpec, empty: np.ndarray, cells: pd.Ind
 
 
 def _warn_unmeasured(
-    name: str, detected: np.ndarray, n_cells: np.ndarray, batches: Sequence[str], known: ModalitySchema | None
+    name: str,
+    detected: np.ndarray,
+    n_cells: np.ndarray,
+    batches: Sequence[str],
+    known: ModalitySchema | None,
+    measured: np.ndarray,
 ) -> None:
     """Warn about features that are 0 in all cells of a batch, but not in the training data or in other batches.
 
-    If all cells were alike, such a feature would be 0 by chance with a probability below ``exp(-10)``. Because cells
-    differ, the warning needs two such features and one per cent of all, or one that half of the other cells have.
+    Because cells differ, the warning needs two such features and one per cent of all, or one that half of the other
+    cells have.
     """
-    if known is not None and known.detected:
-        share, where = np.array(known.detected), "in the training data"
-    else:
-        in_some = detected > 0
-        share, where = detected.sum(axis=0) / np.maximum(1, in_some.T @ n_cells), "in other batches"
-    lacking = (detected == 0) & (-n_cells[:, None] * np.log1p(-np.minimum(share, 1 - 1e-9)) >= 10)
-    doubtful = (lacking.sum(axis=1) >= max(2, detected.shape[1] // 100)) | (lacking & (share >= 0.5)).any(axis=1)
-    found = [i for i in np.argsort(-lacking.sum(axis=1), kind="stable") if doubtful[i]]
+    share = None if known is None or not known.detected else np.array(known.detected)
+    where = "in other batches" if share is None else "in the training data"
+    missing = lacking(detected, n_cells, share, measured)
+    if share is None:
+        share = detected.sum(axis=0) / np.maximum(1, (detected > 0).T @ n_cells)
+    doubtful = (missing.sum(axis=1) >= max(2, detected.shape[1] // 100)) | (missing & (share >= 0.5)).any(axis=1)
+    found = [i for i in np.argsort(-missing.sum(axis=1), kind="stable") if doubtful[i]]
     if found:
         said = [
-            f"{lacking[i].sum()} in all {n_cells[i]} cells" + f" of batch {batches[i]!r}" * (batches[i] != "")
+            f"{missing[i].sum()} in all {n_cells[i]} cells" + f" of batch {batches[i]!r}" * (batches[i] != "")
             for i in found
         ]
         more = f", and some in {len(said) - 3} further batches" if len(said) > 3 else ""
         warnings.warn(
             f"modality {name!r}: some of {detected.shape[1]} features are always 0, but not {where}: "
             f"{', '.join(said[:3])}{more}; if they were not measured there, the model takes these zeros for "
-            "measurements: keep only the features that were measured everywhere",
+            "measurements: set them to NaN, or pass a table of panels (mosaic.suggested_panels makes one)",
             stacklevel=2,
         )
 

@@ -1,12 +1,18 @@
 """How the user describes a modality (`ModalitySpec`), and what a model remembers of its data (`Schema`)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal
 
+import numpy as np
+import torch
+
 from pyromosaic.accepted import Column, Word, checked
 from pyromosaic.data.cohorts import Cohorts
+from pyromosaic.data.droplets import droplet_profile
+from pyromosaic.data.panels import BatchPanels, Panels
 from pyromosaic.data.traits import TRAITS, DataKind, Traits
 
 #: The kind of number that each named likelihood describes; registration checks the data against it.
@@ -28,9 +34,9 @@ class ModalitySpec:
     Parameters
     ----------
     likelihood
-        Name of the likelihood: ``"nb"``, ``"zinb"``, ``"nb_mixture"``, ``"multinomial"``, ``"bernoulli"`` (all for raw
-        counts; ``"bernoulli"`` reads a count above 0 as open), ``"normal"``, ``"log1p_normal"``, ``"ziln"`` or
-        ``"zig"``; or a subclass of `pyromosaic.likelihoods.Likelihood`.
+        Name of the likelihood: ``"nb"``, ``"zinb"``, ``"nb_mixture"``, ``"multinomial"``, ``"poisson"``,
+        ``"bernoulli"`` (all for raw counts; ``"bernoulli"`` reads a count above 0 as open), ``"normal"``,
+        ``"log1p_normal"``, ``"ziln"`` or ``"zig"``; or a subclass of `pyromosaic.likelihoods.Likelihood`.
     layer
         Layer that holds the values; None for `X`.
     batch_key
@@ -58,6 +64,13 @@ class ModalitySpec:
     background
         How the likelihood ``"nb_mixture"`` treats the unknown background level of each cell and protein:
         ``"marginal"`` sums it out; ``"latent"`` infers it, as totalVI does (see `pyromosaic.likelihoods.NBMixture`).
+    cut_sites
+        Whether the counts are cut sites of chromatin, two for each fragment, as in matrices of 10x Genomics. The model
+        then sees fragments, ``ceil(x / 2)``, and all its answers are fragments; your data are not changed.
+    empty_droplets
+        Antibody counts of droplets without a cell, an AnnData or a table droplets × antibodies, for the likelihood
+        ``"nb_mixture"``: the shares of antibodies among these counts inform the prior of the background. The
+        specification keeps only `droplet_profile` of the counts.
 
     Examples
     --------
@@ -80,6 +93,8 @@ class ModalitySpec:
     exposure_layer: str | None = None
     empty_cells: Literal["refuse", "holes", "keep"] = "refuse"
     background: Literal["marginal", "latent"] = "marginal"
+    cut_sites: bool = False
+    empty_droplets: Any = None
 
     def __post_init__(self) -> None:
         own = isinstance(getattr(self.likelihood, "traits", None), Traits)
@@ -100,6 +115,15 @@ class ModalitySpec:
             )
         if self.background == "latent" and not self.traits.background:
             raise ValueError(f"likelihood {self.likelihood_name!r} has no background that could be 'latent'")
+        if self.cut_sites and self.data_kind != "count":
+            raise ValueError(
+                f"cut_sites=True is for raw counts; likelihood {self.likelihood_name!r} "
+                f"{'with allow_non_integer=True ' * self.allow_non_integer}takes other values"
+            )
+        if self.empty_droplets is not None:
+            if not self.traits.background:
+                raise ValueError(f"likelihood {self.likelihood_name!r} has no background for empty_droplets to inform")
+            object.__setattr__(self, "empty_droplets", droplet_profile(self.empty_droplets))
         if self.dispersion == "gene-batch" and self.batch_key is None:
             raise ValueError("dispersion 'gene-batch' needs a batch_key; found none")
         if self.dispersion == "gene-label" and self.label_key is None:
@@ -159,6 +183,10 @@ class ModalitySchema:
         Median exposure of the measured values; other values are predicted at this exposure.
     detected
         For each feature, the share of the cells in which it is not 0; empty if this is not known.
+    profile
+        For each feature, its expected share of a cell's counts; empty if this is not known.
+    panels
+        Which features were measured in which cells; None if all were measured in all.
 
     Examples
     --------
@@ -175,6 +203,8 @@ class ModalitySchema:
     library: float = 1.0
     exposure: float = 1.0
     detected: tuple[float, ...] = ()
+    profile: tuple[float, ...] = ()
+    panels: Panels | None = None
 
     @property
     def n_features(self) -> int:
@@ -185,6 +215,20 @@ class ModalitySchema:
     def n_covariates(self) -> int:
         """Number of columns of the covariates: one for each category and each continuous covariate."""
         return sum(len(c) for c in self.categories.values()) + len(self.continuous)
+
+    @property
+    def shares(self) -> np.ndarray:
+        """Expected share of each feature in the counts of a cell; equal shares if they are not known."""
+        known = np.array(self.profile or [1.0] * self.n_features)
+        return known / known.sum()
+
+    @cached_property
+    def by_batch(self) -> BatchPanels | None:
+        """Which features were measured in which batch; None if all were measured in all."""
+        if self.panels is None or self.spec.batch_key is None:
+            return None
+        table = torch.from_numpy(self.panels.by_batch(self.n_features))
+        return None if table.all() else BatchPanels(table, torch.from_numpy(self.shares).float())
 
     @property
     def dispersion_shape(self) -> tuple[int, ...]:
@@ -223,6 +267,48 @@ class Schema:
             raise KeyError(f"there is no modality {name!r}; the model knows {', '.join(map(repr, self.modalities))}")
         return self.modalities[name]
 
+    def of_features(self, names: Iterable[str]) -> str:
+        """The modality that has the most of these features.
+
+        Raises
+        ------
+        ValueError
+            If none has any of them, or two have equally many.
+        """
+        given = set(map(str, names))
+        n = {name: len(given.intersection(modality.features)) for name, modality in self.modalities.items()}
+        best = [name for name in n if n[name] == max(n.values())]
+        if n[best[0]] == 0:
+            raise ValueError("the data have none of the features of any modality of the model")
+        if len(best) > 1:
+            raise ValueError(
+                f"the data have equally many features of modalities {' and '.join(map(repr, best))}; say which one it "
+                f'is, e.g. {{"{best[0]}": adata}}'
+            )
+        return best[0]
+
+    def difference(self, other: "Schema") -> str:
+        """What first differs in another schema, in words.
+
+        Examples
+        --------
+        >>> schema, other = (Schema({"rna": ModalitySchema(ModalitySpec(word), ("CD4",))}) for word in ("nb", "zinb"))
+        >>> schema.difference(other)
+        "likelihood of modality 'rna' is 'zinb' instead of 'nb'"
+        """
+        if list(self.modalities) != list(other.modalities):
+            return f"the modalities are {', '.join(other.modalities)} instead of {', '.join(self.modalities)}"
+        for name, known in self.modalities.items():
+            found = other.modalities[name]
+            for mine, others in ((known.spec, found.spec), (known, found)):
+                for entry in fields(mine):
+                    values = getattr(others, entry.name), getattr(mine, entry.name)
+                    if entry.name != "spec" and values[0] != values[1]:
+                        words = all(isinstance(value, str | float | None) for value in values)
+                        how = " is {!r} instead of {!r}".format(*values) if words else ": other values"
+                        return f"{entry.name} of modality {name!r}{how}"
+        return "the cohorts differ"
+
     def to_json(self) -> dict[str, Any]:
         """The schema as lists, numbers and strings; a class of likelihood is given by its name."""
         modalities = {name: asdict(modality) for name, modality in self.modalities.items()}
@@ -247,6 +333,8 @@ class Schema:
                 library=float(entry["library"]),
                 exposure=float(entry.get("exposure", 1.0)),
                 detected=tuple(map(float, entry.get("detected", ()))),
+                profile=tuple(map(float, entry.get("profile", ()))),
+                panels=Panels.from_json(entry.get("panels")),
             )
         cohorts = data["cohorts"]
         if cohorts is None:

@@ -74,6 +74,7 @@ TRAITS: Mapping[str, Traits] = {
     "zinb": _RNA,
     "nb_mixture": Traits("count", sized=True, background=True, transform="centred_log_ratio"),
     "multinomial": replace(_SHARES, dispersed=False),
+    "poisson": replace(_SHARES, dispersed=False, latent_size=True),
     "bernoulli": Traits("count", binary=True, transform="open"),
     "normal": Traits("real"),
     "log1p_normal": _POSITIVE,

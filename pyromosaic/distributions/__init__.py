@@ -8,6 +8,7 @@ from pyromosaic.distributions.continuous import Log1pNormal, ZeroInflatedGamma, 
 from pyromosaic.distributions.counts import (
     NegativeBinomial,
     NegativeBinomialMixture,
+    Poisson,
     ZeroInflatedNegativeBinomial,
 )
 from pyromosaic.distributions.multinomial import Multinomial
@@ -20,6 +21,7 @@ __all__ = [
     "NegativeBinomial",
     "NegativeBinomialMixture",
     "Normal",
+    "Poisson",
     "ZeroInflatedGamma",
     "ZeroInflatedLogNormal",
     "ZeroInflatedNegativeBinomial",

@@ -1,6 +1,7 @@
 """Terms of log-probabilities of counts, with their derivatives."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.nn.functional import logsigmoid
 from torch.overrides import handle_torch_function, has_torch_function
 
 LARGEST_RATE = 1e9  # Poisson samplers overflow 32-bit integers above about 4e9
-BLOCK = 2**16  # entries evaluated together on the CPU
+BLOCK = 2**18  # entries evaluated together on the CPU
 
 
 SMALL_COUNT = 12  # above it, three terms of Stirling's series are exact to 1e-11
@@ -36,71 +37,152 @@ def _log_zero(mu: Tensor, theta: Tensor) -> Tensor:
     return -theta * torch.log1p(mu * theta.reciprocal())
 
 
-def _log_count(count: Tensor, means: list[Tensor], theta: Tensor, at: "_Entries | _Everywhere") -> tuple[Tensor, ...]:
-    """Negative binomial log-probability of counts under each mean."""
-    return _log_count_at(count, [at(mu) for mu in means], theta, at)
+def _log_count(count: Tensor, means: list[Tensor], theta: Tensor, at: "_Entries | _Everywhere") -> Tensor:
+    """Negative binomial log-probability of counts under each mean, along a first dimension."""
+    means, shared = [at(mu) for mu in means], _shared(theta, count, at)
+    theta = at(theta)
+    stacked = means[0].unsqueeze(0) if len(means) == 1 else torch.stack(torch.broadcast_tensors(*means))
+    log_prob: Tensor = _apply(_LogCount.apply, count, aligned(stacked, count, theta), theta, *shared)
+    return log_prob
 
 
-def _log_count_at(
-    count: Tensor, means: list[Tensor], theta: Tensor, at: "_Entries | _Everywhere"
-) -> tuple[Tensor, ...]:
-    """The same under means that are given at the entries."""
-    table = position = None
-    if theta.numel() < count.numel():  # each parameter value is used by many entries
-        table, position = _table(theta.detach()).to(count.dtype), at.position(theta)
-    log_probs: tuple[Tensor, ...] = _apply(_LogCount.apply, count, at(theta), table, position, *means)
-    return log_probs
+def aligned(stacked: Tensor, *others: Tensor) -> Tensor:
+    """Parameters stacked along a first dimension, in a shape that broadcasts with others without it."""
+    n_missing = max(x.dim() for x in others) + 1 - stacked.dim()
+    return stacked.reshape(len(stacked), *[1] * max(0, n_missing), *stacked.shape[1:])
 
 
-def _apply(function: Callable[..., Any], *inputs: Tensor | None) -> Any:
+def _shared(theta: Tensor, count: Tensor, at: "_Entries | _Everywhere") -> tuple[Tensor | None, Tensor | None]:
+    """Table of what depends on theta and a small count, and the column of each entry; None if thetas are not shared."""
+    if theta.numel() >= count.numel():
+        return None, None
+    return _table(theta.detach()).to(theta.dtype), at.position(theta)
+
+
+def _apply(function: Callable[..., Any], *inputs: Any) -> Any:
     """Call a function of plain tensors, even if other objects replace them, e.g. when Pyro traces dependencies."""
     return handle_torch_function(function, inputs, *inputs) if has_torch_function(inputs) else function(*inputs)
 
 
-class _LogCount(torch.autograd.Function):
-    """Negative binomial log-probabilities of the same counts for several means, with their derivatives.
+def in_blocks(
+    evaluate: Callable[..., tuple[Tensor, ...]], stacked: Tensor, inputs: list[Tensor], n_results: int, n_each: int = 1
+) -> Tensor:
+    """Results of a function of entries, evaluated on the CPU in blocks that stay in its cache.
 
-    Both are evaluated together, on the CPU in blocks that stay in its cache.
+    Parameters
+    ----------
+    evaluate
+        Function from blocks of `stacked` and of the inputs to at least `n_results` results.
+    stacked
+        Several values for each entry along a first dimension, as results have.
+    inputs
+        Tensors that broadcast with `stacked` without this dimension.
+    n_results
+        Number of results to keep.
+    n_each
+        Numbers that are evaluated for each value of `stacked`.
     """
+    n, shape = len(stacked), broadcast_shape(stacked.shape[1:], *(x.shape for x in inputs))
+    width = shape[-1] if len(shape) > 1 else 1
+    inputs = [x.expand(shape).reshape(-1, width) for x in inputs]
+    stacked = stacked.expand(n, *shape).reshape(n, -1, width)
+    results = stacked.new_empty(n_results, *stacked.shape)
+    on_cpu = stacked.device.type == "cpu"
+    n_rows = max(1, BLOCK // max(1, n * n_each * width) if on_cpu else stacked.shape[1])
+    for to, *block in zip(*(x.split(n_rows, dim=-2) for x in (results, stacked, *inputs)), strict=True):
+        for part, result in zip(to, evaluate(*block), strict=False):
+            part.copy_(result)
+    return results.reshape(n_results, n, *shape)
+
+
+class _LogCount(torch.autograd.Function):
+    """Negative binomial log-probabilities of counts under one or several means, with their derivatives."""
 
     @staticmethod
     def forward(
-        ctx: Any, count: Tensor, theta: Tensor, table: Tensor | None, position: Tensor | None, *means: Tensor
-    ) -> tuple[Tensor, ...]:
-        inputs = [x for x in (count, theta, *means, position) if x is not None]
-        shape = broadcast_shape(*(x.shape for x in inputs))
-        width = shape[-1] if len(shape) > 1 else 1
-        inputs = [x.expand(shape).reshape(-1, width) for x in inputs]
-        kinds = 3 if any(ctx.needs_input_grad) else 1  # the log-probability, with or without its two derivatives
-        outputs = [torch.empty_like(inputs[0]) for _ in range(kinds * len(means))]
-        n_rows = max(1, BLOCK // max(1, width)) if count.device.type == "cpu" else max(1, len(inputs[0]))
-        for x, t, *block in zip(*(values.split(n_rows) for values in (*inputs, *outputs)), strict=True):
-            best, slope = _best(x, t, table, block.pop(len(means)) if position is not None else None)
-            for i, mu in enumerate(block[: len(means)]):
-                results = _less_lost(x, mu, t, best, slope)[:kinds]
-                for out, result in zip(block[len(means) + i :: len(means)], results, strict=True):
-                    out.copy_(result)
-        outputs = [out.reshape(shape) for out in outputs]
-        ctx.save_for_backward(count, theta, *means, *outputs[len(means) :])
-        return tuple(outputs[: len(means)])
+        ctx: Any, count: Tensor, means: Tensor, theta: Tensor, table: Tensor | None, position: Tensor | None
+    ) -> Tensor:
+        n_results = 3 if any(ctx.needs_input_grad) else 1  # the log-probability, with or without its two derivatives
+        if table is None or position is None:
+            results = in_blocks(_of_any, means, [count, theta], n_results)
+        else:
+            results = in_blocks(partial(_of_small, table), means, [count, theta, position], n_results)
+            _replace_large(table, results, means, count, theta, position)
+        log_prob, *slopes = results
+        ctx.save_for_backward(count, means, theta, *slopes)
+        return log_prob
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        n = len(gradients)
-        count, theta, *saved = ctx.saved_tensors
-        means, by_mu, by_theta = saved[:n], saved[n : 2 * n], saved[2 * n :]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        count, mu, theta, by_mu, by_theta = ctx.saved_tensors
         if torch.is_grad_enabled():  # second derivatives are needed
-            excess = [(mu - count) / (mu + theta) for mu in means]
-            by_mu = [-theta * e / mu for e, mu in zip(excess, means, strict=True)]
-            slope = torch.digamma(count + theta) - torch.digamma(theta)
-            by_theta = [slope - torch.log1p(mu / theta) + e for e, mu in zip(excess, means, strict=True)]
-        if n == 1 and not any(gradients[0].stride()):  # the same gradient for all, that of a sum: multiply last
-            of_theta = by_theta[0].sum_to_size(theta.shape) * gradients[0].as_strided((), ())
+            excess = (mu - count) / (mu + theta)
+            by_mu = -theta * excess / mu
+            by_theta = torch.digamma(count + theta) - torch.digamma(theta) - torch.log1p(mu / theta) + excess
+        if not any(gradient.stride()):  # the same for all, that of a sum: multiply last
+            of_theta = by_theta.sum_to_size(theta.shape) * gradient.as_strided((), ())
         else:
-            products = [g * d for g, d in zip(gradients, by_theta, strict=True)]
-            of_theta = sum(products[1:], products[0]).sum_to_size(theta.shape)
-        of_means = [(g * d).sum_to_size(mu.shape) for g, d, mu in zip(gradients, by_mu, means, strict=True)]
-        return None, of_theta, None, None, *of_means
+            of_theta = (gradient * by_theta).sum_to_size(theta.shape)
+        return None, (gradient * by_mu).sum_to_size(mu.shape), of_theta, None, None
+
+
+def log_prob_and_slopes(
+    mu: Tensor, count: Tensor, theta: Tensor, table: Tensor | None = None, column: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Negative binomial log-probability of counts, with its derivatives with respect to mean and theta.
+
+    Parameters
+    ----------
+    mu
+        Means, with one more dimension before those of the counts.
+    count, theta
+        Equal shapes.
+    table, column
+        From `_shared`, the column for each entry.
+    """
+    if table is None or column is None:
+        return _of_any(mu, count, theta)
+    results = _of_small(table, mu, count, theta, column)
+    _replace_large(table, results, mu, count, theta, column)
+    return results
+
+
+def _above_zero(mu: Tensor) -> Tensor:
+    """Keeps count / mu finite where a mean has underflowed to zero."""
+    return mu + torch.finfo(mu.dtype).tiny ** 0.4
+
+
+def _of_any(mu: Tensor, count: Tensor, theta: Tensor) -> tuple[Tensor, ...]:
+    best, slope = (x.to(count.dtype) for x in _best_by_lgamma(count.double(), theta.double()))
+    return _less_lost(count, _above_zero(mu), theta, best, slope)
+
+
+def _of_small(table: Tensor, mu: Tensor, count: Tensor, theta: Tensor, column: Tensor) -> tuple[Tensor, ...]:
+    """Right for small counts; see `_table`."""
+    place = torch.add(column, count.int().clamp_(0, SMALL_COUNT), alpha=table.shape[-1]).reshape(-1)
+    coefficient, slope = (values.reshape(-1).index_select(0, place).reshape(count.shape) for values in table)
+    mu = _above_zero(mu)
+    log_ratio = (mu / theta).log1p_()
+    log_prob = torch.addcmul(coefficient, count, mu.log()).addcmul_(count + theta, log_ratio, value=-1)
+    excess = (count - mu).div_(mu + theta)
+    return log_prob, (theta / mu).mul_(excess), (slope - log_ratio).sub_(excess)
+
+
+def _replace_large(
+    table: Tensor, results: Sequence[Tensor] | Tensor, mu: Tensor, count: Tensor, theta: Tensor, column: Tensor
+) -> None:
+    """Replace the results of large counts."""
+    shape = results[0].shape[1:]
+    count, mu = count.expand(shape), mu.expand(-1, *shape)
+    large = _search(count > SMALL_COUNT)
+    if len(large) == 0:
+        return
+    x, t, column = (torch.take(values.expand(shape), large) for values in (count, theta, column))
+    of_theta = table[:, -1].index_select(1, column)
+    mu = _above_zero(mu.reshape(len(mu), -1).index_select(1, large))
+    for result, values in zip(results, _less_lost(x, mu, t, *_best_of_large(x, t, *of_theta)), strict=False):
+        flat = result.view(len(mu), -1)
+        flat.index_copy_(1, large, values.where(x > SMALL_COUNT, flat.index_select(1, large)))
 
 
 def _less_lost(count: Tensor, mu: Tensor, theta: Tensor, best: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,33 +191,25 @@ def _less_lost(count: Tensor, mu: Tensor, theta: Tensor, best: Tensor, slope: Te
     It is the log-probability under the best-fitting mean, the count itself, minus the loss under the given mean. Terms
     of large counts would cancel; only their difference is computed.
     """
-    limits = torch.finfo(mu.dtype)
-    mu = mu + limits.tiny**0.4  # keeps count / mu**2 finite where a mean has underflowed to zero
+    least = torch.finfo(mu.dtype).eps - 1
     scale = (count + theta).reciprocal_()
     excess = (mu - count).mul_(scale)
     ratio = (mu + theta).mul_(scale)  # 1 + excess
     slip = (excess * theta).div_(mu).neg_()  # 1 + slip is count / mu * ratio
-    log_ratio = torch.log1p(excess.clamp_min(limits.eps - 1))
-    log_prob = torch.addcmul(best, count, slip.clamp_min(limits.eps - 1).log1p_(), value=-1)
+    log_ratio = torch.log1p(excess.clamp_min(least))
+    log_prob = torch.addcmul(best, count, slip.clamp_min(least).log1p_(), value=-1)
     log_prob = log_prob.addcmul_(theta, log_ratio, value=-1)
     return log_prob, slip.div_(ratio), torch.addcdiv(slope, excess, ratio).sub_(log_ratio)
 
 
-def _best(count: Tensor, theta: Tensor, table: Tensor | None, position: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Log-probability of counts that equal their means, and its derivative with respect to theta."""
-    if table is None or position is None:
-        best, slope = (x.to(count.dtype) for x in _best_by_lgamma(count.double(), theta.double()))
-        return best, slope
-    row = count.nan_to_num(0.0).clamp(0, SMALL_COUNT + 1)
-    place = torch.add(position, row.long(), alpha=table.shape[-1]).reshape(-1)
-    best, slope = (values.reshape(-1).index_select(0, place) for values in table)
-    large = _search(count > SMALL_COUNT)
-    count, theta = torch.take(count, large), torch.take(theta, large)
+def _best_of_large(count: Tensor, theta: Tensor, best: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of large counts that equal their means, and its derivative with respect to theta.
+
+    `best` and `slope` are the parts that depend only on theta.
+    """
     inverse, total = count.reciprocal(), (count + theta).reciprocal_()
-    of_large = (inverse * total).log_().mul_(0.5).add_(_stirling(total)).sub_(_stirling(inverse))
-    for values, more in ((best, of_large), (slope, _stirling_slope(total))):
-        values.index_add_(0, large, more.where(count > SMALL_COUNT, 0.0))
-    return best.reshape(row.shape), slope.reshape(row.shape)
+    of_count = (inverse * total).log_().mul_(0.5).add_(_stirling(total)).sub_(_stirling(inverse))
+    return best + of_count, slope + _stirling_slope(total)
 
 
 def _search(mask: Tensor) -> Tensor:
@@ -153,23 +227,21 @@ def _best_by_lgamma(count: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _table(theta: Tensor) -> Tensor:
-    """The value of `_best` for small counts; the last row is the part for large counts that depends only on theta.
+    """Parts of the log-probability, and of its derivative with respect to theta, that do not depend on the mean.
 
-    Sums over k below a count of ``log((theta + k) / (k + 1))`` replace lgamma; for larger counts, Stirling's series
-    does.
+    For each value of theta, a row for each small count: the part of the log-probability is what is left without
+    ``x log(mu) - (x + theta) log(1 + mu / theta)``. Sums over k below a count of ``log((theta + k) / (k + 1) / theta)``
+    replace lgamma. The last row is the part of `_best_of_large`, by Stirling's series.
     """
     theta = theta.double().reshape(-1)
     k = torch.arange(SMALL_COUNT, dtype=theta.dtype, device=theta.device).unsqueeze(-1)
-    total = theta + k + 1
-    of_small = torch.log((theta + k) / (k + 1)).cumsum(0) - (k + 1) * torch.log(total / (k + 1))
-    best = of_small - theta * torch.log1p((k + 1) / theta)
-    slope = (1 / (theta + k)).cumsum(0) - torch.log1p((k + 1) / theta)
+    total = theta + k
+    small = torch.log(total / ((k + 1) * theta)).cumsum(0)
     of_large = torch.xlogy(theta, theta) - theta - torch.lgamma(theta)
-    zero = torch.zeros_like(theta)
+    zero = torch.zeros_like(theta)[None]
     slope_of_large = torch.log(theta) - torch.digamma(theta)
-    return torch.stack(
-        [torch.cat([zero[None], best, of_large[None]]), torch.cat([zero[None], slope, slope_of_large[None]])]
-    )
+    rows = [zero, small, of_large[None]], [zero, total.reciprocal_().cumsum(0), slope_of_large[None]]
+    return torch.stack([torch.cat(part) for part in rows])
 
 
 def _stirling(inverse: Tensor) -> Tensor:
@@ -193,7 +265,7 @@ class _Everywhere:
 
     def position(self, parameter: Tensor) -> Tensor:
         """Row-major positions of all entries of the parameter."""
-        return torch.arange(parameter.numel(), device=parameter.device).reshape(parameter.shape)
+        return torch.arange(parameter.numel(), dtype=torch.int32, device=parameter.device).reshape(parameter.shape)
 
     def __call__(self, parameter: Tensor, transform: Callable[[Tensor], Tensor] = _itself) -> Tensor:
         return transform(parameter)
@@ -249,6 +321,18 @@ class _LogMixture(torch.autograd.Function):
         first = torch.sigmoid(logits + log_first - log_second)  # share of the first component
         slopes = (first - torch.sigmoid(logits), first, 1 - first)
         return tuple((gradient * slope).sum_to_size(x.shape) for slope, x in zip(slopes, inputs, strict=True))
+
+
+def _log_poisson(count: Tensor, mu: Tensor) -> Tensor:
+    """Poisson log-probability of counts: under the best-fitting mean, minus the loss from using another mean."""
+    limits = torch.finfo(mu.dtype)
+    exact = count.double()
+    best = (torch.xlogy(exact, exact) - exact - torch.lgamma(exact + 1)).to(mu.dtype)
+    ratio = (mu + limits.tiny**0.4) / count.clamp_min(1)
+    excess = ratio - 1
+    near = excess.abs() < 0.5  # where the logarithm of the ratio would cancel with the excess
+    log_ratio = torch.where(near, torch.log1p(excess.clamp(-0.5, 0.5)), ratio.log())
+    return torch.where(count == 0, -mu, best - count * (excess - log_ratio))
 
 
 def _variance(mu: Tensor, theta: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Negative binomial likelihoods that evaluate their expensive terms only for positive counts."""
+"""Likelihoods of counts that evaluate their expensive terms only for positive counts."""
 
 import copy
 from functools import reduce
@@ -12,12 +12,14 @@ from torch.types import _size
 
 from pyromosaic.distributions.count_terms import (
     _EVERYWHERE,
+    LARGEST_RATE,
     Lookup,
     _Entries,
     _Everywhere,
     _gamma_poisson,
     _log_count,
     _log_mixture,
+    _log_poisson,
     _log_zero,
     _variance,
 )
@@ -39,7 +41,7 @@ class _CountDistribution(TorchDistribution):
         shape = broadcast_shape(*(parameter.shape for parameter in parameters.values()))
         super().__init__(torch.Size(shape), validate_args=validate_args)
 
-    def _log_prob_zero(self, at: Lookup) -> Tensor:
+    def _log_prob_zero(self, at: "_Entries | _Everywhere") -> Tensor:
         """Log-probability of a zero; ``at(parameter)`` is a parameter at the entries."""
         raise NotImplementedError
 
@@ -161,6 +163,59 @@ class NegativeBinomial(_CountDistribution):
 
     def _log_prob_at(self, count: Tensor, at: "_Entries | _Everywhere") -> Tensor:
         return _log_count(count, [self.mu], self.theta, at)[0]
+
+
+class Poisson(_CountDistribution):
+    r"""Poisson counts with mean :math:`\mu`, which is also their variance.
+
+    It is the likelihood of chromatin fragments in PoissonVI (Martens et al. 2024).
+
+    Parameters
+    ----------
+    mu
+        Mean, zero or positive. Where a positive count is observed, a mean of zero is replaced by 6e-16 (1e-123 in
+        float64).
+    validate_args
+        Check parameters and values; Pyro's global setting by default.
+
+    Raises
+    ------
+    ValueError
+        If validation is on and a mean is negative.
+
+    Examples
+    --------
+    >>> import torch
+    >>> fragments = Poisson(mu=torch.tensor([0.5, 2.0]))
+    >>> fragments.log_prob(torch.tensor([0.0, 3.0])).exp()
+    tensor([0.6065, 0.1804])
+    """
+
+    arg_constraints = {"mu": constraints.nonnegative}
+
+    def __init__(self, mu: Tensor, validate_args: bool | None = None) -> None:
+        super().__init__({"mu": mu}, validate_args)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean ``mu``."""
+        return self.mu.expand(self.batch_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance ``mu``."""
+        return self.mean
+
+    def sample(self, sample_shape: _size = ()) -> Tensor:
+        """Draw counts."""
+        with torch.no_grad():
+            return torch.poisson(self.mu.clamp(max=LARGEST_RATE).expand(self._extended_shape(sample_shape)))
+
+    def _log_prob_zero(self, at: Lookup) -> Tensor:
+        return -at(self.mu)
+
+    def _log_prob_at(self, count: Tensor, at: "_Entries | _Everywhere") -> Tensor:
+        return _log_poisson(count, at(self.mu))
 
 
 class ZeroInflatedNegativeBinomial(_CountDistribution):

@@ -17,7 +17,7 @@ from pyromosaic.likelihoods.accessibility import Bernoulli
 from pyromosaic.likelihoods.continuous import ZIG, ZILN, Log1pNormalLikelihood, Normal
 from pyromosaic.likelihoods.likelihood import CountLikelihood, Likelihood, Predictors, logit
 from pyromosaic.likelihoods.protein import NBMixture, two_normals
-from pyromosaic.likelihoods.rna import NB, ZINB, MultinomialLikelihood
+from pyromosaic.likelihoods.rna import NB, ZINB, MultinomialLikelihood, PoissonLikelihood
 from pyromosaic.nn import Decoder
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "NB",
     "NBMixture",
     "Normal",
+    "PoissonLikelihood",
     "Predictors",
     "ZIG",
     "ZILN",
@@ -43,7 +44,10 @@ __all__ = [
 #: The likelihood behind each name that a `ModalitySpec` accepts.
 LIKELIHOODS: Mapping[str, type[Likelihood]] = {
     likelihood.family: likelihood
-    for likelihood in (NB, ZINB, MultinomialLikelihood, NBMixture, Bernoulli, Normal, Log1pNormalLikelihood, ZILN, ZIG)
+    for likelihood in (
+        *(NB, ZINB, MultinomialLikelihood, PoissonLikelihood, NBMixture, Bernoulli),
+        *(Normal, Log1pNormalLikelihood, ZILN, ZIG),
+    )
 }
 
 

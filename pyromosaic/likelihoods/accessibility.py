@@ -27,6 +27,7 @@ class Bernoulli(Likelihood):
 
     family = "bernoulli"
     traits = TRAITS["bernoulli"]
+    pointwise = True
     predictors = ("accessibility",)
 
     def __init__(self, schema: ModalitySchema) -> None:
@@ -41,7 +42,7 @@ class Bernoulli(Likelihood):
         the cube root of the share, so that each of the three factors has an equal part of it.
         """
         is_open = view.dense_counts() > 0
-        share = is_open.to(torch.float32).mean(0).clamp(max=1 - 0.5 / len(is_open))
+        share = view.over_cells(is_open.to(torch.float32)).clamp(max=1 - 0.5 / len(is_open))
         equal = share.pow(1 / 3).clamp_min(0.5)
         cell = equal.max()
         region = torch.minimum(equal, (share / (0.9 * cell)).clamp_min(0.5))  # then the accessibility is at most 0.9

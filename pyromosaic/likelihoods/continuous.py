@@ -25,6 +25,7 @@ class Normal(Likelihood):
 
     family = "normal"
     traits = TRAITS["normal"]
+    pointwise = True
     predictors = ("loc",)
 
     def __init__(self, schema: ModalitySchema) -> None:
@@ -39,8 +40,8 @@ class Normal(Likelihood):
         """Mean and standard deviation of each feature."""
         x = self.transform(view.dense_counts())
         with torch.no_grad():
-            self.log_sigma.copy_(x.std(0).clamp_min(1e-3).log())
-        return {"loc": x.mean(0)}
+            self.log_sigma.copy_(view.spread(x).clamp_min(1e-3).log())
+        return {"loc": view.over_cells(x)}
 
     def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
         """Normal of every cell and feature."""
@@ -58,6 +59,7 @@ class Log1pNormalLikelihood(Normal):
 
     family = "log1p_normal"
     traits = TRAITS["log1p_normal"]
+    pointwise = True
 
     def transform(self, x: Tensor) -> Tensor:
         """``log(1 + x)``."""
@@ -79,6 +81,7 @@ class ZILN(Likelihood):
 
     family = "ziln"
     traits = TRAITS["ziln"]
+    pointwise = True
     predictors = ("loc", "gate")
 
     def __init__(self, schema: ModalitySchema) -> None:
@@ -95,7 +98,7 @@ class ZILN(Likelihood):
         sd = ((positive * (log_x - loc)).square().sum(0) / n).sqrt()
         with torch.no_grad():
             self.log_sigma.copy_(sd.clamp_min(1e-2).log())
-        return {"loc": loc, "gate": logit(1 - positive.mean(0)).clamp(-5.0, 5.0)}
+        return {"loc": loc, "gate": logit(1 - view.over_cells(positive)).clamp(-5.0, 5.0)}
 
     def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
         """Zero-inflated log-normal of every cell and feature."""
@@ -113,6 +116,7 @@ class ZIG(Likelihood):
 
     family = "zig"
     traits = TRAITS["zig"]
+    pointwise = True
     predictors = ("shape", "gate")
 
     def __init__(self, schema: ModalitySchema) -> None:
@@ -129,7 +133,10 @@ class ZIG(Likelihood):
         shape = (mean.square() / variance).clamp(0.1, 100.0)
         with torch.no_grad():
             self.log_rate.copy_((shape / mean).log())
-        return {"shape": shape + torch.log(-torch.expm1(-shape)), "gate": logit(1 - positive.mean(0)).clamp(-5.0, 5.0)}
+        return {
+            "shape": shape + torch.log(-torch.expm1(-shape)),
+            "gate": logit(1 - view.over_cells(positive)).clamp(-5.0, 5.0),
+        }
 
     def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
         """Zero-inflated gamma of every cell and feature."""

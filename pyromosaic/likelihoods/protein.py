@@ -1,9 +1,12 @@
 """Antibody counts: background or foreground."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import pyro
 import torch
 from pyro import distributions as dist
+from pyro.nn import PyroSample
 from torch import Tensor, nn
 
 from pyromosaic.data import TRAITS, ModalitySchema, View
@@ -26,6 +29,11 @@ class NBMixture(CountLikelihood):
     decoder of the guide. This posterior does not see the counts. Therefore the cell's latent variable has to account
     for the background of each protein, and its posterior is too narrow.
 
+    With ``ModalitySpec(empty_droplets=...)``, the means m have a prior: ``m = level + ambient + offset`` with a level
+    per batch, the log share of each antibody in empty droplets, and ``offset ~ Normal(0, 0.5)``, a global latent
+    variable. s starts at the spread between droplets. (dsb, Mulè et al. 2022, subtracts the mean of empty droplets and
+    divides by their standard deviation.)
+
     Parameters
     ----------
     schema
@@ -41,6 +49,7 @@ class NBMixture(CountLikelihood):
     traits = TRAITS["nb_mixture"]
     predictors = ("foreground", "mixing")
     n_nodes = 5
+    ambient: Tensor
 
     def __init__(self, schema: ModalitySchema) -> None:
         super().__init__(schema)
@@ -48,7 +57,15 @@ class NBMixture(CountLikelihood):
         if self.latent:
             self.posterior_predictors = ("loc", "log_scale")
         n_batches = len(next(iter(schema.categories.values()))) if schema.spec.batch_key else 1
-        self.background_loc = nn.Parameter(torch.zeros(n_batches, schema.n_features))
+        droplets = schema.spec.empty_droplets
+        if droplets is None:
+            self.background_loc = nn.Parameter(torch.zeros(n_batches, schema.n_features))
+        else:
+            ambient = torch.tensor([droplet_levels(droplets, name) for name in schema.features])
+            self.register_buffer("ambient", ambient.T, persistent=False)  # log share and spread, by protein
+            self.background_level = nn.Parameter(torch.zeros(n_batches, 1))
+            offset = dist.Normal(0.0, 0.5).expand([n_batches, schema.n_features]).to_event(2)
+            self.background_offset = PyroSample(offset)
         self.background_log_scale = nn.Parameter(torch.zeros(n_batches, schema.n_features))
 
     def start(self, view: View) -> dict[str, Tensor]:
@@ -60,7 +77,8 @@ class NBMixture(CountLikelihood):
         counts, size = view.dense_counts(), self.cell_factor(view)
         x = torch.log1p(counts / size).numpy()
         batches = view.one_hot().argmax(-1).numpy() if self.schema.spec.batch_key else np.zeros(len(x), dtype=int)
-        seen = torch.ones_like(self.background_loc, dtype=torch.bool)
+        found = torch.zeros_like(self.background_log_scale)  # log background, by batch and protein
+        seen = torch.ones_like(found, dtype=torch.bool)
         with torch.no_grad():
             self.log_theta.fill_(np.log(10.0))
             for batch in np.unique(batches):
@@ -69,15 +87,19 @@ class NBMixture(CountLikelihood):
                 # A protein that was hardly ever seen in the batch starts at its mean; other backgrounds start higher.
                 mean = torch.log1p((counts[cells].sum(0) + 0.5) / size[cells].sum()).numpy()
                 seen[batch] = torch.from_numpy(mean >= 0.1)
+                if view.measured is not None:
+                    seen[batch] &= view.measured[torch.from_numpy(cells)].any(0)
                 # x is log1p, the parameter is a log mean.
-                self.background_loc[batch] = torch.from_numpy(
-                    np.log(np.expm1(np.where(mean < 0.1, mean, np.maximum(loc[0], 0.1))))
-                )
+                found[batch] = torch.from_numpy(np.log(np.expm1(np.where(mean < 0.1, mean, np.maximum(loc[0], 0.1)))))
                 self.background_log_scale[batch] = torch.from_numpy(np.log(np.clip(scale[0], 0.1, 1.0)))
+            if self.schema.spec.empty_droplets is None:
+                self.background_loc.copy_(found)
+            else:
+                self.background_level.copy_((found - self.ambient[0]).median(1, keepdim=True).values)
+                self.background_log_scale.copy_(self.ambient[1].clamp(0.1, 1.0).log().expand_as(found))
         # The posterior starts at one level for all batches: that of the batches which have the protein.
-        levels = self.background_loc.detach()
-        level = levels.where(seen | ~seen.any(0), torch.nan).nanmean(0)
-        loc, _, background = two_normals(x)
+        level = found.where(seen | ~seen.any(0), torch.nan).nanmean(0)
+        loc, background = _of_all(x, view)
         gap = torch.from_numpy(np.maximum(loc[1] - loc[0], 0.1))
         return {
             "foreground": torch.log(torch.expm1(gap)),
@@ -88,10 +110,13 @@ class NBMixture(CountLikelihood):
 
     def background(self, view: View) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the log background, shape (b, proteins)."""
+        if self.schema.spec.empty_droplets is None:
+            loc = self.background_loc
+        else:
+            loc = self.background_level + self.ambient[0] + self.background_offset
         if not self.schema.spec.batch_key:
-            return self.background_loc[0], self.background_log_scale[0].exp()
-        batch = view.one_hot()
-        return batch @ self.background_loc, (batch @ self.background_log_scale).exp()
+            return loc[0], self.background_log_scale[0].exp()
+        return view.by_batch(loc), view.by_batch(self.background_log_scale).exp()
 
     def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
         """Mixture of every cell and protein, with the background summed out."""
@@ -125,6 +150,29 @@ class NBMixture(CountLikelihood):
     def normalized(self, distribution: dist.TorchDistribution) -> Tensor:
         """Expected foreground: the probability of foreground times its mean."""
         return (1 - distribution.mixing_probability) * distribution.mu_foreground
+
+
+def _of_all(x: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarray]:
+    """`two_normals` of each feature in the cells in which it was measured: means, and weight of the lower component."""
+    if view.measured is None:
+        loc, _, weight = two_normals(x)
+        return loc, weight
+    masks, number = np.unique(view.measured.numpy(), axis=1, return_inverse=True)
+    loc, weight = np.zeros((2, x.shape[1]), dtype=np.float32), np.zeros(x.shape[1], dtype=np.float32)
+    for i, cells in enumerate(masks.T):
+        features = np.flatnonzero(number.ravel() == i)
+        if cells.any():
+            loc[:, features], _, weight[features] = two_normals(x[np.ix_(cells, features)])
+    return loc, weight
+
+
+def droplet_levels(droplets: Mapping[str, tuple[float, float]], name: str) -> tuple[float, float]:
+    """Log share of an antibody in empty droplets, and its spread between them."""
+    if name not in droplets:
+        raise ValueError(
+            f"the empty droplets lack the antibody {name!r}; give them the names of the modality's antibodies"
+        )
+    return droplets[name]
 
 
 def two_normals(x: np.ndarray, n_cells: int = 500, n_steps: int = 20) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""RNA counts, and other counts modelled as proportions of a cell's total."""
+"""RNA counts, and other counts modelled as proportions of a cell's total, e.g. chromatin fragments."""
 
 import torch
 from pyro import distributions as dist
@@ -8,6 +8,7 @@ from pyromosaic.data import TRAITS, ModalitySchema, View
 from pyromosaic.distributions import (
     Multinomial,
     NegativeBinomial,
+    Poisson,
     ZeroInflatedNegativeBinomial,
 )
 from pyromosaic.likelihoods.likelihood import CountLikelihood, Predictors
@@ -28,12 +29,30 @@ class NB(CountLikelihood):
 
     def start(self, view: View) -> dict[str, Tensor]:
         """Initialise at the mean profile of the cells; theta stays at 1."""
-        total = view.dense_counts().sum(0)
+        counts = view.dense_counts()
+        total = counts.sum(0)
+        if view.measured is not None:  # as if the cells that lack a feature had it at the same rate
+            total = total * view.library.sum() / (view.measured * view.library).sum(0).clamp_min(1e-8)
         return {"rate": torch.log((total + 0.5) / (total + 0.5).sum())}
 
     def mean(self, predictors: Predictors, view: View) -> Tensor:
-        """Expected counts."""
-        return view.library * torch.softmax(predictors["rate"], dim=-1)
+        """Expected counts.
+
+        The size of a cell is known from its measured features only. Therefore it is the counts of these that the
+        program shares out among them.
+        """
+        rate = predictors["rate"]
+        if view.measured is None or view.share is None:
+            return view.library * torch.softmax(rate, dim=-1)
+        rate = rate - self.level(predictors, view.measured, view.share)["rate"]
+        if view.counts is not None:
+            rate = rate.masked_fill(~view.measured, -torch.inf)
+        return view.library * rate.exp()
+
+    def level(self, predictors: Predictors, features: Tensor, share: Tensor) -> dict[str, Tensor]:
+        """Logarithm of the sum over some features divided by their expected share."""
+        total = predictors["rate"].masked_fill(~features, -torch.inf).logsumexp(-1, keepdim=True)
+        return {"rate": total - share.log()}
 
     def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
         """Negative binomial of every cell and gene."""
@@ -83,5 +102,37 @@ class MultinomialLikelihood(NB):
         del self.log_theta  # a multinomial has no inverse dispersion
 
     def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
-        """Multinomial of every cell."""
-        return Multinomial(view.library, predictors["rate"])
+        """Multinomial of every cell; its total is that of the measured features."""
+        rate, library = predictors["rate"], view.library
+        if view.measured is not None and view.share is not None:
+            if view.counts is not None:
+                rate, library = rate.masked_fill(~view.measured, -1e4), library * view.share
+            else:
+                level = self.level(predictors, view.measured, view.share)["rate"]
+                library = library * (rate.logsumexp(-1, keepdim=True) - level).exp()
+        return Multinomial(library, rate)
+
+
+class PoissonLikelihood(NB):
+    """Chromatin fragments: ``x ~ Poisson(l * softmax(rate))`` with the cell's fragments l (Martens et al. 2024).
+
+    The bias of the decoder describes the width and accessibility of each region. For `NB`, fragments have an inverse
+    dispersion theta per region besides. If the data are cut sites, set ``cut_sites=True`` in the
+    `pyromosaic.ModalitySpec`.
+
+    Parameters
+    ----------
+    schema
+        The modality.
+    """
+
+    family = "poisson"
+    traits = TRAITS["poisson"]
+
+    def __init__(self, schema: ModalitySchema) -> None:
+        super().__init__(schema)
+        del self.log_theta  # a Poisson distribution has no inverse dispersion
+
+    def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:
+        """Poisson of every cell and region."""
+        return Poisson(self.mean(predictors, view))

@@ -3,6 +3,7 @@
 =========================  =============================================================================================
 linked features            :func:`links_from_table`, :func:`links_by_name`, :func:`links_by_overlap`, all :class:`Links`
 complete pipeline          :func:`cca`, a :class:`Linkage` with scores of all cells
+matching by shape          :class:`ByShape`, :class:`Alternative`: how sure it is, and what else fits
 as a Pyro program          :func:`variational_cca`, a :class:`VariationalLinkage` with uncertainty, linear or deep;
                            its :class:`VariationalCCAModel` and :class:`VariationalCCAGuide`
 its parts                  :class:`Correspondence`, :func:`canonical_correlation`, :func:`shuffled_covariances`,
@@ -21,6 +22,7 @@ from pyromosaic.linkage.canonical import (
     crossfit_correlations,
     shuffled_covariances,
 )
+from pyromosaic.linkage.certainty import Alternative, ByShape
 from pyromosaic.linkage.matching import (
     Correspondence,
     assignment,
@@ -41,6 +43,8 @@ from pyromosaic.links import links_by_overlap as links_by_overlap
 from pyromosaic.links import links_from_table as links_from_table
 
 __all__ = [
+    "Alternative",
+    "ByShape",
     "Canonical",
     "Correspondence",
     "Linkage",

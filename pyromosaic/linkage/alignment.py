@@ -1,22 +1,25 @@
 """Linkage of two modalities that share no cells: match, correlate, smooth, match again."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import pandas as pd
 
 from pyromosaic.accepted import Count, Rate, Seed, Share, Weight, checked
-from pyromosaic.data import Mosaic
+from pyromosaic.data import Mosaic, Schema
 from pyromosaic.linkage.canonical import (
+    FEW_PAIRS,
     Canonical,
     count_components,
     crossfit_correlations,
     shuffled_covariances,
 )
+from pyromosaic.linkage.certainty import Alternative, ByShape, match_by_shape
+from pyromosaic.linkage.keeping import Keeping
 from pyromosaic.linkage.matching import (
     Correspondence,
     assignment,
@@ -24,21 +27,18 @@ from pyromosaic.linkage.matching import (
     transport,
     unit_rows,
 )
-from pyromosaic.linkage.preprocess import (
-    Standardiser,
-)
-from pyromosaic.linkage.rounds import Match, Pair, Side, chance
+from pyromosaic.linkage.preprocess import Standardiser
+from pyromosaic.linkage.rounds import JUDGE, Match, Pair, Side, warn_of_chance
 from pyromosaic.links import GuidanceGraph, Links, links_of
 
 #: Ways of matching cells by similarity.
 MATCHES: Mapping[str, Match] = {"transport": transport, "mutual": mutual_nearest, "assignment": assignment}
 
-SURE, LEVEL = 0.01, 0.05  # levels at which one trial, or all trials, show that left-out links agree beyond chance
-JUDGE = "check that linked features belong together, add links, or judge the scores by known pairs or labels"
+ENOUGH_PAIRS = 50  # left-out pairs that suffice to choose the number of rounds
 
 
 @dataclass
-class Linkage:
+class Linkage(Keeping):
     """Two modalities in one latent space.
 
     Parameters
@@ -51,15 +51,21 @@ class Linkage:
         matched cells vary more. Cells matched by their scores have correlated scores, so that it is no evidence of a
         correct matching.
     crossfit
-        The same in cells that were left out of the estimation of the components (but not of the matching).
+        The same in cells that were left out of the estimation of the components (but not of the matching); NaN if
+        nothing but known pairs was used.
     correspondence
         The soft matching of the cells.
     agreement
         Mean correlation over matched cells of the links left out of a trial, after each round and for each start; empty
-        without a trial. It was used to choose the start and the number of rounds. It is near 0 if nothing is shared.
-        Harder matchings have larger values without being better.
+        without a trial. If the start is ``"pairs"``, 1 minus twice the share of cells that are nearer to a cell than
+        its partner, in pairs left out. It was used to choose the start and the number of rounds. It is near 0 if
+        nothing is shared. Harder matchings have larger values without being better.
     links
         The linked features that were used, if any.
+    by_shape
+        How sure the matching is, and the alternatives, if cells were matched by the shape of the data.
+    schema
+        Features and columns of both modalities, by which new cells are registered for `transform`.
 
     Examples
     --------
@@ -73,15 +79,29 @@ class Linkage:
     ['rna', 'adt', 'correlation', 'mutual']
     """
 
+    parts: ClassVar[tuple[type, ...]] = (Alternative, ByShape, Canonical, Correspondence, Links, Standardiser)
+
     scores: dict[str, pd.DataFrame]
     correlations: np.ndarray
     crossfit: np.ndarray
     correspondence: Correspondence
     agreement: dict[str, list[float]]
     links: Links | None
+    by_shape: ByShape | None
+    schema: Schema = field(repr=False)
     _null: np.ndarray = field(repr=False)
     _canonical: Canonical = field(repr=False)
     _reduced: "dict[str, tuple[Standardiser, np.ndarray, np.ndarray]]" = field(repr=False)
+
+    @property
+    def confidence(self) -> dict[str, pd.Series]:
+        """Confidence in the match of each cell by shape, from 0 to 1, per modality; empty if links matched them."""
+        return {} if self.by_shape is None else self.by_shape.confidence
+
+    @property
+    def alternatives(self) -> list[Alternative]:
+        """Other matchings by shape, the best first; empty after matching by links."""
+        return [] if self.by_shape is None else self.by_shape.alternatives
 
     @checked
     def transform(self, mosaic: Mosaic) -> dict[str, pd.DataFrame]:
@@ -90,8 +110,8 @@ class Linkage:
         Parameters
         ----------
         mosaic
-            Cells with one or both of the modalities, with the same features. A batch that was not seen before is
-            centred separately.
+            Cells with one or both of the modalities, with the same features, e.g. from ``Mosaic.from_mudata(mdata,
+            schema=link.schema)``. A batch that was not seen before is centred separately.
 
         Returns
         -------
@@ -110,11 +130,21 @@ class Linkage:
             for name, (cells, values) in self.components(mosaic).items()
         }
 
+    def check(self) -> None:
+        """Raise an error if the numbers do not belong together, as in a damaged file."""
+        n = len(self.correlations)
+        for (standardiser, loadings, structure), coefficients in zip(
+            self._reduced.values(), self._canonical.coefficients, strict=True
+        ):
+            weights = (loadings / standardiser.scale[:, None] + structure) @ coefficients[:, :n]
+            if weights.shape != (len(standardiser.features), n) or len(standardiser.mean) != len(standardiser.batches):
+                raise ValueError(f"the numbers of {standardiser.name!r} are those of other features")
+
     def components(self, mosaic: Mosaic) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Positions of the cells that have a modality, and their principal components; raises as `transform` does."""
         found = {}
         for name, (standardiser, loadings, _) in self._reduced.items():
-            if name in mosaic.modalities:
+            if name in mosaic.modalities and mosaic.modalities[name].present.any():
                 cells = np.flatnonzero(mosaic.modalities[name].present)
                 found[name] = cells, standardiser.apply(mosaic.modalities[name], cells) @ loadings
         if not found:
@@ -200,7 +230,7 @@ def cca(
     links: pd.DataFrame | Links | GuidanceGraph | None = None,
     *,
     match: Literal["transport", "mutual", "assignment"] | Match = "transport",
-    start: Literal["links", "diagonal", "geometry"] | None = None,
+    start: Literal["links", "diagonal", "geometry", "pairs"] | None = None,
     rounds: Count = 5,
     held_out: Rate = 0.25,
     link_share: Share = 0.5,
@@ -210,6 +240,8 @@ def cca(
     ridge: Weight = 0.2,
     n_metacells: Count = 4096,
     correspondence: Correspondence | None = None,
+    pairs: pd.DataFrame | None = None,
+    population: Mapping[str, Sequence[str]] | None = None,
     seed: Seed = 0,
 ) -> Linkage:
     """Link two modalities by canonical correlation analysis with a soft correspondence, without pairs or labels.
@@ -217,8 +249,9 @@ def cca(
     Cells are matched by their linked features, smoothed over nearest neighbours within each modality. Canonical
     correlation analysis of all features over the soft matching gives scores. The cells are matched again by these
     scores and the linked features. Trial runs without some of the links choose the start and the number of rounds:
-    those for which the two features of the left-out links correlate best over matched cells. The cells of the two
-    modalities are separate rows throughout, even if a cell has both; only the batch is read from `obs`.
+    those for which the two features of the left-out links correlate best over matched cells. Unless the start is
+    ``"pairs"``, the cells of the two modalities are separate rows throughout, even if a cell has both; only the batch
+    is read from `obs`.
 
     Parameters
     ----------
@@ -228,19 +261,21 @@ def cca(
         Names of the two modalities.
     links
         Linked features: a table (see `links_from_table`), `Links`, or a `GuidanceGraph`. Without links, cells are
-        matched by geometry.
+        matched by the shape of the data, see the page "Without a map" of the user guide.
     match
         ``"transport"`` (entropic optimal transport on the cosine, a soft matching), ``"mutual"`` (mutual nearest
         neighbours), ``"assignment"`` (one to one), or a function that maps similarities and weights to a transport
         plan, such as ``functools.partial(linkage.transport, epsilon=0.05)``, which is softer.
     start
         Basis of the first matching: ``"links"`` (the linked features), ``"diagonal"`` (singular vectors of their
-        product) or ``"geometry"`` (fused Gromov–Wasserstein of 256 metacells; needs POT). By default, the better of the
-        first two in a trial (``"links"`` without a trial), or geometry without links.
+        product), ``"geometry"`` (the shape of the data: fused Gromov–Wasserstein transport, which needs POT) or
+        ``"pairs"`` (the cells that have both modalities, in the first round alone; later rounds match the other cells
+        too, and a trial without a quarter of the pairs chooses the number of rounds). By default, the better of the
+        first two in a trial (``"links"`` without a trial); geometry without links, with `pairs` or a `population`.
     rounds
         Maximum number of rounds.
     held_out
-        Share of the links that trial runs leave out. If it is 0, or without links, there is no trial and all rounds are
+        Share of the links that trial runs leave out. If it is 0, or by geometry, there is no trial and all rounds are
         run.
     link_share
         Weight of the linked features in the similarity after the first round.
@@ -260,6 +295,10 @@ def cca(
     correspondence
         A correspondence to use instead of matching. If it comes from pairs, the result is an upper bound; if it comes
         from labels, it is supervised.
+    pairs
+        Known pairs of cells, a handful of which help geometry: a table with a column of names for each modality.
+    population
+        A known population: for each modality, the names of its cells.
     seed
         Seed of principal components, trial and shuffles.
 
@@ -272,7 +311,8 @@ def cca(
     -----
     UserWarning
         If the features of left-out links correlate no better over matched cells than with other partners (a permutation
-        test at level 0.05; it needs at least 4 links), or there are too few links for a trial.
+        test at level 0.05; it needs at least 4 links), or there are too few links for a trial. By geometry, if the
+        matching is not stable.
 
     Raises
     ------
@@ -311,22 +351,30 @@ def cca(
         link_share,
         ridge,
         most,
+        _known(first, second) if start == "pairs" else (np.empty(0, dtype=np.intp), np.empty(0, dtype=np.intp)),
     )
     agreement: dict[str, list[float]] = {}
+    found: ByShape | None = None
     if correspondence is not None:
         pi, canonical = correspondence, pair.correlated(correspondence)
+    elif start == "geometry" or pairs is not None or population is not None or (links is None and start != "pairs"):
+        found = match_by_shape(pair, mosaic.obs_names, pairs, population, seed)
+        pi, canonical = next(islice(pair.rounds(np.ones(0, dtype=bool), "geometry"), rounds - 1, None))
     else:
         chosen = np.ones(pair.linked[0].shape[1], dtype=bool)
         best: str = start or "links"
         order = np.random.default_rng(seed).permutation(len(chosen))
-        left_out = np.flatnonzero(order < round(held_out * len(chosen)))
-        if links is not None and len(left_out):
+        left_out = np.flatnonzero(order < min(round(held_out * len(chosen)), len(chosen) - 1))
+        if start == "pairs":
+            agreement = _paired_agreement(pair, rounds, held_out, seed)
+            rounds = int(np.argmax(agreement["pairs"])) + 1 if agreement else rounds
+        elif links is not None and len(left_out):
             starts = ("links", "diagonal") if start is None else (start,)
             trials = {name: pair.trial(name, rounds, left_out) for name in starts}
-            agreement = {name: [found for found, _ in trial] for name, trial in trials.items()}
+            agreement = {name: [value for value, _ in trial] for name, trial in trials.items()}
             best = max(agreement, key=lambda name: max(agreement[name]))
             rounds = int(np.argmax(agreement[best])) + 1
-            _warn_of_chance(pair, links, best, rounds, left_out, trials[best][rounds - 1][1], seed)
+            warn_of_chance(pair, links, best, rounds, left_out, trials[best][rounds - 1][1], seed)
         elif links is not None and held_out > 0:
             warnings.warn(
                 f"{len(links)} link{'s' * (len(links) > 1)} cannot show whether the right cells are matched; {JUDGE}",
@@ -336,7 +384,10 @@ def cca(
     x, y = first.components, second.components
     null = shuffled_covariances(x, y, pi, seed=seed)
     kept = canonical.keep(n_components or min(most, max(1, count_components(canonical, null))))
-    crossfit = crossfit_correlations(x, y, pi, ridge, seed)
+    if start == "pairs" and pi is pair.pairs:
+        crossfit = np.full(len(kept.correlations), np.nan)  # halves may have no pair
+    else:
+        crossfit = crossfit_correlations(x, y, pi, ridge, seed)
     return Linkage(
         {
             s.name: scores_table(kept.scores(s.components, k), mosaic.obs_names[s.cells])
@@ -347,6 +398,8 @@ def cca(
         pi,
         agreement,
         links,
+        found,
+        Schema({name: mosaic.schema[name] for name in modalities}),
         null,
         canonical,
         {
@@ -354,43 +407,6 @@ def cca(
             for s in (first, second)
         },
     )
-
-
-def _warn_of_chance(
-    pair: Pair, links: Links, start: str, rounds: int, left_out: np.ndarray, correlations: np.ndarray, seed: int
-) -> None:
-    """Warn if left-out links agree no better than other partners of their features would.
-
-    Judged are links that have no feature in common with those used, because these would make them agree. If the links
-    `left_out` of the trial do not settle the question, four more trials leave out a quarter of the first features each.
-    """
-    first, second = links.pairs[list(links.modalities)].to_numpy().T
-
-    def sharing(some: np.ndarray) -> np.ndarray:
-        """Positions of the links that have a feature in common with some links."""
-        return np.flatnonzero(np.isin(first, first[some]) | np.isin(second, second[some]))
-
-    judged = left_out[: len(correlations)]
-    alone = ~np.isin(judged, sharing(np.setdiff1d(np.arange(len(links)), left_out)))
-    p = chance(correlations[alone], judged[alone], seed)
-    if p <= SURE:
-        return
-    judged, correlations = judged[:0], correlations[:0]
-    features = np.random.default_rng(seed).permutation(pd.unique(first))
-    for part in np.array_split(features, min(4, len(features))):
-        own = np.flatnonzero(np.isin(first, part))
-        others = np.setdiff1d(sharing(own), own)
-        if len(own) + len(others) < len(links):
-            found = pair.trial(start, rounds, np.append(own, others))[-1][1][: len(own)]
-            judged, correlations = np.append(judged, own[: len(found)]), np.vstack([correlations, found])
-    p = chance(correlations, judged, seed)
-    if p > LEVEL:
-        warnings.warn(
-            "it is not clear that the links match the right cells: left out of the matching, linked features "
-            f"correlate over matched cells hardly better than other features do (p = {p:.2g}, {len(links)} links); "
-            f"{JUDGE}",
-            stacklevel=3,
-        )
 
 
 def scores_table(scores: np.ndarray, cells: pd.Index) -> pd.DataFrame:
@@ -404,6 +420,30 @@ def _check(mosaic: Mosaic, modalities: tuple[str, str]) -> None:
             raise ValueError(f"there is no modality {name!r}; the mosaic has {', '.join(map(repr, mosaic.modalities))}")
     if modalities[0] == modalities[1]:
         raise ValueError(f"linkage needs two different modalities; found {modalities[0]!r} twice")
+
+
+def _known(first: Side, second: Side) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers of the cells that have both modalities."""
+    _, rows, columns = np.intersect1d(first.cells, second.cells, assume_unique=True, return_indices=True)
+    if not len(rows):
+        raise ValueError(
+            f"start='pairs' needs cells that have both {first.name!r} and {second.name!r}; found none. Start from links"
+        )
+    return rows, columns
+
+
+def _paired_agreement(pair: Pair, rounds: int, held_out: float, seed: int) -> dict[str, list[float]]:
+    """Agreement of left-out pairs after each round; nothing if there are too few pairs for a trial.
+
+    Trials are repeated with other pairs, until enough pairs or all of them were left out once.
+    """
+    order = np.random.default_rng(seed).permutation(len(pair.known[0]))
+    size = round(held_out * len(order))
+    if len(order) < FEW_PAIRS or not size:
+        return {}
+    parts = [order[i : i + size] for i in range(0, min(len(order), max(ENOUGH_PAIRS, size)), size)]
+    trials = [pair.paired_trial(rounds, part) for part in parts]
+    return {"pairs": np.average(trials, axis=0, weights=[len(part) for part in parts]).tolist()}
 
 
 def _refuse_same(first: Side, second: Side) -> None:

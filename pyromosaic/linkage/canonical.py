@@ -76,7 +76,7 @@ def ridged(values: np.ndarray, ridge: float) -> np.ndarray:
 
 def canonical_variables(within: Sequence[np.ndarray], between: np.ndarray) -> Canonical:
     """Canonical variables from the covariances within two modalities and between them."""
-    first, second = map(_inverse_root, within)
+    first, second = map(inverse_root, within)
     u, correlations, vt = np.linalg.svd(first @ between @ second, full_matrices=False)
     sign = np.sign(u[np.abs(u).argmax(axis=0), np.arange(u.shape[1])])
     return Canonical((first @ u * sign, second @ vt.T * sign), correlations)
@@ -232,7 +232,7 @@ def crossfit_correlations(
     return np.mean(held_out, axis=0)
 
 
-def _inverse_root(covariance: np.ndarray) -> np.ndarray:
+def inverse_root(covariance: np.ndarray) -> np.ndarray:
     """Inverse square root of a covariance; of none at all, zeros, so that what never varies has no coefficient."""
     variance, directions = np.linalg.eigh(covariance)
     if variance.max() <= 0:

@@ -8,6 +8,7 @@ import pandas as pd
 from scipy import sparse
 
 from pyromosaic.data.mosaic import Modality
+from pyromosaic.data.panels import packed
 from pyromosaic.neighbors import nearest
 
 
@@ -32,12 +33,15 @@ class Standardised:
         Mean of each feature in each batch, shape (batches, p).
     scale
         Standard deviation within batches of each feature, shape (p,); infinite for a constant feature.
+    measured
+        Which features were measured in each batch, shape (batches, p); None if all were. Others are at the mean.
     """
 
     values: Any
     batch: np.ndarray
     mean: np.ndarray
     scale: np.ndarray
+    measured: np.ndarray | None = None
 
     def __matmul__(self, right: np.ndarray) -> np.ndarray:
         """Product with a matrix of shape (p, k)."""
@@ -51,10 +55,11 @@ class Standardised:
         return (self.values.T @ right - self.mean.T @ total) / self.scale[:, None]
 
     def averages(self, groups: np.ndarray, n_groups: int, columns: np.ndarray) -> np.ndarray:
-        """Mean of some columns over each group of cells, shape (n_groups, len(columns))."""
+        """Mean of some columns over the cells of each group with the feature, shape (n_groups, len(columns))."""
         values = group_means(groups, self.values[:, columns], n_groups)
         batches = group_means(groups, np.eye(len(self.mean))[self.batch], n_groups)
-        return (_dense(values) - batches @ self.mean[:, columns]) / self.scale[columns]
+        means = (_dense(values) - batches @ self.mean[:, columns]) / self.scale[columns]
+        return means if self.measured is None else means / np.maximum(batches @ self.measured[:, columns], 1e-12)
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Standardiser:
     target
         Total count to which each cell is normalised, if the transform does that.
     batches
-        Names of the batches; one empty name if there are no batches.
+        Names of the batches; one empty name if there are no batches. Cells with another panel are another batch.
     mean, scale
         As in `Standardised`.
     """
@@ -89,7 +94,7 @@ class Standardiser:
         transform = modality.spec.traits.transform
         target = float(np.median(modality.library[cells])) if transform == "log" else 1.0
         values = _transformed(modality, cells, transform, target)
-        batches, batch = _batches(modality, cells)
+        batches, batch, measured = _batches(modality, cells)
         mean = _dense(group_means(batch, values, len(batches)))
         # E[x²] - E[x]² within each batch, summed: differences between batch means do not count as variation.
         square = (
@@ -99,11 +104,12 @@ class Standardiser:
         )
         total = np.asarray(square.sum(axis=0, dtype=np.float64)).ravel()
         within = total - (np.bincount(batch, minlength=len(batches)) @ mean**2)
-        variance = np.maximum(within / len(cells), 0)
-        constant = variance <= 1e-9 * np.maximum(total / len(cells), 1e-12)
+        n = len(cells) if measured is None else np.maximum(np.bincount(batch, minlength=len(batches)) @ measured, 1)
+        variance = np.maximum(within / n, 0)
+        constant = variance <= 1e-9 * np.maximum(total / n, 1e-12)
         scale = np.where(constant, np.inf, np.sqrt(variance))
         self = cls(modality.name, modality.schema.features, transform, target, batches, mean, scale)
-        return self, Standardised(values, batch, mean, scale)
+        return self, Standardised(values, batch, mean, scale, measured)
 
     def apply(self, modality: Modality, cells: np.ndarray) -> Standardised:
         """Standardise new cells; a batch that was not seen before is centred at its own mean.
@@ -119,22 +125,31 @@ class Standardiser:
                 "linkage, in the same order"
             )
         values = _transformed(modality, cells, self.transform, self.target)
-        batches, batch = _batches(modality, cells)
+        batches, batch, measured = _batches(modality, cells)
         mean = _dense(group_means(batch, values, len(batches)))
         for i, name in enumerate(batches):
             if name in self.batches:
                 mean[i] = self.mean[self.batches.index(name)]
-        return Standardised(values, batch, mean, self.scale)
+        return Standardised(values, batch, mean, self.scale, measured)
 
 
-def _batches(modality: Modality, cells: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
-    """Names of the batches of these cells, and each cell's batch number."""
+def _batches(modality: Modality, cells: np.ndarray) -> tuple[tuple[str, ...], np.ndarray, np.ndarray | None]:
+    """Names of the batches of these cells, each cell's batch number, and which features were measured in which."""
     key = modality.spec.batch_key
     if key is None:
-        return ("",), np.zeros(len(cells), dtype=np.intp)
-    known = np.array([*modality.schema.categories[key], "unknown"], dtype=object)  # code -1 indexes the last
-    codes, unique = pd.factorize(modality.codes[cells, 0], sort=True)
-    return tuple(known[unique]), codes
+        known, codes, unique = np.array([""], dtype=object), np.zeros(len(cells), dtype=np.intp), np.zeros(1, np.intp)
+    else:
+        known = np.array([*modality.schema.categories[key], "unknown"], dtype=object)  # code -1 indexes the last
+        codes, unique = pd.factorize(modality.codes[cells, 0], sort=True)
+    if modality.panels is None:
+        return tuple(known[unique]), codes, None
+    masks, panel = modality.panels.masks, modality.panels.codes[cells]
+    codes, pairs = pd.factorize(codes * len(masks) + panel, sort=True)
+    measured = masks[pairs % len(masks)]
+    names = known[unique[pairs // len(masks)]]
+    more = ["" if mask.all() else f" with features {packed(mask)}" for mask in measured]
+    named = tuple(name + text for name, text in zip(names, more, strict=True))
+    return named, codes, measured
 
 
 def _transformed(modality: Modality, cells: np.ndarray, transform: str, target: float) -> Any:
@@ -143,7 +158,10 @@ def _transformed(modality: Modality, cells: np.ndarray, transform: str, target: 
     if transform == "centred_log_ratio":
         # Proteins are few and detected in nearly every cell: sparse storage saves nothing.
         values = np.log1p(_dense(values))
-        return values - values.mean(axis=1, keepdims=True)
+        if modality.panels is None:
+            return values - values.mean(axis=1, keepdims=True)
+        measured = modality.measured(cells)
+        return np.where(measured, values - values.mean(axis=1, where=measured, keepdims=True), 0)
     if transform == "as_is" and isinstance(values, np.ndarray):
         return values
     values = sparse.csr_array(values, dtype=np.float32)  # already a copy
@@ -153,6 +171,8 @@ def _transformed(modality: Modality, cells: np.ndarray, transform: str, target: 
         values.data = (values.data > 0).astype(np.float32)
     if transform in ("log", "open"):
         total = modality.library[cells] if transform == "log" else np.asarray(values.sum(axis=1)).ravel()
+        if transform == "open" and modality.panels is not None:
+            total = total / modality.panels.shares[modality.panels.codes[cells]]
         factor = target / np.maximum(total, 1e-12)
         values.data *= np.repeat(factor, np.diff(values.indptr)).astype(np.float32)
     values.data = np.log1p(values.data)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -68,6 +68,7 @@ class VariationalCCAModel(Program):
 
     def __init__(self, widths: Mapping[str, int], n_latent: int, n_hidden: int) -> None:
         super().__init__()
+        self.made_with = dict(widths), n_latent, n_hidden
         self.n_latent = n_latent
         self.decoders: Any = nn.ModuleDict({name: Curve(n_latent, p, n_hidden) for name, p in widths.items()})
         self.private: Any = nn.ParameterDict({name: 0.1 * torch.randn(p, p) for name, p in widths.items()})
@@ -104,6 +105,7 @@ class VariationalCCAGuide(Program):
 
     def __init__(self, widths: Mapping[str, int], n_latent: int, n_hidden: int) -> None:
         super().__init__()
+        self.made_with = dict(widths), n_latent, n_hidden
         encoders = {name: Curve(p, 2 * n_latent, n_hidden) for name, p in widths.items()}
         with torch.no_grad():
             for encoder in encoders.values():  # wide experts would let the decoders learn to ignore z
@@ -231,6 +233,8 @@ class VariationalLinkage(Linkage):
     >>> mean.shape == sd.shape == (300, link.model.n_latent)
     True
     """
+
+    parts: ClassVar[tuple[type, ...]] = (*Linkage.parts, VariationalCCAModel, VariationalCCAGuide)
 
     model: VariationalCCAModel = field(repr=False)
     guide: VariationalCCAGuide = field(repr=False)
@@ -400,6 +404,8 @@ def variational_cca(
         link.correspondence,
         link.agreement,
         link.links,
+        link.by_shape,
+        link.schema,
         link._null,
         Canonical((first, second), implied.correlations),
         link._reduced,

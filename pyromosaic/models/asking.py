@@ -1,7 +1,10 @@
 """Methods of a trained model about measurements: denoise, impute, draw, and compare groups of cells."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 import pandas as pd
@@ -13,9 +16,11 @@ from torch import Tensor
 from pyromosaic.accepted import Column, Count, Level, Positive, Seed, Share, checked
 from pyromosaic.data import Mosaic, measured
 from pyromosaic.models.base import TrainedModel
-from pyromosaic.tasks import AtMean, Estimate, answers, compare_groups, contrasts, estimate, inference_mode
+from pyromosaic.tasks import AtMean, Estimate, answers, blocks, compare_groups, contrasts, estimate, inference_mode
 from pyromosaic.tasks.differential import Delta, Mode
+from pyromosaic.tasks.prediction import check_levels, fill
 from pyromosaic.tasks.question import Cells, Question, check_size, first_of, portions, unit_size
+from pyromosaic.tasks.stored import check_stored, stored
 
 
 class Asking(TrainedModel):
@@ -176,12 +181,13 @@ class Asking(TrainedModel):
         if threshold is None:
             return self._expected(question, batch)
         mosaic, parts = self._data(data), []
-        for i, some in enumerate(portions(mosaic.find(cells))):
+        index = mosaic.find(cells)
+        for i, start in enumerate(range(0, len(index), 1024)):
+            some = index[start : start + 1024]
             part = self._expected(replace(question, cells=some, seed=(seed + i) % 2**32), batch)
             parts.append(sparse.csr_matrix(part.where(part >= threshold, 0.0).to_numpy()))
-        index = mosaic.obs_names[mosaic.find(cells)]
         values = sparse.vstack(parts, format="csc")
-        return pd.DataFrame.sparse.from_spmatrix(values, index, part.columns)  # type: ignore[attr-defined]
+        return pd.DataFrame.sparse.from_spmatrix(values, mosaic.obs_names[index], part.columns)  # type: ignore[attr-defined]
 
     @checked
     def get_cell_factors(self, cells: Cells = None, *, data: Mosaic | None = None) -> pd.DataFrame:
@@ -253,7 +259,17 @@ class Asking(TrainedModel):
         factors = self._likelihood(modality).region_factor().detach().cpu().numpy()
         return pd.Series(factors, pd.Index(self.schema[modality].features))
 
-    @checked
+    @overload
+    def get_imputed_values(
+        self, modality: str, cells: Cells = None, *, out: None = None, **options: Any
+    ) -> Estimate: ...
+    @overload
+    def get_imputed_values(
+        self, modality: str, cells: Cells = None, *, out: str | os.PathLike[str], **options: Any
+    ) -> Path: ...
+    @overload
+    def get_imputed_values(self, modality: str, cells: Cells = None, *, out: Any, **options: Any) -> Any: ...
+    @checked  # type: ignore[misc]  # the options are spelled out only here
     def get_imputed_values(
         self,
         modality: str,
@@ -265,9 +281,10 @@ class Asking(TrainedModel):
         library: Positive | None = None,
         n_samples: Count | None = 25,
         quantiles: Sequence[Share] = (0.05, 0.95),
+        out: Any = None,
         data: Mosaic | None = None,
         seed: Seed = 0,
-    ) -> Estimate:
+    ) -> Any:
         """Expected measurements of a modality with their uncertainty, inferred from all modalities of each cell.
 
         Parameters
@@ -288,11 +305,20 @@ class Asking(TrainedModel):
             Number of independent posterior draws; None evaluates at the posterior mean, without uncertainty.
         quantiles
             Levels at which to report quantiles over the draws.
+        out
+            A new file, ``.h5ad``, ``.h5mu`` or ``.zarr``, to which the result is written block by block, so that it
+            needs little memory: the mean as ``X``, standard deviation and quantiles as layers ``sd``, ``q0.05``, ….
+            Or the group of an AnnData in an open file (h5py, zarr), which has the tables of these cells and features.
 
         Returns
         -------
         Estimate
-            Mean, standard deviation and quantiles, each cells × features.
+            Mean, standard deviation and quantiles, each cells × features. With `out`, the path or group of the file.
+
+        Raises
+        ------
+        ValueError
+            If `out` exists or has another suffix, or another argument is out of range.
 
         Examples
         --------
@@ -307,7 +333,7 @@ class Asking(TrainedModel):
         question = Question(
             modality, lambda d: d.mean, cells, features, encode, batch, library, n_samples, seed, data, seed
         )
-        return self._estimate(question, quantiles)
+        return self._estimate(question, quantiles) if out is None else self._store(out, question, quantiles)
 
     @checked
     def differential(
@@ -455,7 +481,19 @@ class Asking(TrainedModel):
         mosaic, modality = self._data(question.data), question.modality
         names = mosaic.obs_names[mosaic.find(question.cells)]
         columns = pd.Index(self.schema[modality].features)[self._features(modality, question.features)]
-        return estimate(self._answers(question), names, columns, quantiles)
+        found = blocks(self.model, self.guide, mosaic, question, self._device)
+        return estimate(found, names, columns, quantiles)
+
+    def _store(self, out: Any, question: Question, quantiles: Sequence[float] = ()) -> Any:
+        """Write an estimate to a file, block by block."""
+        place, mosaic, modality = check_stored(out), self._data(question.data), question.modality
+        levels = check_levels(quantiles)
+        obs = pd.DataFrame(index=mosaic.obs_names[mosaic.find(question.cells)])
+        columns = pd.Index(self.schema[modality].features)[self._features(modality, question.features)]
+        names = ["mean", "sd", *(f"q{level}" for level in levels)]
+        with stored(place, modality, obs, pd.DataFrame(index=columns), names) as arrays:
+            fill(arrays, blocks(self.model, self.guide, mosaic, question, self._device), levels)
+        return place
 
     def _answers(self, question: Question) -> Iterator[Tensor]:
         """Draws of the requested quantity, chunk by chunk of cells, each of shape (draws, cells, features)."""

@@ -1,6 +1,7 @@
 """Base of all models: a Pyro program with its data, built and trained."""
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
@@ -22,11 +23,23 @@ from pyromosaic.fusion import Fusion
 from pyromosaic.laplace import learn_weights
 from pyromosaic.measurement import part_of
 from pyromosaic.program import Program, check, check_names
+from pyromosaic.progress import shown
 from pyromosaic.shown import call
 from pyromosaic.tasks import inference_mode
 from pyromosaic.tasks.question import Cells, columns_of, portions
 from pyromosaic.threads import one_thread
-from pyromosaic.train import Optimisation, Schedule, check_trainer, fit, sleep
+from pyromosaic.train import (
+    SMALLEST,
+    Optimisation,
+    Schedule,
+    check_trainer,
+    epochs_for,
+    fit,
+    has_bar,
+    said,
+    settings_for,
+    sleep,
+)
 
 #: Options that have another name than in earlier versions, or are arguments of a part now.
 RENAMED: Mapping[str, str] = {
@@ -69,6 +82,10 @@ class TrainedModel:
     #: The sleep phase after training: its number of steps by default, and whether it may change means of posteriors.
     sleep_steps: ClassVar[int] = 100
     sleep_means: ClassVar[bool] = False
+    #: The most cells that a minibatch has by default.
+    largest_minibatch: ClassVar[int] = SMALLEST
+    #: Whether this process saves the model: of several that trained it, the first does.
+    saves: bool = True
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Record the options of the outermost constructor (e.g. of a subclass), to rebuild the model from them."""
@@ -179,7 +196,7 @@ class TrainedModel:
                 if part.size is not None:
                     cells, latent = self.explaining_size(mosaic, cells)
                     view = measured(mosaic, cells).observed[name].to(self._device)
-                    part.size.fit(torch.from_numpy(latent).to(self._device), view)
+                    part.size.fit(torch.from_numpy(latent).to(self._device), view, part.size.depths_in(mosaic, cells))
                 parts = np.array_split(cells, -(-len(cells) // 256))
                 minibatches = (measured(mosaic, part).to(self._device) for part in parts)
                 with inference_mode(self.model, self.guide, seed=0):
@@ -215,10 +232,10 @@ class TrainedModel:
     @one_thread
     def train(
         self,
-        n_epochs: Count = 150,
+        n_epochs: Count | None = None,
         *,
-        batch_size: Count = 256,
-        learning_rate: Positive = 3e-3,
+        batch_size: Count | None = None,
+        learning_rate: Positive | None = None,
         weight_decay: Weight = 1e-3,
         kl_warmup_epochs: Whole = 50,
         schedule: Schedule = "cosine",
@@ -237,10 +254,14 @@ class TrainedModel:
         Parameters
         ----------
         n_epochs
-            Number of passes over the training cells.
+            Number of passes over the training cells. If None, it is chosen by the number of steps and printed: 150
+            where an epoch has few steps, fewer for many cells; see `pyromosaic.train.epochs_for`.
         batch_size
-            Largest number of cells in a minibatch.
-        learning_rate, weight_decay, kl_warmup_epochs, schedule, gradient_clip, likelihood_rate
+            Largest number of cells in a minibatch. If None, 256; in MultiVI more for more than about 10,000 cells, up
+            to 1,024 from about 40,000 cells; see `pyromosaic.train.minibatch_for`.
+        learning_rate
+            If None, 0.003, times the square root of size / 256 for larger minibatches that were chosen by default.
+        weight_decay, kl_warmup_epochs, schedule, gradient_clip, likelihood_rate
             See `pyromosaic.train.Optimisation`.
         validation, test
             Shares of the cells that are kept out of training, drawn within each pattern of modalities. Validation cells
@@ -261,7 +282,8 @@ class TrainedModel:
         **trainer
             ``monitor``, ``progress_bar``, ``logger``, ``callbacks``, ``checkpoint_dir``, ``resume_from`` (see
             `pyromosaic.train.fit`), and what `lightning.pytorch.Trainer` takes (``accelerator``, ``max_time``, …).
-            Training uses one device, in one process; others are refused.
+            One process trains on one device unless ``devices``, ``num_nodes``, ``strategy`` or a launcher say
+            otherwise; `batch_size` is that of each process.
 
         Raises
         ------
@@ -276,7 +298,8 @@ class TrainedModel:
         Notes
         -----
         A model whose training is left by an error or Ctrl-C is that of the last whole epoch, without the sleep phase,
-        and can be used, saved or trained on; by SIGTERM, or before an epoch is whole, it is as it was before.
+        and can be used, saved or trained on; by SIGTERM, before an epoch is whole, or with several processes, it is as
+        it was before.
 
         Examples
         --------
@@ -288,23 +311,28 @@ class TrainedModel:
         (2, True)
         """
         mosaic = self._data(None)
-        check_trainer(trainer)
+        processes = check_trainer(trainer)
         parts = split(mosaic, validation, test, seed)
-        train = self.loader(mosaic, parts.train, batch_size, seed, n_workers)
+        own = -(-len(parts.train) // processes.n)
+        size, rate = settings_for(own, self.largest_minibatch, batch_size, learning_rate)
+        train = self.loader(mosaic, parts.train, size, seed, n_workers)
         # In no order, so that each minibatch holds all populations.
         shuffled = np.random.default_rng(seed).permutation(parts.validation)
-        held_out = self.loader(mosaic, shuffled, batch_size) if len(shuffled) else None
-        optimisation = Optimisation(
-            learning_rate, weight_decay, kl_warmup_epochs, schedule, gradient_clip, likelihood_rate
-        )
+        held_out = self.loader(mosaic, shuffled, size) if len(shuffled) else None
+        optimisation = Optimisation(rate, weight_decay, kl_warmup_epochs, schedule, gradient_clip, likelihood_rate)
         some = measured(mosaic, parts.train[:: 1 + len(parts.train) // 128]).to(self._device)
         unchecked = [name for name, m in self.schema.modalities.items() if m.spec.allow_non_integer]
         check(self.model, self.guide, some, unchecked)
         self.prepare(mosaic)
+        per_epoch, bar_wanted = -(-len(train) // processes.n), trainer.pop("progress_bar", True)
+        if n_epochs is None:
+            n_epochs = epochs_for(-(-own // SMALLEST) if batch_size is None else per_epoch)
+            if processes.leads and bar_wanted:
+                print(said(n_epochs, per_epoch), file=sys.stderr)
         settings = {
             "model": type(self).__name__,
             **{f"model option {name}": _recorded(value) for name, value in self.options.items()},
-            "batch_size": batch_size,
+            "batch_size": size,
             "seed": seed,
             "validation": validation,
             "test": test,
@@ -312,14 +340,19 @@ class TrainedModel:
             **_of_data(mosaic),
             **{f"{name} cells": torch.from_numpy(cells) for name, cells in vars(parts).items()},
         }
-        bar = bool(trainer.get("progress_bar", True))
+        n_sleep = min(settings["sleep_steps"], n_epochs * per_epoch)
+        bar_wanted = False if has_bar(trainer.get("callbacks", ())) or not processes.shows else bar_wanted
         rows: list[dict[str, float]] = []
         left: BaseException | None = None
         with self._as_before_if_it_fails():
             self.model.train()
             self.guide.train()
             try:
-                with torch.random.fork_rng(), pyro.validation_enabled(False):
+                with (
+                    torch.random.fork_rng(),
+                    pyro.validation_enabled(False),
+                    shown(bar_wanted, "Training", n_epochs * per_epoch + n_sleep) as bar,
+                ):
                     torch.manual_seed(seed)
                     fit(
                         self.model,
@@ -331,24 +364,26 @@ class TrainedModel:
                         early_stopping=early_stopping,
                         rows=rows,
                         settings=settings,
+                        progress_bar=bar or False,
                         **trainer,
                     )
-                    again = self.loader(mosaic, parts.train, batch_size, seed)
-                    n_steps = min(settings["sleep_steps"], len(rows) * len(train))
-                    losses = sleep(
-                        self.model, self.guide, again, n_steps, means=self.sleep_means, seed=seed, progress_bar=bar
-                    )
+                    again = self.loader(mosaic, parts.train, size, seed)
+                    n_steps = min(settings["sleep_steps"], len(rows) * per_epoch)
+                    fitted = (self.model, self.guide)
+                    options: dict[str, Any] = {"means": self.sleep_means, "seed": seed, "progress_bar": bar or False}
+                    losses = processes.once(lambda: sleep(*fitted, again, n_steps, **options), *fitted)
                     if len(losses):
                         rows[-1] |= {"sleep_before": losses[:10].mean(), "sleep_after": losses[-10:].mean()}
             except (Exception, KeyboardInterrupt) as error:
-                if not rows:
+                if not rows or processes.n > 1:
                     raise
                 left = error
             self.history, self.split = pd.DataFrame(rows).set_index("epoch"), parts
             self.model.eval()
             self.guide.eval()
             with torch.no_grad():
-                self.finish(mosaic)
+                processes.once(lambda: self.finish(mosaic), self.model, self.guide)
+        self.saves = processes.first
         if left is not None:
             raise left
 
@@ -380,7 +415,10 @@ class TrainedModel:
         if not isinstance(mosaic, Mosaic):
             raise ValueError(f"data must be a Mosaic, e.g. data=model.register(mdata); found a {type(mosaic).__name__}")
         if mosaic.schema != self.schema:
-            raise ValueError("the data were not registered for this model; call model.register(mdata) first")
+            raise ValueError(
+                "the data were not registered for this model; call model.register(mdata) first: "
+                f"{self.schema.difference(mosaic.schema)}"
+            )
         mosaic = self.arranged(mosaic)
         if self._fusion is not None:
             self._fusion.meet(mosaic)
@@ -444,9 +482,13 @@ def _of_data(mosaic: Mosaic) -> dict[str, Any]:
     for name, modality in mosaic.modalities.items():
         has, codes = modality.present, np.column_stack([modality.codes, modality.labels])
         found[f"likelihood of {name}"] = modality.spec.likelihood_name
-        found[f"features or columns of {name}"] = _digest([json.dumps(mosaic.schema.to_json()["modalities"][name])])
+        schema = mosaic.schema.to_json()["modalities"][name]
+        schema.pop("profile")  # follows from the measurements
+        found[f"features or columns of {name}"] = _digest([json.dumps(schema)])
         found[f"cells with {name}"] = _digest(np.flatnonzero(has).astype(np.int64))
         found[f"batches or labels of {name}"] = _digest(codes[has].astype(np.int64))
+        if modality.panels is not None:
+            found[f"panels of {name}"] = _digest(modality.measured(np.flatnonzero(has)))
         found[f"continuous covariates of {name}"] = torch.from_numpy(modality.continuous[has])
         if modality.matrix.marks is not None:
             found[f"measurements of {name}"] = torch.from_numpy(modality.matrix.marks[modality.rows[has]])

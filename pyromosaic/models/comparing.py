@@ -13,7 +13,7 @@ from torch import Tensor
 from pyromosaic.accepted import Column, Count, Seed, checked
 from pyromosaic.data import Mosaic
 from pyromosaic.models.drawing import Drawing
-from pyromosaic.tasks import answers, estimate
+from pyromosaic.tasks import blocks, estimate
 from pyromosaic.tasks.question import Cells, Question, first_of, portions
 
 
@@ -70,8 +70,8 @@ class Comparing(Drawing):
         mosaic, size = self._data(data), self.schema[modality].library
         question = Question(modality, background, cells, features, None, batch, size, n_samples, None, data, seed)
         columns = pd.Index(self.schema[modality].features)[self._features(modality, features)]
-        chunks = answers(self.model, self.guide, mosaic, question, self._device)
-        return estimate(chunks, mosaic.obs_names[mosaic.find(cells)], columns).mean
+        found = blocks(self.model, self.guide, mosaic, question, self._device)
+        return estimate(found, mosaic.obs_names[mosaic.find(cells)], columns).mean
 
     @checked
     def get_feature_correlation_matrix(

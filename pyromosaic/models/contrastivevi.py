@@ -5,7 +5,6 @@ Methods 2023; extended to mosaics of modalities and to several target groups.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +24,7 @@ from pyromosaic.likelihoods import likelihoods_of, posterior_decoders
 from pyromosaic.measurement import Measurement, MeasurementGuide, Plates, cells, encoded
 from pyromosaic.models.mosaic_model import Preset
 from pyromosaic.models.salient import Contrasting, Parts, cohorts_of
-from pyromosaic.nn import Decoder, Encoder, unit_columns
+from pyromosaic.nn import Covariance, Decoder, Encoder, encoder_of, unit_columns
 from pyromosaic.penalties import (
     MMD,
     CohortMMD,
@@ -132,11 +131,14 @@ class PairEncoder(nn.Module):
         self.z.start(view)
         self.s.start(view)
 
-    def forward(self, view: View) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of z and s side by side, each of shape (b, latent + salient)."""
+    def forward(self, view: View) -> tuple[Tensor, ...]:
+        """Mean and standard deviation of z and s side by side, each of shape (b, latent + salient).
+
+        With full covariance also the Cholesky factor of the correlation matrix of z.
+        """
         x = self.z.seen(view)
-        (z, of_z), (s, of_s) = self.z.posterior(x, view), self.s.posterior(x, view)
-        return torch.cat([z, s], dim=-1), torch.cat([of_z, of_s], dim=-1)
+        (z, of_z, *factor), (s, of_s) = self.z.posterior(x, view), self.s.posterior(x, view)
+        return torch.cat([z, s], dim=-1), torch.cat([of_z, of_s], dim=-1), *factor
 
 
 class ContrastiveGuide(Program):
@@ -171,14 +173,15 @@ class ContrastiveGuide(Program):
         used = presence(by_modality, len(minibatch))
         if self.training and self.left_out:
             used = leave_out(used, self.left_out)
-        widths = ((by_modality, self.fusion.width), (of_s, self.width_of_s))
-        z, s = (self.fusion.moments(q, used, minibatch.index, width) for q, width in widths)
+        joint = self.fusion.normal(by_modality, used, minibatch.index)
+        z = joint.mean[:, 0], joint.stddev[:, 0]
+        s = self.fusion.moments(of_s, used, minibatch.index, self.width_of_s)
         for what, penalties in self.penalties.items():
             if any(penalty.weight for penalty in penalties):
                 apply(penalties, self.compare(what, by_modality, z, s, minibatch), minibatch, kl_weight)
         each = zip(*(moment.chunk(len(self.parts), dim=-1) for moment in s), strict=True)
         with cells(minibatch, kl_weight):
-            drawn = pyro.sample("z", normal(*z))
+            drawn = pyro.sample("z", joint)
             salients = salient(self.parts, minibatch, (normal(*moments) for moments in each))
         latent = torch.cat([drawn, *salients], dim=-1)
         for name, view in minibatch.decoded.items():
@@ -251,6 +254,8 @@ class ContrastiveVI(Contrasting):
     fusion
         How to combine the posteriors of a cell's modalities, as in `MultiVI`; a mixture is replaced by a normal with
         its moments.
+    covariance
+        Covariance of the posterior of z: ``"diagonal"``, or ``"full"``, as in `MultiVI`.
     encoder, decoder
         Class or function that makes the network of each modality; it takes the arguments of `pyromosaic.nn.Encoder` or
         `pyromosaic.nn.Decoder`, which are the defaults.
@@ -311,6 +316,7 @@ class ContrastiveVI(Contrasting):
         prior: nn.Module | None = None,
         salient_prior: nn.Module | Literal["ard"] | None = None,
         fusion: str | Fusion = "mean",
+        covariance: Covariance = "diagonal",
         encoder: Callable[..., nn.Module] | None = None,
         decoder: Callable[..., nn.Module] | None = None,
         penalties: Sequence[Penalty] | Mapping[str, Sequence[Penalty]] = (),
@@ -325,9 +331,9 @@ class ContrastiveVI(Contrasting):
             likelihoods = likelihoods_of(schema)
             width = n_latent + n_salient * len(parts)
 
-            def encoders(n: int) -> dict[str, nn.Module]:
+            def encoders(n: int, covariance: Covariance) -> dict[str, nn.Module]:
                 shape = (n_hidden, n_encoder_layers, dropout, encode_covariates)
-                network = encoder or partial(Encoder, input_dropout=input_dropout)
+                network = encoder_of(encoder, covariance, input_dropout=input_dropout)
                 return {name: network(m, n, *shape) for name, m in modalities}
 
             decoders: dict[str, Any] = {
@@ -340,7 +346,7 @@ class ContrastiveVI(Contrasting):
                 for network in decoders.values():
                     unit_columns(network.hidden[0], n_latent, width)
             latent = latent_sizes(library, schema)
-            of_z, of_salient = encoders(n_latent), encoders(n_salient * len(parts))
+            of_z, of_salient = encoders(n_latent, covariance), encoders(n_salient * len(parts), "diagonal")
             size_encoders = {name: Encoder(schema[name], 1, n_hidden, 1, dropout, encode_covariates) for name in latent}
             inferring = posterior_decoders(
                 schema, likelihoods, dict.fromkeys(schema.modalities, width), n_hidden, n_decoder_layers
@@ -411,10 +417,10 @@ class ContrastiveVI(Contrasting):
     @checked
     def train(
         self,
-        n_epochs: Count = 150,
+        n_epochs: Count | None = None,
         *,
-        batch_size: Count = 640,
-        learning_rate: Positive = 4e-3,
+        batch_size: Count | None = None,
+        learning_rate: Positive | None = None,
         replay: bool = False,
         **options: Any,
     ) -> None:
@@ -425,12 +431,12 @@ class ContrastiveVI(Contrasting):
         Parameters
         ----------
         n_epochs
-            Number of passes over the larger cohort.
+            Number of passes over the larger cohort; None chooses it as in `MosaicModel.train`.
         batch_size
-            Largest number of cells in a minibatch, half of them from each cohort. With only a few hundred cells, an
-            epoch has a single step; then lower it, or train for more epochs.
+            Largest number of cells in a minibatch, half of them from each cohort; 640 if None. With only a few hundred
+            cells, an epoch has a single step; then lower it, or train for more epochs.
         learning_rate
-            See `pyromosaic.train.Optimisation`.
+            See `pyromosaic.train.Optimisation`; 0.004 if None.
         replay
             Within an epoch, repeat the minibatches of the smaller cohort instead of drawing it again, as the reference
             implementation does; see `pyromosaic.data.contrastive_loader`.
@@ -438,7 +444,7 @@ class ContrastiveVI(Contrasting):
             As in `MosaicModel.train`.
         """
         self._replay = replay
-        super().train(n_epochs, batch_size=batch_size, learning_rate=learning_rate, **options)
+        super().train(n_epochs, batch_size=batch_size or 640, learning_rate=learning_rate or 4e-3, **options)
 
     @checked
     def loader(

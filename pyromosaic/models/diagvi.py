@@ -24,11 +24,12 @@ from pyromosaic.fusion import Fusion, fusion_of, presence
 from pyromosaic.guidance import linked_scores
 from pyromosaic.labels import Labels, check_labels
 from pyromosaic.likelihoods import likelihoods_of, posterior_decoders
+from pyromosaic.linkage import Linkage
 from pyromosaic.links import GuidanceGraph
 from pyromosaic.measurement import MeasurementGuide, Plates, cells, encoded
 from pyromosaic.models.embedded import Embedded, LinkedMeasurement, Weights, directed
 from pyromosaic.models.mosaic_model import Cells, Preset
-from pyromosaic.nn import Encoder, GraphEncoder, InnerProductDecoder
+from pyromosaic.nn import Covariance, GraphEncoder, InnerProductDecoder, encoder_of
 from pyromosaic.penalties import (
     Anchors,
     Classifier,
@@ -215,6 +216,8 @@ class DiagVI(Embedded):
         to a distribution.
     fusion
         How to combine the posteriors of a cell's modalities, as in `MultiVI`; it has an effect only with `pairing`.
+    covariance
+        Covariance of the posterior of z: ``"diagonal"``, or ``"full"``, as in `MultiVI`.
     encoder, decoder
         Class or function that makes the network of each modality; it takes the arguments of `pyromosaic.nn.Encoder` or
         `pyromosaic.nn.InnerProductDecoder`, which are the defaults.
@@ -233,7 +236,8 @@ class DiagVI(Embedded):
         Whether to divide the divergences of the cells of a modality by its number of features, as the reference does.
     linkage
         Scores of cells in one space for all modalities, used for anchors and pull: ``"cca"`` computes them before
-        training from the links of the graph; or give a table of scores with one row per cell; None uses no scores.
+        training from the links of the graph; or give a `Linkage`, for example one without links, or a table of scores
+        with one row per cell; None uses no scores.
     penalties
         Additional penalties, see `pyromosaic.penalties`.
     seed
@@ -279,6 +283,7 @@ class DiagVI(Embedded):
         pairing: bool = False,
         prior: Literal["normal", "mixture"] | nn.Module = "normal",
         fusion: str | Fusion = "mean",
+        covariance: Covariance = "diagonal",
         encoder: Callable[..., nn.Module] | None = None,
         decoder: Callable[..., nn.Module] | None = None,
         likelihood_weight: Weight = 1.0,
@@ -290,7 +295,7 @@ class DiagVI(Embedded):
         anchors: Weight | Anchors = 2.0,
         pull: Weight | Pull | None = None,
         classifier: Weight | Classifier = 5.0,
-        linkage: Literal["cca"] | pd.DataFrame | None = "cca",
+        linkage: Literal["cca"] | pd.DataFrame | Linkage | None = "cca",
         penalties: Sequence[Penalty] = (),
         seed: Seed = 0,
     ) -> None:
@@ -309,8 +314,9 @@ class DiagVI(Embedded):
                 raise ValueError(f"reference must be one of {', '.join(modalities)}, or None; found {reference!r}")
             likelihoods = likelihoods_of(schema)
             width = n_latent + n_private
+            encoder = encoder_of(encoder, covariance)
             encoders = {
-                name: (encoder or Encoder)(m, width, n_hidden, n_encoder_layers, dropout, encode_covariates)
+                name: encoder(m, width, n_hidden, n_encoder_layers, dropout, encode_covariates)
                 for name, m in modalities.items()
             }
             decoders = {
@@ -372,23 +378,28 @@ class DiagVI(Embedded):
 
     @checked
     def train(
-        self, n_epochs: Count = 150, *, batch_size: Count = 2048, learning_rate: Positive = 1e-2, **options: Any
+        self,
+        n_epochs: Count | None = None,
+        *,
+        batch_size: Count | None = None,
+        learning_rate: Positive | None = None,
+        **options: Any,
     ) -> None:
         """Link the cells of different modalities, then fit the parameters.
 
         Parameters
         ----------
         n_epochs
-            Number of passes over the training cells.
+            Number of passes over the training cells; None chooses it as in `MosaicModel.train`.
         batch_size
-            Number of cells in a minibatch, of all modalities together. Only the cells in a minibatch are aligned with
-            each other.
+            Number of cells in a minibatch, of all modalities together; 2,048 if None. Only the cells in a minibatch are
+            aligned with each other.
         learning_rate
-            See `pyromosaic.train.Optimisation`; it is large because training takes few steps.
+            See `pyromosaic.train.Optimisation`; 0.01 if None, which is large because training takes few steps.
         **options
             As in `MosaicModel.train`.
         """
-        super().train(n_epochs, batch_size=batch_size, learning_rate=learning_rate, **options)
+        super().train(n_epochs, batch_size=batch_size or 2048, learning_rate=learning_rate or 1e-2, **options)
 
     def prepare(self, mosaic: Mosaic) -> None:
         """Find the scores by which cells are linked."""

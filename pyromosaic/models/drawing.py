@@ -13,7 +13,7 @@ from pyromosaic.data import Mosaic, to_predict
 from pyromosaic.data.matrix import as_tensor
 from pyromosaic.models.base import TrainedModel
 from pyromosaic.tasks import Estimate, answers, inference_mode
-from pyromosaic.tasks.joint import Kind, joint_draws, latent_sites, of_cells
+from pyromosaic.tasks.joint import LOG_LIKELIHOOD, Kind, joint_draws, latent_sites, of_cells
 from pyromosaic.tasks.question import Cells, Question, check_size, portions
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ class Drawing(TrainedModel):
         xarray.Dataset
             Each modality with dimensions ``draw``, ``cell`` and ``<modality>_feature``, each latent variable with
             ``draw``, ``cell`` and ``<name>_dim``; cells and features have their names as coordinates. Salient
-            variables are 0 in cells that do not have them.
+            variables are 0 in cells that do not have them. Latent variables that all cells share (embeddings of
+            features, or those of a `PyroSample`) have ``draw``, ``<name>_dim_0``, …
 
         Raises
         ------
@@ -110,10 +111,17 @@ class Drawing(TrainedModel):
         -------
         arviz.InferenceData or xarray.DataTree
             A tree of groups, which ArviZ 1 reads as it is; an ``InferenceData`` if an ArviZ below 1 is installed.
-            ``posterior`` has the latent variables, and expected measurements as ``<modality>_mean``;
-            ``posterior_predictive`` has predicted measurements, and ``observed_data`` the measurements, NaN where there
-            are none. Dimensions are those of `get_draws`, with a ``chain`` of length 1 before them: variational draws
-            are independent.
+            ``posterior`` has the latent variables, of cells and those that all cells share, and expected measurements
+            as ``<modality>_mean``; ``posterior_predictive`` has predicted measurements, ``observed_data`` the
+            measurements, and ``log_likelihood`` the log-probability of each given the latent variables of the same
+            draw, both NaN where there are none. Dimensions are those of `get_draws`, with a ``chain`` of length 1
+            before them: variational draws are independent.
+
+        Notes
+        -----
+        The log-likelihood is given the latent variables of each cell, which have seen its measurements. Therefore LOO
+        and WAIC from it do not compare models fairly; `pyromosaic.checks.held_out_log_likelihood` integrates over the
+        latent variables.
 
         Raises
         ------
@@ -130,7 +138,7 @@ class Drawing(TrainedModel):
         {'chain': 1, 'draw': 4, 'cell': 40, 'adt_feature': 5}
         """
         names = list(self.schema.modalities) if modalities is None else modalities
-        kinds: tuple[Kind, Kind] = ("expected", "predicted")
+        kinds: tuple[Any, ...] = ("expected", "predicted", LOG_LIKELIHOOD)
         drawn = self._drawn(names, cells, kinds, features, encode, batch, n_samples, data, seed)
         names = [names] if isinstance(names, str) else names
         predicted = drawn["predicted"][list(names)]
@@ -143,6 +151,7 @@ class Drawing(TrainedModel):
         groups = {
             "posterior": latent.expand_dims(chain=[0]),
             "posterior_predictive": predicted.expand_dims(chain=[0]),
+            "log_likelihood": drawn[LOG_LIKELIHOOD][list(names)].expand_dims(chain=[0]),
             "observed_data": measured,
         }
         return _tree(groups)
@@ -269,7 +278,7 @@ class Drawing(TrainedModel):
         self,
         modalities: str | Sequence[str],
         cells: Cells,
-        kinds: Sequence[Kind],
+        kinds: Sequence[Kind | Literal["log_likelihood"]],
         features: Mapping[str, Cells] | None,
         encode: str | Sequence[str] | None,
         batch: object,
@@ -312,25 +321,29 @@ class Drawing(TrainedModel):
             batch,
             seed,
         )
-        kept = [
-            {
-                key: (value[..., columns[key[1]]] if key[1] in columns else value).cpu().numpy()
-                for key, value in chunk.items()
-            }
-            for chunk in chunks
-        ]
-        values = {key: np.concatenate([chunk[key] for chunk in kept], axis=1) for key in kept[0]}
+        kept: dict[tuple[str, str], list[np.ndarray]] = {}
+        for chunk in chunks:
+            for (kind, name), value in chunk.items():
+                of_features = name in columns and value.shape[2:] == (self.schema[name].n_features,)
+                value = value[..., columns[name]] if of_features else value
+                kept.setdefault((kind, name), []).append(value.cpu().numpy())
         labels: dict[str, Any] = {"cell": mosaic.obs_names[index].to_numpy(), "draw": np.arange(n_samples)}
         datasets: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
-        for (kind, name), value in values.items():
-            dim = f"{name}_dim" if kind == "latent" else f"{name}_feature"
-            if kind == "latent":
-                labels[dim] = [f"{name}_{i}" for i in range(value.shape[-1])]
-            else:
-                labels[dim] = np.array(self.schema[name].features, dtype=object)[columns[name]].astype(str)
+        for (kind, name), parts in kept.items():
+            array = np.concatenate(parts, axis=1) if kind != "shared" else parts[0]
+            dims: tuple[str, ...] = ("draw", "cell", f"{name}_dim" if kind == "latent" else f"{name}_feature")
+            dims = dims[: array.ndim]
+            if kind == "shared":
+                while array.ndim > 1 and array.shape[1] == 1:  # a plate that these variables are not in
+                    array = array[:, 0]
+                dims = ("draw", *(f"{name}_dim_{i}" for i in range(array.ndim - 1)))
+            elif kind == "latent":
+                labels[dims[-1]] = [f"{name}_{i}" for i in range(array.shape[-1])]
+            elif len(dims) == 3:
+                labels[dims[-1]] = np.array(self.schema[name].features, dtype=object)[columns[name]].astype(str)
             for of, variables in datasets.items():
-                if kind in ("latent", of):
-                    variables[name] = (("draw", "cell", dim), value)
+                if kind in ("latent", "shared", of):
+                    variables[name] = (dims, array)
         return {kind: xarray.Dataset(variables, coords=labels) for kind, variables in datasets.items()}
 
     def _measured(self, like: "xarray.Dataset", mosaic: Mosaic, cells: Cells) -> "xarray.Dataset":
@@ -342,7 +355,8 @@ class Drawing(TrainedModel):
             values = np.full((len(index), len(columns)), np.nan, dtype=np.float32)
             has = modality.present[index]
             if has.any():
-                values[has] = as_tensor(modality.read(index[has])[:, columns], dense=True).numpy()
+                some = as_tensor(modality.read(index[has])[:, columns], dense=True).numpy()
+                values[has] = np.where(modality.measured(index[has])[:, columns], some, np.nan)
             found[name] = (("cell", f"{name}_feature"), values)
         coords = {name: value for name, value in like.coords.items() if name != "draw"}
         return _xarray().Dataset(found, coords=coords)

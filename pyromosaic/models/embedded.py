@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyromosaic.accepted import Count, checked
 from pyromosaic.data import Minibatch, View
+from pyromosaic.data.minibatch import across_batches
 from pyromosaic.links import GuidanceGraph
 from pyromosaic.measurement import Measurement, scaled
 from pyromosaic.models.mosaic_model import Cells, MosaicModel
@@ -48,8 +49,7 @@ class LinkedMeasurement(Measurement):
     def predictors(self, z: Tensor, own: Tensor | None, view: View, *context: Any) -> dict[str, Tensor]:
         """Outputs of the decoder for cells and features, by predictor."""
         (embeddings,) = context
-        decoded: dict[str, Tensor] = self.decoder(z, embeddings, own, view)
-        return decoded
+        return across_batches(lambda view: self.decoder(z, embeddings, own, view), view, self.likelihood)
 
 
 def directed(graph: GuidanceGraph) -> tuple[Tensor, Tensor, Tensor]:

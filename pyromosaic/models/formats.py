@@ -10,8 +10,8 @@ from pyromosaic.data import TRAITS, Schema
 from pyromosaic.models.base import RENAMED
 from pyromosaic.program import Slots
 
-FORMAT = 7
-READ = (4, 5, 6, FORMAT)
+FORMAT = 8
+READ = (4, 5, 6, 7, FORMAT)
 
 #: Up to format 5 arguments of a part were options: the part by its option now, its arguments by those options, and the
 #: weight that was the default.
@@ -44,8 +44,8 @@ PARTS = {
 }
 
 
-#: Ends of the names of weights that came with format 7.
-WIDTHS = ("fusion.width.tenth_of_log", "width_of_s.tenth_of_log")
+#: Ends of the names of weights by the format with which they came; in earlier files they have their start values.
+ADDED = {7: ("fusion.width.tenth_of_log", "width_of_s.tenth_of_log"), 8: (".size.of_depths",)}
 
 
 def upgraded_schema(content: Mapping[str, Any], likelihoods: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def upgraded_schema(content: Mapping[str, Any], likelihoods: Mapping[str, Any]) 
         spec = modality["spec"]
         if content["format"] < 6 and spec["likelihood"] == "multinomial":
             spec["dispersion"] = "gene"
-        if content["format"] < FORMAT:
+        if content["format"] < 7:
             own = likelihoods.get(spec["likelihood"])
             traits = TRAITS.get(spec["likelihood"]) if own is None else own.traits
             spec.setdefault("background", "latent")
@@ -97,7 +97,7 @@ def upgraded(
     options = dict(content["options"])
     if content["format"] < 6:
         _rename(options, accepted)
-    if content["format"] < FORMAT and options.get("prior", "") is None and accepted["prior"] == "mixture":
+    if content["format"] < 7 and options.get("prior", "") is None and accepted["prior"] == "mixture":
         options["prior"] = "normal"  # what was the default
     if content["format"] > 4:
         return options, dict(weights)

@@ -1,34 +1,32 @@
 """Save and load a model without any code, and give it new cells."""
 
-import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import deepcopy
-from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from pyromosaic import __version__, described, penalties, priors
+from pyromosaic import described, penalties, priors
 from pyromosaic.accepted import Count, checked
 from pyromosaic.data import ModalitySpec, Mosaic, Schema, Split
 from pyromosaic.data.mosaic import NewBatches
 from pyromosaic.foreign import check_words
 from pyromosaic.likelihoods import Likelihood
 from pyromosaic.models.base import TrainedModel, accepted_options
-from pyromosaic.models.formats import FORMAT, READ, WIDTHS, upgraded, upgraded_schema
+from pyromosaic.models.formats import ADDED, FORMAT, READ, upgraded, upgraded_schema
 from pyromosaic.models.query import carry_over, only
 from pyromosaic.program import own
 from pyromosaic.threads import one_thread
 from pyromosaic.train.checkpoints import check_state
-from pyromosaic.train.files import clear_drafts, drafts, n_entries, replaced, shapes, size_of
+from pyromosaic.train.files import shapes
+from pyromosaic.train.folders import DAMAGED, WEIGHTS, check_digest, descriptions, digest, keep, saved_by
 
 #: The parts that are saved with a model, by name.
 PARTS = {
@@ -45,6 +43,8 @@ class Keeping(TrainedModel):
     @checked
     def save(self, directory: str | Path, overwrite: bool = False) -> None:
         """Save the model: weights as safetensors, everything else as JSON.
+
+        If several processes trained the model, the first one saves it, and this does nothing in the others.
 
         Parameters
         ----------
@@ -71,13 +71,9 @@ class Keeping(TrainedModel):
         ...     sorted(path.name for path in Path(directory).iterdir())
         ['model.json', 'weights.safetensors']
         """
-        directory = Path(directory)
-        if (directory / DESCRIPTION).exists() and not overwrite:
-            raise FileExistsError(f"{directory} already holds a model; pass overwrite=True to replace it")
-        weights = {
-            f"{k}.{n}": t.contiguous() for k in ("model", "guide") for n, t in getattr(self, k).state_dict().items()
-        }
-        written = save(weights)
+        if not self.saves:
+            return
+        tensors = {f"{k}.{n}": t for k in ("model", "guide") for n, t in getattr(self, k).state_dict().items()}
         options, objects = {}, [m.spec.likelihood_name for m in self.schema.modalities.values() if _is_own(m.spec)]
         for key, value in self.options.items():
             try:
@@ -86,8 +82,6 @@ class Keeping(TrainedModel):
                 objects.append(key)  # code is not saved; it is given again at load
         content = {
             "format": FORMAT,
-            "version": __version__,
-            "weights": sha256(written).hexdigest(),
             "class": type(self).__name__,
             "options": options,
             "objects": objects,
@@ -95,20 +89,7 @@ class Keeping(TrainedModel):
             "history": _numbers(self.history.reset_index()),
             "split": None if self.split is None or self.mosaic is None else _parts(self.split, self.mosaic),
         }
-        content = json.loads(json.dumps(content))  # as it will be read
-        text = json.dumps(content | {"digest": _digest(content)}).encode()
-        _check_entries(text)
-        new = not directory.exists()
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            for name in (WEIGHTS, DESCRIPTION):
-                clear_drafts(directory / name)
-            replaced({directory / WEIGHTS: written, directory / DESCRIPTION: text})
-        except OSError as error:
-            with suppress(OSError):
-                if new:
-                    directory.rmdir()
-            raise type(error)(f"the model cannot be saved in {directory}: {error.strerror}") from error
+        keep(Path(directory), content, tensors, overwrite)
 
     @classmethod
     @checked
@@ -146,7 +127,7 @@ class Keeping(TrainedModel):
         """
         check_words("load", objects, {"directory", "data", *accepted_options(cls)})
         directory, refused = Path(directory), []
-        for content in _descriptions(directory):
+        for content in descriptions(directory, cls.__name__, READ, _KINDS):
             try:
                 model = cls._loaded(directory, content, objects)
                 break
@@ -162,10 +143,7 @@ class Keeping(TrainedModel):
     @classmethod
     def _loaded(cls, directory: Path, content: dict[str, Any], objects: dict[str, Any]) -> Self:
         """The model of a description; its weights are read only if their names, shapes and types fit."""
-        of = f"{directory} (saved by pyromosaic {content.get('version', '0.1.0 or earlier')})"
-        if content["class"] != cls.__name__:
-            name = content["class"]
-            raise ValueError(f"{of} holds a model of class {name}, not {cls.__name__}; use {name}.load")
+        of = saved_by(directory, content)
         missing = [key for key in content["objects"] if key not in objects]
         if missing:
             raise ValueError(
@@ -180,20 +158,19 @@ class Keeping(TrainedModel):
             with _no_larger_than(outline):
                 model = cls(schema, **{**described.from_json(options, PARTS), **others})
             own = {f"{k}.{n}": t for k in ("model", "guide") for n, t in getattr(model, k).state_dict().items()}
-            old = content["format"] < FORMAT  # up to format 6 a fusion had no width
-            widths = {name: tensor for name, tensor in own.items() if old and name.endswith(WIDTHS)}
-            check_state(widths | outline, own, WEIGHTS)
-            if content.get("weights") not in (None, _digest_of_file(directory / WEIGHTS)):
-                raise ValueError(f"{WEIGHTS} is not as it was saved")
+            ends = tuple(end for came, names in ADDED.items() if content["format"] < came for end in names)
+            added = {name: tensor for name, tensor in own.items() if name.endswith(ends)}
+            check_state(added | outline, own, WEIGHTS)
+            check_digest(directory, content)
             _, weights = upgraded(content, load_file(directory / WEIGHTS), schema, accepted_options(cls))
-            weights = widths | weights
+            weights = added | weights
             check_state(weights, own, WEIGHTS)
             for part in ("model", "guide"):
                 state = {k.removeprefix(f"{part}."): v for k, v in weights.items() if k.startswith(f"{part}.")}
                 getattr(model, part).eval().load_state_dict(state)  # also what a subclass added to them
             history = content["history"]
             model.history = pd.DataFrame(history["data"], columns=history["columns"], dtype=float)
-        except _OF_DAMAGED_FILES as error:
+        except DAMAGED as error:
             if isinstance(error, OSError) and error.strerror:
                 raise ValueError(f"the weights in {of} cannot be read: {error.strerror}") from error
             reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -257,12 +234,16 @@ class Keeping(TrainedModel):
 
     @checked
     def register(self, data: Any, new_batches: NewBatches = "refuse") -> Mosaic:
-        """Register data for this model: a MuData, a dictionary of AnnData (cells matched by name), or a Mosaic.
+        """Register data for this model: a MuData, AnnData (cells matched by name), or a Mosaic.
+
+        Features that the data lack count as not measured; those that the model does not know are left out, with a
+        warning.
 
         Parameters
         ----------
         data
-            The data.
+            A MuData; a dictionary from modality to AnnData, or to a list of AnnData; an AnnData of one modality, which
+            is found by its features; or a Mosaic.
         new_batches
             ``"average"``: cells of batches that the model has not seen are treated as an average of the known batches.
             See also `adapt`.
@@ -270,8 +251,8 @@ class Keeping(TrainedModel):
         Raises
         ------
         ValueError
-            If features, batches or labels differ from those of the model, or `new_batches` is given with a Mosaic,
-            which is registered already.
+            If batches or labels differ from those of the model, a modality has none of its features, or `new_batches`
+            is given with a Mosaic, which is registered already.
 
         Examples
         --------
@@ -291,12 +272,14 @@ class Keeping(TrainedModel):
         return self._registered(data, new_batches)
 
     def _registered(self, data: Any, new_batches: NewBatches) -> Mosaic:
+        if hasattr(data, "obs_names") and not hasattr(data, "mod"):
+            data = {self.schema.of_features(data.var_names): data}
         if isinstance(data, Mapping):
             return Mosaic.from_anndata(data, match_cells=True, schema=self.schema, new_batches=new_batches)
         if not hasattr(data, "mod"):
             raise ValueError(
-                'data must be a MuData or a dictionary from modality to AnnData, e.g. {"rna": adata}; found a '
-                f"{type(data).__name__}"
+                "data must be a MuData, an AnnData of one modality, or a dictionary from modality to AnnData, e.g. "
+                f'{{"rna": adata}}; found a {type(data).__name__}'
             )
         return Mosaic.from_mudata(data, schema=self.schema, new_batches=new_batches)
 
@@ -319,7 +302,7 @@ class Keeping(TrainedModel):
         Raises
         ------
         ValueError
-            If no batch is new, or features or labels differ from those of the model.
+            If no batch is new, or labels differ from those of the model.
 
         References
         ----------
@@ -375,14 +358,14 @@ def _parts(split: Split, mosaic: Mosaic) -> dict[str, str]:
     for part, letter in _LETTERS.items():
         letters[getattr(split, part)] = letter
     order = np.argsort(names, kind="stable")
-    return {"cells": _digest(names[order].tolist()), "parts": "".join(letters[order])}
+    return {"cells": digest(names[order].tolist()), "parts": "".join(letters[order])}
 
 
 def _split(saved: Mapping[str, str] | None, mosaic: Mosaic) -> Split | None:
     """The inverse of `_parts`; None if these are other cells."""
     names = mosaic.obs_names.to_numpy().astype(str)
     order = np.argsort(names, kind="stable")
-    if saved is None or saved["cells"] != _digest(names[order].tolist()):
+    if saved is None or saved["cells"] != digest(names[order].tolist()):
         return None
     letters = np.array(list(saved["parts"]))
     return Split(**{part: np.sort(order[letters == letter]) for part, letter in _LETTERS.items()})
@@ -392,80 +375,8 @@ def _is_own(spec: ModalitySpec) -> bool:
     return not isinstance(spec.likelihood, str)
 
 
-WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
-
-#: What reading and building raise for files that are not those of a model.
-_OF_DAMAGED_FILES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    SafetensorError,
-    TypeError,
-    ValueError,
-)
-
 #: What a description must hold.
 _KINDS = {"class": str, "options": dict, "objects": list, "schema": dict, "history": dict}
-
-
-#: Bounds on descriptions, because each entry takes memory.
-BYTES, ENTRIES = 1 << 25, 1_500_000
-
-
-def _check_entries(text: bytes) -> None:
-    """Refuse a description that `load` would not take."""
-    entries = n_entries(text)
-    if len(text) > BYTES or entries > ENTRIES:
-        raise ValueError(
-            f"the description of a model has at most {BYTES:,} bytes and {ENTRIES:,} entries, e.g. names of features; "
-            f"found {len(text):,} and {entries:,}"
-        )
-
-
-def _descriptions(directory: Path) -> Iterator[dict[str, Any]]:
-    """What ``model.json`` holds; if a kill came between its weights' writing and its own, also what it was to hold."""
-    yield _read(directory, directory / DESCRIPTION)
-    for draft in drafts(directory / DESCRIPTION):
-        with suppress(ValueError):
-            yield _read(directory, draft)
-
-
-def _read(directory: Path, file: Path) -> dict[str, Any]:
-    try:
-        size_of(file, BYTES)
-        text = file.read_bytes()
-        _check_entries(text)
-        content = json.loads(text)
-        version = content["format"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ValueError(f"{directory} does not hold a complete saved model: {error}") from error
-    if version not in READ:
-        by = f" by pyromosaic {content['version']}" if "version" in content else ""
-        raise ValueError(
-            f"{directory} was saved in format {version}{by}; this version of pyromosaic reads formats "
-            f"{', '.join(map(str, READ))} (it is {__version__})"
-        )
-    for key, kind in _KINDS.items():
-        if not isinstance(content.get(key), kind) or (
-            kind is list and not all(isinstance(v, str) for v in content[key])
-        ):
-            raise ValueError(f"{directory} does not hold a complete saved model: {key!r} is missing or of another type")
-    if "digest" in content and content.pop("digest") != _digest(content):
-        raise ValueError(f"{directory} does not hold a complete saved model: {file.name} is not as it was saved")
-    return dict(content)
-
-
-def _digest(content: Any) -> str:
-    return sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _digest_of_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

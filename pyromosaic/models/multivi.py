@@ -7,26 +7,40 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pandas as pd
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor, nn
 
 from pyromosaic.accepted import Dimensions, Layers, Rate, Seed, Share, Weight, Width, checked
 from pyromosaic.data import Minibatch, Mosaic, Schema, measured
 from pyromosaic.described import complete
 from pyromosaic.fusion import Fusion, Posterior, agreement_weights, fusion_of, leave_out, presence
+from pyromosaic.guidance import few_pairs, linked_scores
 from pyromosaic.likelihoods import likelihoods_of, posterior_decoders
+from pyromosaic.links import GuidanceGraph
 from pyromosaic.measurement import Measurement, MeasurementGuide, Plates, cells, encoded
 from pyromosaic.models.mosaic_model import Cells, MosaicModel, Preset
-from pyromosaic.nn import Decoder, Encoder
-from pyromosaic.penalties import MMD, Adversary, Jeffreys, Penalty, apply, attached, chosen, with_given
+from pyromosaic.nn import Covariance, Decoder, Encoder, encoder_of
+from pyromosaic.penalties import (
+    MMD,
+    Adversary,
+    Jeffreys,
+    Penalty,
+    Pull,
+    Scores,
+    apply,
+    attached,
+    chosen,
+    with_given,
+)
 from pyromosaic.priors import GaussianMixture, StandardNormal
 from pyromosaic.program import AtMean, Program, Slots, own
-from pyromosaic.sizes import LatentSize, Size, latent_sizes
+from pyromosaic.sizes import LatentSize, Size, latent_sizes, other_sizes
 from pyromosaic.tasks import inference_mode
 
 COLLAPSED = 0.2  # share below which the shared latent space is said to have collapsed
@@ -45,6 +59,7 @@ PAPER = Preset(
         "jeffreys": 1.0,
         "mmd": 0.0,
         "left_out": 0.0,
+        "linkage": None,
         "adversary": Adversary(target="batch"),
     },
     training={
@@ -63,7 +78,15 @@ PAPER = Preset(
     },
 )
 CALIBRATED = Preset(
-    options={"input_dropout": 0.0, "fusion": "product", "jeffreys": 0.0, "mmd": 0.0, "left_out": 0.0}, training={}
+    options={
+        "input_dropout": 0.0,
+        "fusion": "product",
+        "jeffreys": 0.0,
+        "mmd": 0.0,
+        "left_out": 0.0,
+        "linkage": None,
+    },
+    training={},
 )
 
 
@@ -145,6 +168,9 @@ class MultiVI(MosaicModel):
     ----------
     data
         The registered data, or only their `Schema`.
+    graph
+        Linked features, for `linkage`, in the forms that `DiagVI` accepts; None without. They help most if few or no
+        cells have several modalities.
     n_latent
         Dimension of the latent space; None for the rule of the paper, the square root of `n_hidden`.
     n_hidden, n_encoder_layers, n_decoder_layers
@@ -168,6 +194,9 @@ class MultiVI(MosaicModel):
         How to combine the posteriors of a cell's modalities: ``"mean"`` (also ``"equal"``); a weighted mean with
         weights learnt per modality, ``"global"`` (also ``"universal"``), or per cell, ``"cell"``; a ``"product"`` or a
         ``"mixture"`` of experts; or a `pyromosaic.fusion.Fusion`.
+    covariance
+        Covariance of the posterior of z: ``"diagonal"``, or ``"full"``, where the latent dimensions of a cell may be
+        correlated.
     n_private
         Number of private latent dimensions of each modality, or a dictionary with the number for some modalities; 0 as
         in the paper. See `get_shared_share`.
@@ -188,6 +217,16 @@ class MultiVI(MosaicModel):
         Share of the cells with several modalities for which, in a training step, the guide sees only one modality while
         the model explains all of them; 0 in the paper. If None, it is the number of features divided by 10,000, as for
         `jeffreys`, at most 0.1.
+    linkage
+        Scores of cells in one space for all modalities, to which the encoders are pulled: ``"cca"`` computes them
+        before training, by canonical correlation that starts from the cells with several modalities (at least 5), from
+        the links of the graph, or from both. ``"auto"`` does so if a modality has few pairs: fewer than 300 of its
+        cells, and less than a third of them, have another modality too. Or give a table of scores with one row per
+        cell. None uses no scores. They are used only when a new model is trained. With many pairs they tell networks
+        nothing new, and a type that only one modality has is less well apart.
+    pull
+        Weight of `Pull` to these scores, or this penalty. By default nine tenths of the weight fade while that of the
+        divergences increases (`kl_warmup_epochs` of `train`); ``Pull(20.0, fades=0.0)`` stays as it is.
     prior
         Prior of z: ``"mixture"``, a mixture of 20 Gaussians with learnt parameters, so that cells drawn from the model
         look like the data; ``"normal"``, a standard normal, as in the paper; or a module that maps a minibatch to a
@@ -231,12 +270,13 @@ class MultiVI(MosaicModel):
     Model: ClassVar[type[MultiVIModel]] = MultiVIModel
     Guide: ClassVar[type[MultiVIGuide]] = MultiVIGuide
     presets: ClassVar[Mapping[str, Preset]] = MappingProxyType({"paper": PAPER, "calibrated": CALIBRATED})
-    sleep_steps, sleep_means = 200, True
+    sleep_steps, sleep_means, largest_minibatch = 200, True, 1024
 
     @checked
     def __init__(
         self,
         data: Mosaic | Schema,
+        graph: Any = None,
         *,
         n_latent: Width | None = 15,
         n_hidden: Width | None = 128,
@@ -248,12 +288,15 @@ class MultiVI(MosaicModel):
         covariate_embedding: Dimensions = 0,
         library: Literal["observed", "latent"] | Mapping[str, Literal["observed", "latent"]] = "observed",
         fusion: str | Fusion = "mean",
+        covariance: Covariance = "diagonal",
         n_private: Dimensions | Mapping[str, Dimensions] = 0,
         private_kl: Weight = 2.0,
         jeffreys: Weight | Jeffreys | None = None,
         mmd: Weight | MMD = 50.0,
         adversary: Weight | Adversary = 0.0,
         left_out: Share | None = None,
+        linkage: Literal["auto", "cca"] | pd.DataFrame | None = "auto",
+        pull: Weight | Pull = 20.0,
         prior: Literal["mixture", "normal"] | nn.Module = "mixture",
         encoder: Callable[..., nn.Module] | None = None,
         decoder: Callable[..., nn.Module] | None = None,
@@ -262,20 +305,26 @@ class MultiVI(MosaicModel):
     ) -> None:
         with self.construction(data, seed) as schema:
             modalities = schema.modalities
+            self.graph = None if graph is None else GuidanceGraph.of(graph, schema)
+            kept = linkage if isinstance(linkage, str) else None
+            if kept == "auto":
+                linkage = "cca" if self.mosaic is not None and few_pairs(self.mosaic, self.graph) else None
+                kept = linkage or kept
+            self._keep(graph=None if self.graph is None else self.graph.to_json(), linkage=kept)
+            self.linkage, self.scores = linkage, Scores()
             jeffreys, left_out = agreement_weights(schema, jeffreys, left_out)
             if n_hidden is None:
                 regions = [m.n_features for m in modalities.values() if m.spec.traits.binary]
                 n_hidden = min(128, int(max(regions or [m.n_features for m in modalities.values()]) ** 0.5))
-            n_latent = int(n_hidden**0.5) if n_latent is None else n_latent
+            self.n_latent = n_latent = int(n_hidden**0.5) if n_latent is None else n_latent
             self.private = private = _private(n_private, schema)
             width = {name: n_latent + private.get(name, 0) for name in modalities}
             likelihoods = likelihoods_of(schema)
-            encode: Callable[..., nn.Module] = partial(Encoder, embedding=covariate_embedding)
+            encode = partial(Encoder, embedding=covariate_embedding)
+            encoder = encoder_of(encoder, covariance, embedding=covariate_embedding, input_dropout=input_dropout)
             decode: Callable[..., nn.Module] = partial(Decoder, embedding=covariate_embedding)
             encoders = {
-                name: (encoder or partial(encode, input_dropout=input_dropout))(
-                    m, width[name], n_hidden, n_encoder_layers, dropout, encode_covariates
-                )
+                name: encoder(m, width[name], n_hidden, n_encoder_layers, dropout, encode_covariates)
                 for name, m in modalities.items()
             }
             decoders = {
@@ -290,7 +339,8 @@ class MultiVI(MosaicModel):
             explains, infers = {}, {}
             for name, m in modalities.items():
                 plates, likelihood = Plates(name, m.n_features, private_kl=private_kl), likelihoods[name]
-                size, own = (LatentSize if name in latent else Size)(name, m, n_latent), private.get(name, 0)
+                own, others = private.get(name, 0), other_sizes(schema, name)
+                size = (LatentSize if name in latent else Size)(name, m, n_latent, others)
                 explains[name] = Measurement(plates, size, decoders[name], likelihood, own)
                 infers[name] = MeasurementGuide(
                     plates, encoders[name], n_latent, own, inferring.get(name), likelihood, size_encoders.get(name)
@@ -302,7 +352,14 @@ class MultiVI(MosaicModel):
                 infers,
                 fusion_of(fusion, tuple(modalities)),
                 left_out,
-                with_given([chosen("jeffreys", jeffreys, Jeffreys), chosen("mmd", mmd, MMD)], penalties),
+                with_given(
+                    [
+                        chosen("jeffreys", jeffreys, Jeffreys),
+                        chosen("mmd", mmd, MMD),
+                        chosen("pull", 0.0 if linkage is None else pull, Pull, scores=self.scores, fades=0.9),
+                    ],
+                    penalties,
+                ),
                 adversaries,
             )
 
@@ -311,6 +368,16 @@ class MultiVI(MosaicModel):
         for name, modality in mosaic.modalities.items():
             if not modality.present.any():
                 raise ValueError(f"modality {name!r} has no cell to learn from; load a trained model for such data")
+
+    def prepare(self, mosaic: Mosaic) -> None:
+        """Find the scores to which the encoders of a new model are pulled."""
+        used = any(
+            penalty.weight and getattr(penalty, "scores", None) is self.scores for penalty in self.guide.penalties
+        )
+        if used and self.linkage is not None and not self.scores and self.history.empty:
+            scores = linked_scores(self.linkage, mosaic, self.graph, self.n_latent, paired=True)
+            if scores.shape[1]:
+                self.scores.set(torch.tensor(scores).to(self._device))
 
     def finish(self, mosaic: Mosaic) -> None:
         """Fit the sizes; warn if the shared latent space has collapsed."""
@@ -367,7 +434,7 @@ class MultiVI(MosaicModel):
                     totals = []
                     for predictors in (mean, shared, both):
                         site = poutine.trace(likelihood).get_trace(name, predictors, view).nodes[name]
-                        totals.append(float(site["fn"].log_prob(view.counts).sum()))
+                        totals.append(float(scale_and_mask(site["fn"].log_prob(view.counts), mask=view.measured).sum()))
                     gained = totals[2] - totals[0]
                     shares[name] = (totals[1] - totals[0]) / gained if gained else float("nan")
         return pd.Series(shares, dtype=float).clip(0, 1)

@@ -77,7 +77,8 @@ class MeanSquare(Likelihood):
         if view.counts is None:
             pyro.sample(name, self.distribution(predictors, view))
         else:
-            scale = (self.schema.n_features / 2) ** 0.5
+            n = self.schema.n_features if view.measured is None else view.measured.sum(-1, keepdim=True)
+            scale = (n / 2) ** 0.5
             pyro.sample(name, dist.Normal(predictors["loc"], scale), obs=self.scaling(view))
 
     def distribution(self, predictors: Predictors, view: View) -> dist.TorchDistribution:

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 
 from pyromosaic.accepted import Count, Level, Positive, Seed, checked
 from pyromosaic.data import Cohorts, Mosaic, Schema, measured, to_predict
@@ -345,7 +346,8 @@ class Contrasting(MosaicModel):
                             trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(minibatch)
                             for name, view in minibatch.decoded.items():
                                 site = trace.nodes[name]
-                                log_prob = site["fn"].log_prob(site["value"]).sum(-1)
+                                values = site["fn"].log_prob(site["value"])
+                                log_prob = scale_and_mask(values, mask=site["mask"]).sum(-1)
                                 gain = gain.index_add(0, view.rows, sign * log_prob / n_samples)
                 evidence.append(gain.cpu().numpy())
         s = np.concatenate([self._latent(treated, index, site) for site in self._variables[1:]], axis=1)

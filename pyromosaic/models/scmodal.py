@@ -28,12 +28,13 @@ from pyromosaic.described import complete
 from pyromosaic.fusion import MeanFusion, presence
 from pyromosaic.guidance import linked_scores
 from pyromosaic.likelihoods import Likelihood, likelihoods_of, posterior_decoders
+from pyromosaic.linkage import Linkage
 from pyromosaic.links import GuidanceGraph
 from pyromosaic.measurement import Measurement, MeasurementGuide, Plates, cells, encoded
 from pyromosaic.models.linking import Linking
 from pyromosaic.models.mosaic_model import Preset
 from pyromosaic.models.plain import Flat, MeanSquare, PlainDecoder, PlainEncoder
-from pyromosaic.nn import Decoder, Encoder
+from pyromosaic.nn import Covariance, Decoder, Encoder, encoder_of
 from pyromosaic.penalties import (
     Anchors,
     Cycle,
@@ -86,7 +87,7 @@ PAIRS: Mapping[str, Callable[[Iterable[str]], Iterable[tuple[str, str]]]] = {
     "chain": pairwise,
     "all": partial(combinations, r=2),
 }
-ENCODERS: Mapping[str, Callable[..., nn.Module]] = {"layers": Encoder, "attention": AttentionEncoder}
+ENCODERS: Mapping[str, type[Encoder]] = {"layers": Encoder, "attention": AttentionEncoder}
 
 
 class ScModalModel(Program):
@@ -174,6 +175,8 @@ class ScModal(Linking):
     encoder
         ``"layers"`` has fully connected layers; ``"attention"`` is an `AttentionEncoder`; or a class or function that
         makes the network of each modality and takes the arguments of `pyromosaic.nn.Encoder`.
+    covariance
+        Covariance of the posterior of z: ``"diagonal"``, or ``"full"``, as in `MultiVI`.
     decoder
         Class or function that makes the network of each modality; it takes the arguments of `pyromosaic.nn.Decoder`,
         which is the default.
@@ -188,8 +191,8 @@ class ScModal(Linking):
         all pairs.
     linkage
         What is compared to find anchors: ``"cca"``, scores in one space for all modalities, computed from the links of
-        the graph before training; ``"features"``, the linked features, as in the reference; a table of your scores with
-        one row per cell; or None for no anchors.
+        the graph before training; ``"features"``, the linked features, as in the reference; a `Linkage`,
+        for example one without links; a table of your scores with one row per cell; or None for no anchors.
     refresh_every
         Number of epochs after which anchors are found again, from the mean of two cosine similarities: of the scores of
         the linkage, and of the current posterior means. 0 always uses the linkage alone.
@@ -259,11 +262,12 @@ class ScModal(Linking):
         dropout: Rate = 0.1,
         encode_covariates: bool = True,
         encoder: Literal["layers", "attention"] | Callable[..., nn.Module] = "layers",
+        covariance: Covariance = "diagonal",
         decoder: Callable[..., nn.Module] | None = None,
         prior: nn.Module | None = None,
         deterministic: bool = False,
         pairs: Literal["chain", "all"] = "chain",
-        linkage: Literal["cca", "features"] | pd.DataFrame | None = "cca",
+        linkage: Literal["cca", "features"] | pd.DataFrame | Linkage | None = "cca",
         refresh_every: Whole = 0,
         likelihood_weight: Weight = 1.0,
         adversary: Weight | Discriminator = 1.0,
@@ -300,7 +304,8 @@ class ScModal(Linking):
                 decoders = {name: PlainDecoder(m, n_latent, n_hidden) for name, m in modalities.items()}
             else:
                 likelihoods = likelihoods_of(schema)
-                encode = ENCODERS[encoder] if isinstance(encoder, str) else encoder
+                known = ENCODERS[encoder] if isinstance(encoder, str) else Encoder
+                encode = encoder_of(None if isinstance(encoder, str) else encoder, covariance, known)
                 encoders = {
                     name: encode(m, width, n_hidden, n_encoder_layers, dropout, encode_covariates)
                     for name, m in modalities.items()
@@ -349,7 +354,7 @@ class ScModal(Linking):
                 raise ValueError(f"modality {name!r} must have at least 2 cells to be aligned; found {n}")
 
     @checked
-    def train(self, n_epochs: Count = 150, *, callbacks: Sequence[Callback] = (), **options: Any) -> None:
+    def train(self, n_epochs: Count | None = None, *, callbacks: Sequence[Callback] = (), **options: Any) -> None:
         """Find the scores by which cells are matched, then fit the parameters; see `MosaicModel.train`."""
         super().train(n_epochs, callbacks=[*callbacks, _Refresh(self)], **options)
 
@@ -378,7 +383,9 @@ class _Refresh(Callback):
         """Match cells by the scores and z, every `refresh_every` epochs."""
         every = self.model.refresh_every
         if every and trainer.current_epoch and trainer.current_epoch % every == 0:
-            z = torch.tensor(self.model.get_latent_representation().to_numpy()).to(plan.device)
+            first = trainer.is_global_zero
+            found = trainer.strategy.broadcast(self.model.get_latent_representation().to_numpy() if first else None)
+            z = torch.tensor(found).to(plan.device)
             for pair, scores in self.model.matches.items():
                 scores.set(torch.cat([normalize(self.fixed[pair]), normalize(z)], dim=1))
 

@@ -10,7 +10,7 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from pyromosaic.accepted import Count, Weight, checked
+from pyromosaic.accepted import Count, Share, Weight, checked
 from pyromosaic.data import Minibatch
 from pyromosaic.penalties.penalty import Penalty
 from pyromosaic.posterior import Posterior
@@ -23,19 +23,21 @@ class Scores(nn.Module):
     """
 
     values: Tensor
+    mean_square: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("values", torch.empty(0, 0), persistent=False)
-        self.mean_square = 1.0  # mean squared norm of a cell's scores
+        self.register_buffer("mean_square", torch.ones(()), persistent=False)  # mean squared norm of a cell's scores
 
     def __bool__(self) -> bool:
         return len(self.values) > 0
 
     def set(self, values: Tensor) -> None:
-        """Scores of all cells of the training data, shape (N, c)."""
+        """Scores of all cells of the training data, shape (N, c); NaN in cells without scores."""
         self.values = values.to(self.values)
-        self.mean_square = float(values.square().sum(-1).mean()) or 1.0
+        mean_square = float(values.square().sum(-1).nanmean()) or 1.0
+        self.mean_square = self.mean_square.new_tensor(mean_square)
 
     def of(self, posterior: Posterior, minibatch: Minibatch) -> Tensor:
         """Scores of the cells of a posterior, shape (b, c)."""
@@ -105,8 +107,8 @@ def mutual_neighbors(x: Tensor, y: Tensor, n_neighbors: int) -> Tensor:
 class Pull(Penalty):
     """Squared distance between the posterior means and the scores, relative to the mean square of the scores.
 
-    It is the mean over cells, summed over modalities. Modalities that share less have smaller scores; dividing by the
-    mean square makes the pull equally strong for all modalities.
+    It is the mean over cells, summed over modalities; cells without scores count as 0. Modalities that share less have
+    smaller scores; dividing by the mean square makes the pull equally strong for all modalities.
 
     Parameters
     ----------
@@ -115,6 +117,9 @@ class Pull(Penalty):
     scores
         Scores of the cells, at most as many as latent dimensions; they act on the first dimensions. Leave them out in
         an option of a model.
+    fades
+        Share of the weight that fades while the weight of the divergences increases; 1 makes the pull a start only. In
+        an option of a model, as the model has it by default.
 
     Raises
     ------
@@ -127,10 +132,10 @@ class Pull(Penalty):
     needed = ("scores",)
 
     @checked
-    def __init__(self, weight: Weight = 1.0, scores: Scores | None = None) -> None:
+    def __init__(self, weight: Weight = 1.0, scores: Scores | None = None, fades: Share = 0.0) -> None:
         super().__init__(weight)
         self.complete = scores is not None
-        self.scores = Scores() if scores is None else scores
+        self.scores, self.fades = Scores() if scores is None else scores, fades
 
     def forward(self, posteriors: Mapping[str, Posterior], minibatch: Minibatch) -> Tensor:
         """The penalty, a scalar; 0 without scores."""
@@ -143,5 +148,5 @@ class Pull(Penalty):
                         f"the linkage has {scores.shape[1]} scores per cell, but the shared latent space has only "
                         f"{q.loc.shape[1]} dimensions; raise n_latent, or use fewer scores"
                     )
-                total = total + (q.loc[:, : scores.shape[1]] - scores).square().sum(-1).mean()
+                total = total + (q.loc[:, : scores.shape[1]] - scores).nan_to_num().square().sum(-1).mean()
         return total / self.scores.mean_square

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyromosaic.accepted import Dimensions, Weight, checked
 from pyromosaic.data import Minibatch, ModalitySchema, View
+from pyromosaic.data.minibatch import across_batches
 from pyromosaic.penalties.penalty import Penalty
 from pyromosaic.posterior import Posterior
 from pyromosaic.program import AtMean
@@ -57,13 +58,14 @@ class Cycle(Penalty):
 
     def there(self, name: str, z: Tensor) -> Tensor:
         """Posterior means given the expected measurements of a modality at z, shape (n, latent)."""
-        loc, _ = self.encoders[name].posterior(self.expected(name, z), View.typical(self.schema[name], z))
+        loc, *_ = self.encoders[name].posterior(self.expected(name, z), View.typical(self.schema[name], z))
         return loc[:, : z.shape[-1]]
 
     def expected(self, name: str, z: Tensor) -> Tensor:
         """Expected measurements of a modality at z, as its encoder sees them, shape (n, features)."""
         likelihood, view = self.likelihoods[name], View.typical(self.schema[name], z)
-        predictors = self.decoders[name](torch.nn.functional.pad(z, (0, self.n_private)), view)
+        latent = torch.nn.functional.pad(z, (0, self.n_private))
+        predictors = across_batches(lambda view: self.decoders[name](latent, view), view, likelihood)
         if hasattr(likelihood, "seen"):
             own: Tensor = likelihood.seen(predictors)
             return own

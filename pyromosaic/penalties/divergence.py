@@ -5,6 +5,7 @@ from itertools import combinations
 
 import torch
 from torch import Tensor
+from torch.distributions import MultivariateNormal, kl_divergence
 
 from pyromosaic.accepted import Count, Weight, checked
 from pyromosaic.data import Minibatch
@@ -31,6 +32,10 @@ class Jeffreys(Penalty):
         """The penalty, a scalar; 0 if no cell of the minibatch has two modalities."""
         total = next(iter(posteriors.values())).loc.new_zeros(())
         for a, b in in_common(posteriors):
+            if a.factor is not None or b.factor is not None:
+                p, q = (MultivariateNormal(each.loc, scale_tril=each.scale_tril) for each in (a, b))
+                total = total + (kl_divergence(p, q) + kl_divergence(q, p)).sum()
+                continue
             difference, variance_a, variance_b = (a.loc - b.loc).square(), a.scale.square(), b.scale.square()
             terms = (variance_a + difference) / variance_b + (variance_b + difference) / variance_a - 2
             total = total + 0.5 * terms.sum()
@@ -64,10 +69,7 @@ def in_common(posteriors: Mapping[str, Posterior]) -> Iterator[tuple[Posterior, 
     for a, b in combinations(posteriors.values(), 2):
         in_a = torch.isin(a.rows, b.rows, assume_unique=True)
         in_b = torch.isin(b.rows, a.rows, assume_unique=True)
-        yield (
-            Posterior(a.rows[in_a], a.loc[in_a], a.scale[in_a]),
-            Posterior(b.rows[in_b], b.loc[in_b], b.scale[in_b]),
-        )
+        yield a.of(in_a), b.of(in_b)
 
 
 class MMD(Penalty):

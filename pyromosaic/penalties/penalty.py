@@ -35,6 +35,7 @@ class Penalty(Described):
 
     name: str
     warms_up = False  # whether it is multiplied by the weight of the divergences, which increases during training
+    fades = 0.0  # share of its weight that fades as that weight increases
 
     @checked
     def __init__(self, weight: Weight = 1.0, n_cells: Count | None = None) -> None:
@@ -135,7 +136,7 @@ def apply(
     minibatch
         The cells.
     kl_weight
-        Weight of the divergences, which multiplies penalties that warm up.
+        Weight of the divergences, which multiplies penalties that warm up, and reduces those that fade.
 
     Examples
     --------
@@ -154,7 +155,7 @@ def apply(
         return  # nothing is explained, so nothing is trained
     for penalty in penalties:
         if penalty.weight:
-            weight = penalty.weight * (kl_weight if penalty.warms_up else 1.0)
+            weight = penalty.weight * (kl_weight if penalty.warms_up else 1.0) * (1 - kl_weight * penalty.fades)
             value = weight * minibatch.n_cells * penalty(posteriors, minibatch)
             # In a guide, a factor enters the ELBO with a minus sign.
             pyro.factor(f"penalty/{penalty.name}", value, has_rsample=True)

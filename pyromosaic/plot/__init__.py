@@ -1,4 +1,4 @@
-"""Figures: embeddings, imputed against measured values, training curves, and checks.
+"""Figures: embeddings, imputed against measured values, training curves, differences, and checks.
 
 Every function draws on the given axes, or on new ones, and returns them. It does not change its arguments.
 """
@@ -13,6 +13,7 @@ from pyromosaic.plot.checks import (
     predictive_checks,
     ranks,
 )
+from pyromosaic.plot.features import differential
 from pyromosaic.plot.style import PALETTE, UNKNOWN
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "UNKNOWN",
     "calibration_report",
     "coverage",
+    "differential",
     "embedding",
     "history",
     "imputation",

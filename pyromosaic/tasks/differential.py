@@ -428,7 +428,7 @@ def compare_groups(
 
 
 def observed(modality: Modality, cells: np.ndarray, columns: np.ndarray) -> pd.DataFrame:
-    """Measured values in the cells of a group that have the modality.
+    """Measured values in the cells of a group in which a feature was measured.
 
     Parameters
     ----------
@@ -441,7 +441,7 @@ def observed(modality: Modality, cells: np.ndarray, columns: np.ndarray) -> pd.D
     -------
     pandas.DataFrame
         Features × ``raw_mean``, ``nonzero_share`` and ``normalized_mean``, the mean after every cell is scaled to the
-        median size; NaN if no cell has the modality.
+        median size; NaN if the feature was measured in no cell.
     """
     cells = cells[modality.present[cells]]
     sums = np.zeros((3, modality.schema.n_features))
@@ -451,6 +451,7 @@ def observed(modality: Modality, cells: np.ndarray, columns: np.ndarray) -> pd.D
         library = modality.library[part].astype(np.float64)
         factor = modality.schema.library / np.where(library > 0, library, 1.0)
         sums += np.stack([ones @ values, ones @ (values != 0), factor @ values])
-    means = sums[:, columns] / len(cells) if len(cells) else np.full((3, len(columns)), np.nan)
+    n = np.full(sums.shape[1], len(cells)) if modality.panels is None else modality.panels.number(cells)
+    means = np.where(n > 0, sums / np.maximum(n, 1), np.nan)[:, columns]
     features = np.asarray(modality.schema.features, dtype=object)[columns]
     return pd.DataFrame(means.T, pd.Index(features, name="feature"), ["raw_mean", "nonzero_share", "normalized_mean"])

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyromosaic.accepted import Count, Positive, Seed, checked
 from pyromosaic.data import Minibatch, ModalitySchema, Mosaic, Schema, Traits, to_predict
 from pyromosaic.data.tables import find
+from pyromosaic.progress import tell
 
 #: Cells by names, numbers or a mask; None for all.
 Cells = Sequence[str] | np.ndarray | pd.Index | pd.Series | None
@@ -56,14 +57,17 @@ def first_of(schema: Schema, what: str, fits: Callable[[Traits], bool]) -> str:
 
 
 def portions(index: np.ndarray, size: int = 1024) -> Iterator[np.ndarray]:
-    """Numbers of cells, in blocks of at most this size.
+    """Numbers of cells, in blocks of at most this size; `pyromosaic.progress.watched` is told of those done.
 
     Examples
     --------
     >>> [part.tolist() for part in portions(np.arange(5), 2)]
     [[0, 1], [2, 3], [4]]
     """
-    return (index[start : start + size] for start in range(0, len(index), size))
+    for start in range(0, len(index), size):
+        part = index[start : start + size]
+        yield part
+        tell(len(part))
 
 
 @checked

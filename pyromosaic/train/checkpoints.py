@@ -242,7 +242,7 @@ class Keeper(Checkpoint):
             clear_drafts(self.path)
             trial = self.path.with_name(f".{NEWEST}.trial.part")
             replaced({trial: b""})
-            trial.unlink()
+            trial.unlink(missing_ok=True)  # another process of the run tries it too
         except OSError as error:
             raise OSError(f"checkpoints cannot be written into {folder}: {error.strerror}") from error
         if self.path.exists() and not goes_on:

@@ -80,7 +80,11 @@ def drawn_minibatch(model: Any, minibatch: Minibatch, drawn: poutine.Trace) -> M
         traits = getattr(getattr(part_of(model, name), "likelihood", None), "traits", None)
         if traits is not None and traits.kind == "nonnegative":
             counts = counts.clamp_min(0)  # as measurements are, where a likelihood has some mass below
+        if view.measured is not None:
+            counts = torch.where(view.measured, counts, 0.0)
         latent = isinstance(getattr(part_of(model, name), "size", None), LatentSize)
         library = counts.sum(-1, keepdim=True).clamp_min(1.0) if latent else view.library
+        if latent and view.share is not None:
+            library = library / view.share
         views[name] = replace(view, counts=counts, library=library)
     return Minibatch(minibatch.index, minibatch.n_cells, views, views, minibatch.groups)

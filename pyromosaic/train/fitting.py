@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from inspect import signature
@@ -13,19 +13,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as lightning
-import numpy as np
 import pandas as pd
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ProgressBar
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyromosaic.accepted import Count, check_arguments, checked
-from pyromosaic.data import Minibatch
+from pyromosaic.data import Divided, Minibatch
 from pyromosaic.foreign import check_words
+from pyromosaic.progress import Bar, shown
 from pyromosaic.train.checkpoints import Files, Keeper, check_state, newest
 from pyromosaic.train.plan import Optimisation, Plan
+from pyromosaic.train.processes import Processes
 
 
 class ReturnToBest(EarlyStopping):
@@ -50,6 +52,11 @@ class ReturnToBest(EarlyStopping):
         if self.wait_count == 0:
             self.best = {k: v.detach().clone() for k, v in plan.state_dict().items()}
 
+    def on_fit_end(self, trainer: lightning.Trainer, plan: lightning.LightningModule) -> None:
+        """Return to the best parameters."""
+        if self.best:
+            plan.load_state_dict(self.best)
+
     def on_train_start(self, trainer: lightning.Trainer, plan: lightning.LightningModule) -> None:
         """Do not go on with a run that had stopped."""
         if self.wait_count >= self.patience:
@@ -65,6 +72,43 @@ class ReturnToBest(EarlyStopping):
         self.best = state_dict["best"]
 
 
+class _Advance(Callback):
+    """Advances a bar by every step, and shows the bounds of the last epoch."""
+
+    def __init__(self, bar: Bar, n_steps: int) -> None:
+        self.bar, self.n_steps = bar, n_steps
+
+    def on_train_start(self, trainer: lightning.Trainer, plan: lightning.LightningModule) -> None:
+        """Expect fewer steps if Lightning was told to take fewer."""
+        self._expect(min(self.n_steps, int(trainer.num_training_batches) * (trainer.max_epochs or 0)))
+        if trainer.max_steps >= 0:
+            self._expect(min(self.n_steps, trainer.max_steps))
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, plan: lightning.LightningModule) -> None:
+        """Say which epoch it is, and how good the last one was."""
+        assert isinstance(plan, Plan)
+        last = plan.rows[-1] if plan.rows else {}
+        note = f"ELBO {last['train_elbo']:.4g}" if last else ""
+        self.bar.say(f"Training, epoch {trainer.current_epoch + 1} of {trainer.max_epochs}", note)
+
+    def on_train_batch_end(self, *arguments: Any) -> None:
+        """One step more."""
+        self.bar.advance()
+
+    def on_train_end(self, trainer: lightning.Trainer, plan: lightning.LightningModule) -> None:
+        """Take off the steps that a run that stopped early leaves out."""
+        self._expect(self.bar.done)
+
+    def _expect(self, n_steps: int) -> None:
+        self.bar.total += n_steps - self.n_steps
+        self.n_steps = n_steps
+
+
+def has_bar(callbacks: Iterable[Callback]) -> bool:
+    """Whether a progress bar of Lightning is among callbacks; then ours is not shown."""
+    return any(isinstance(callback, ProgressBar) for callback in callbacks)
+
+
 #: What Lightning's trainer takes and `fit` sets by another argument, or by itself.
 _SET_HERE = {
     "max_epochs": "n_epochs",
@@ -73,18 +117,25 @@ _SET_HERE = {
     "enable_checkpointing": "checkpoint_dir",
     "num_sanity_val_steps": None,
     "enable_model_summary": None,
+    "use_distributed_sampler": None,
 }
 
 
-def check_trainer(options: Mapping[str, Any]) -> None:
+def check_trainer(options: Mapping[str, Any]) -> Processes:
     """Refuse options of a training run that neither `fit` nor `lightning.pytorch.Trainer` takes.
+
+    Returns
+    -------
+    Processes
+        Those that are to train.
 
     Raises
     ------
     TypeError
         With the name of an option that there is not.
     ValueError
-        If an option is set by another one, or the precision is not that of the likelihoods.
+        If an option is set by another one, the precision is not that of the likelihoods, or the processes are refused
+        by `pyromosaic.train.processes.Processes`.
 
     Examples
     --------
@@ -102,52 +153,28 @@ def check_trainer(options: Mapping[str, Any]) -> None:
             known = ("validation", "test", "seed", "n_workers", "trainer")
             check_words("train", [name], {*known, *own, *signature(Optimisation).parameters})
             raise TypeError(f"train takes no option {name!r}, nor does lightning.pytorch.Trainer")
-    if options.get("precision") not in (None, 32, "32", "32-true"):
+    plugins = [type(plugin).__name__ for plugin in _listed(options.get("plugins")) if isinstance(plugin, Precision)]
+    if options.get("precision") not in (None, 32, "32", "32-true") or plugins:
         raise ValueError(
             f"precision must be '32-true' or None, because data and models are in single precision; found "
-            f"{options['precision']!r}"
+            f"{plugins[0] if plugins else repr(options['precision'])}"
         )
-    _check_alone(options)
     check_arguments(fit, options)
-
-
-def _check_alone(options: Mapping[str, Any]) -> None:
-    """Refuse several processes or devices: each would train a model of its own, and write to the same places."""
-    found = [f"{name}={os.environ[name]}" for name in _launchers() if os.environ.get(name, "1") not in ("", "0", "1")]
-    found += [
-        f"{name}={options[name]!r}"
-        for name, alone in (("strategy", ("auto",)), ("num_nodes", (1,)))
-        if options.get(name, alone[0]) not in alone
-    ]
-    if not found and "devices" in options:
-        chosen = {name: options[name] for name in ("accelerator", "devices") if name in options}
-        with _quiet(), warnings.catch_warnings(action="ignore"):
-            several = lightning.Trainer(**chosen, logger=False, enable_checkpointing=False).num_devices > 1
-        found = [f"devices={options['devices']!r}"] if several else []
-    if found:
-        raise ValueError(
-            f"training runs in one process, on one device; found {', '.join(found)}. Start one process (python, "
-            "without torchrun or several tasks), set devices=1, and leave out strategy and num_nodes"
-        )
-
-
-def _launchers() -> list[str]:
-    """Variables of the environment in which torchrun, MPI and SLURM say how many processes they have started."""
-    slurm = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS"
-    by_hand = slurm == "SLURM_NTASKS" and os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    return ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", *([] if by_hand else [slurm])]
+    with _quiet():
+        return Processes(options)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep Lightning's remarks on hardware and products out of the user's output; its warnings are shown."""
-    log = logging.getLogger("lightning.pytorch")
-    level = log.level
-    log.setLevel(max(level, logging.WARNING))
+    levels = {log: log.level for log in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric"))}
+    for log, level in levels.items():
+        log.setLevel(max(level, logging.WARNING))
     try:
         yield
     finally:
-        log.setLevel(level)
+        for log, level in levels.items():
+            log.setLevel(level)
 
 
 @checked
@@ -163,7 +190,7 @@ def fit(
     monitor: Literal["elbo", "reconstruction"] = "elbo",
     checkpoint_dir: str | os.PathLike[str] | None = None,
     resume_from: str | os.PathLike[str] | None = None,
-    progress_bar: bool = True,
+    progress_bar: bool | Bar = True,
     logger: Any = False,
     callbacks: Sequence[Callback] = (),
     rows: list[dict[str, float]] | None = None,
@@ -199,10 +226,14 @@ def fit(
         Where to append the rows of whole epochs; they are there also if training is left by an exception.
     settings
         Further values and tensors that a resumed run must have in common with the first.
-    progress_bar, logger, callbacks, **trainer
-        For `lightning.pytorch.Trainer`. Unless early stopping or another callback monitors them, validation cells are
-        looked at some 20 times in the run, at regular epochs up to the last; ``check_val_every_n_epoch`` says how
-        often. Training uses one device, in one process.
+    progress_bar
+        Whether to show one bar for the whole run, with the time left; or the `pyromosaic.progress.Bar` of a larger
+        task, which is then advanced by the steps of this one. None is shown beside a progress bar of Lightning.
+    logger, callbacks, **trainer
+        For `lightning.pytorch.Trainer`. A logger gets one row an epoch. Unless early stopping or another callback
+        monitors them, validation cells are looked at some 20 times in the run, at regular epochs up to the last;
+        ``check_val_every_n_epoch`` says how often. Unless ``devices``, ``num_nodes``, ``strategy`` or
+        a launcher say otherwise, one process trains on one device.
 
     Returns
     -------
@@ -213,7 +244,7 @@ def fit(
     ------
     ValueError
         If early stopping is asked for without validation cells, the checkpoint to go on from is not there, damaged, or
-        that of another run, or several processes or devices are asked for.
+        that of another run, or processes or minibatches cannot be divided.
     NonFiniteLossError
         If the loss is not finite.
     KeyboardInterrupt, SystemExit
@@ -232,7 +263,7 @@ def fit(
     >>> len(history), "train_elbo" in history
     (2, True)
     """
-    check_trainer(trainer)
+    processes = check_trainer(trainer)
     if early_stopping is not None and validation is None:
         raise ValueError(
             "early stopping needs validation cells: set validation to a share above 0, or set early_stopping=None"
@@ -241,8 +272,11 @@ def fit(
     stopping = None if early_stopping is None else ReturnToBest(early_stopping, monitor)
     if stopping is not None:
         callbacks.append(stopping)
-    order = getattr(getattr(train, "sampler", None), "generator", None)
-    plan = Plan(model, guide, optimisation, n_epochs, rows, order if isinstance(order, np.random.Generator) else None)
+    samplers = [loader.sampler for loader in (train, validation) if loader is not None]
+    divided = [sampler for sampler in samplers if isinstance(sampler, Divided)]
+    if processes.n > 1 and len(divided) < len(samplers):
+        raise ValueError("several processes divide minibatches of `pyromosaic.data.loader` alone; train in one process")
+    plan = Plan(model, guide, optimisation, n_epochs, rows, divided if len(divided) == len(samplers) else ())
     taken = None
     if resume_from is not None:
         size = sum(value.nbytes for value in plan.state_dict().values())
@@ -251,41 +285,50 @@ def fit(
         with suppress(*_OF_FOREIGN_STATE):  # refused below
             plan.n_epochs = min(int(taken[1]["run"]["n_epochs"]), 1_000_000)
             plan.warmup_epochs = min(optimisation.kl_warmup_epochs, plan.n_epochs // 2)
-    if not any(getattr(callback, "monitor", None) for callback in callbacks):
+    every = 1
+    # Lightning writes checkpoints at the end of epochs only if validation cells are looked at in each.
+    if not any(getattr(callback, "monitor", None) or isinstance(callback, Checkpoint) for callback in callbacks):
         every = max(k for k in range(1, 1 + max(1, plan.n_epochs // 20)) if plan.n_epochs % k == 0)
-        trainer = {"check_val_every_n_epoch": every} | trainer
+    trainer.setdefault("check_val_every_n_epoch", every)
     plan.settings = {
         **{k: v if isinstance(v, int | float | str) else _name(v) for k, v in asdict(optimisation).items()},
         "early_stopping": early_stopping,
         "monitor": None if early_stopping is None else monitor,
-        "check_val_every_n_epoch": trainer.get("check_val_every_n_epoch"),
+        "check_val_every_n_epoch": trainer["check_val_every_n_epoch"],
         **(settings or {}),
     }
-    if taken is not None:
-        _check_resumed(taken, plan, n_epochs)
+    message = "" if taken is None else _check_resumed(taken, plan, n_epochs)
     files = Files(taken)
     if checkpoint_dir is not None:
         goes_on = taken is not None and taken[0].parent == Path(checkpoint_dir).absolute()
         callbacks.append(Keeper(checkpoint_dir, files, goes_on))
-    if progress_bar:
-        callbacks.append(TQDMProgressBar(refresh_rate=20))
-    with _quiet(), warnings.catch_warnings():
+    wanted = False if has_bar(callbacks) or not processes.shows else progress_bar
+    per_epoch = -(-len(train) // processes.n)
+    with _quiet(), warnings.catch_warnings(), shown(wanted, "Training", n_epochs * per_epoch) as bar:
+        if bar is not None:
+            bar.done = 0 if taken is None else len(taken[1]["run"]["rows"]) * per_epoch
+            callbacks.append(_Advance(bar, n_epochs * per_epoch))
         # Loading runs in the main process on purpose, and minibatches are few on small data.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*number of training batches.*")
+        warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # the values are those of all processes
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.* is deprecated.*")  # its successor is too new
         runner = lightning.Trainer(
             max_epochs=n_epochs,
             gradient_clip_val=optimisation.gradient_clip or None,
             callbacks=callbacks,
             logger=logger,
-            enable_checkpointing=checkpoint_dir is not None,
-            enable_progress_bar=progress_bar,
+            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+            enable_progress_bar=has_bar(callbacks),
             enable_model_summary=False,
             num_sanity_val_steps=0,
             plugins=[files, *_listed(trainer.pop("plugins", None))],
-            **{"devices": 1} | trainer,
+            use_distributed_sampler=False,
+            **trainer | processes.options,
         )
+        if message and runner.is_global_zero:
+            print(message, file=sys.stderr)
         try:
             runner.fit(plan, train, validation, ckpt_path=None if taken is None else str(taken[0]))
         except BaseException as error:
@@ -299,10 +342,9 @@ def fit(
             if taken is not None and not plan.begun and isinstance(error, _OF_FOREIGN_STATE):
                 raise ValueError(f"{taken[0]} does not fit this run: {_line(error)}") from error
             raise
+    plan.rows[:] = vars(runner.state)["rows"]
     if not plan.rows:
         raise ValueError("training ended before its first epoch; check max_steps, max_time and your callbacks")
-    if stopping is not None:
-        plan.load_state_dict(stopping.best)
     return pd.DataFrame(plan.rows).set_index("epoch")
 
 
@@ -310,7 +352,7 @@ def fit(
 _OF_FOREIGN_STATE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-def _check_resumed(taken: tuple[Path, Any], plan: Plan, n_epochs: int) -> None:
+def _check_resumed(taken: tuple[Path, Any], plan: Plan, n_epochs: int) -> str:
     """Refuse a checkpoint of another run, and say what is gone on from."""
     path, content = taken
     try:
@@ -344,7 +386,7 @@ def _check_resumed(taken: tuple[Path, Any], plan: Plan, n_epochs: int) -> None:
     message = f"training goes on from {path}, after {done} of {n_epochs} epochs"
     if n_epochs > plan.n_epochs and plan.optimisation.schedule == "cosine":
         message += f"; the learning rate stays where it was left after the first {plan.n_epochs}, at its lowest"
-    print(message, file=sys.stderr)
+    return message
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

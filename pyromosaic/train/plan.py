@@ -1,21 +1,24 @@
 """Stochastic variational inference under Lightning."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning.pytorch as lightning
 import numpy as np
+import pyro
 import torch
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pyromosaic import __version__
 from pyromosaic.accepted import Positive, Weight, Whole, checked
-from pyromosaic.data import Minibatch
+from pyromosaic.data import Divided, Minibatch
 from pyromosaic.measurement import Measurement
 from pyromosaic.program import unannounced
 from pyromosaic.train.elbo import MosaicELBO
+from pyromosaic.train.processes import gathered
 
 
 class NonFiniteLossError(RuntimeError):
@@ -69,6 +72,8 @@ class Plan(lightning.LightningModule):
     One backward pass serves both, so no gradient may flow from the loss of one side to the parameters of the other.
     `Optimisation` applies only to the parameters of AdamW.
 
+    Several processes divide the minibatches, average the gradients, and have the same history. Their noise differs.
+
     Parameters
     ----------
     model, guide
@@ -79,8 +84,9 @@ class Plan(lightning.LightningModule):
         Number of epochs over which the learning rate falls; after them it stays where it is.
     rows
         List to which the rows are appended.
-    order
-        Generator of the order of cells, for checkpoints.
+    samplers
+        Those of the training and the validation cells, which processes divide; the generator of the first is kept in
+        checkpoints.
     """
 
     def __init__(
@@ -90,7 +96,7 @@ class Plan(lightning.LightningModule):
         optimisation: Optimisation,
         n_epochs: int,
         rows: list[dict[str, float]] | None = None,
-        order: np.random.Generator | None = None,
+        samplers: Sequence[Divided] = (),
     ) -> None:
         super().__init__()
         self.elbo = MosaicELBO()
@@ -99,9 +105,11 @@ class Plan(lightning.LightningModule):
         self.n_epochs = n_epochs
         self.warmup_epochs = min(optimisation.kl_warmup_epochs, n_epochs // 2)
         self.rows = [] if rows is None else rows
-        self.order = order
+        self.samplers = samplers
+        self.order = samplers[0].generator if samplers else None
         self.settings: dict[str, Any] = {}
         self.begun = False
+        self.validated = is_validation_enabled()  # which a spawned process does not know
         self._sums: dict[str, dict[tuple[str, ...], Tensor]] = {}
         self._n_cells: Counter[str] = Counter()
         self._latent: set[str] = set()
@@ -109,6 +117,21 @@ class Plan(lightning.LightningModule):
         self.own_optimisers: list[torch.optim.Optimizer] = []
         self._own_states: list[dict[str, Any]] = []
         self._generators: dict[str, Any] = {}
+
+    def setup(self, stage: str) -> None:
+        """Start where the first process starts, with this one's part of the cells and noise of its own."""
+        rank, n = self.trainer.global_rank, self.trainer.world_size
+        if n == 1:
+            return
+        for sampler in self.samplers:
+            sampler.divide(rank, n)
+        if self.samplers[0].n < n:
+            raise ValueError(f"{n} processes need at least a training cell each; found {self.samplers[0].n}")
+        own = {name: value.cpu() for name, value in self.objective.state_dict().items()}
+        self.objective.load_state_dict(self.trainer.strategy.broadcast(own))
+        seeds = np.random.SeedSequence(torch.initial_seed()).generate_state(n, np.uint64)
+        torch.manual_seed(int(seeds[rank] >> 1))
+        pyro.enable_validation(self.validated)
 
     def transfer_batch_to_device(self, batch: Minibatch, device: torch.device, dataloader_idx: int) -> Minibatch:
         """Move a minibatch; Lightning's default would go through it field by field."""
@@ -154,7 +177,7 @@ class Plan(lightning.LightningModule):
         with unannounced():
             loss: Tensor = self.objective(minibatch, weight) / minibatch.n_cells
         # On an accelerator a look at the loss waits for the device, so it is not taken at every step.
-        if (loss.device.type == "cpu" or step % 50 == 0) and not torch.isfinite(loss):
+        if (loss.device.type == "cpu" or step % 50 == 0) and not self._finite(loss):
             sites = [name for name, term in self.elbo.terms.items() if not torch.isfinite(term)]
             raise NonFiniteLossError(
                 f"the loss is not finite in epoch {self.current_epoch}, at {', '.join(map(repr, sites))}; the "
@@ -164,7 +187,12 @@ class Plan(lightning.LightningModule):
         self._add("train", minibatch, loss.detach())
         return loss
 
-    def on_after_backward(self) -> None:
+    def _finite(self, loss: Tensor) -> bool:
+        """Whether the loss is finite in every process, so that all stop together and none waits for another."""
+        finite = bool(torch.isfinite(loss))
+        return finite if self.trainer.world_size == 1 else self.trainer.strategy.reduce_boolean_decision(finite)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Take the steps of the modules' optimisers; Lightning takes the step of AdamW, after clipping."""
         for own in self.own_optimisers:
             own.step()
@@ -222,11 +250,9 @@ class Plan(lightning.LightningModule):
     def on_train_epoch_end(self) -> None:
         """Append a row to the history and pass it to the loggers."""
         row: dict[str, float] = {}
-        for part, sums in self._sums.items():
-            parts: dict[str, float] = defaultdict(float)
-            for names, values in sums.items():
-                for name, value in zip(names, values.tolist(), strict=True):  # a copy from the device
-                    parts[name] += value / self._n_cells[part]
+        for part, totals in self._totals().items():
+            n_cells = totals.pop("")
+            parts = {name: value / n_cells for name, value in totals.items()}
             bound = {k: v for k, v in parts.items() if k != "objective" and not k.startswith("penalty/")}
             parts["elbo"] = -sum(bound.values())
             parts["reconstruction"] = sum(v for k, v in bound.items() if k not in self._latent)
@@ -234,10 +260,35 @@ class Plan(lightning.LightningModule):
         self.rows.append({"epoch": self.current_epoch, "kl_weight": self.kl_weight(), **row})
         self._last_good = {}  # the present ones are
         # For the progress bar and for callbacks; Lightning's own bookkeeping of all takes longer than a small epoch.
-        self.log_dict({k: v for k, v in row.items() if k.endswith(("objective", "elbo"))}, prog_bar=True)
-        self.log_dict({k: v for k, v in row.items() if k == "validation_reconstruction"})
-        for logger in self.loggers:
-            logger.log_metrics(row, self.global_step)
+        shown = {k: v for k, v in row.items() if k.endswith(("objective", "elbo"))}
+        self.log_dict(shown, prog_bar=True, logger=False)
+        self.log_dict({k: v for k, v in row.items() if k == "validation_reconstruction"}, logger=False)
+        for logger in self.loggers:  # one row an epoch
+            logger.log_metrics(self.rows[-1], self.global_step)
+
+    def _totals(self) -> dict[str, dict[str, float]]:
+        """Sums over the cells of all processes, by part of the data and name; that of ``""`` counts the cells."""
+        own: dict[str, dict[str, float]] = {}
+        for part, sums in self._sums.items():
+            own[part] = defaultdict(float, {"": self._n_cells[part]})
+            for names, values in sums.items():
+                for name, value in zip(names, values.tolist(), strict=True):  # a copy from the device
+                    own[part][name] += value
+        marks = {name: value for name, value in self.objective.named_buffers() if value.dtype == torch.bool}
+        totals: dict[str, dict[str, float]] = {}
+        for sums_of, latent, marked in gathered((own, self._latent, marks), self.trainer.world_size):
+            for part, values_of in sums_of.items():
+                total = totals.setdefault(part, defaultdict(float))
+                for name, value in values_of.items():
+                    total[name] += value
+            self._latent |= latent
+            for name, value in marks.items():  # what any process has seen, e.g. classes of cells
+                value |= marked[name].to(value.device)
+        return totals
+
+    def on_fit_end(self) -> None:
+        """Leave the history where a process that Lightning has spawned brings it to its parent."""
+        vars(self.trainer.state)["rows"] = self.rows
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning does not know of."""
@@ -247,14 +298,18 @@ class Plan(lightning.LightningModule):
             "settings": self.settings,
             "rows": self.rows,
             "own_optimisers": [own.state_dict() for own in self.own_optimisers],
-            "generators": self._get_generators(),
+            "generators": gathered(self._get_generators(), self.trainer.world_size),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the history of a checkpoint; optimisers and generators get their state when it is time."""
         run = checkpoint["run"]
         self.rows[:] = run["rows"]
-        self._own_states, self._generators = run["own_optimisers"], run["generators"]
+        self._own_states = run["own_optimisers"]
+        n, found = self.trainer.world_size, len(run["generators"])
+        if found != n:
+            raise ValueError(f"it is that of a run of {found} processes, and this one has {n}")
+        self._generators = run["generators"][self.trainer.global_rank]
 
     def _get_generators(self) -> dict[str, Any]:
         """State of what draws noise and the order of cells."""

@@ -1,9 +1,8 @@
 """The sleep phase: a trained guide is fitted to cells drawn from its model, whose latent variables are known."""
 
-import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import chain, islice, repeat
 from typing import Any
 
@@ -14,11 +13,11 @@ from pyro import distributions as dist
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor, nn
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from pyromosaic.accepted import Positive, Seed, Whole, checked
 from pyromosaic.data import Minibatch
 from pyromosaic.program import AtMean
+from pyromosaic.progress import Bar, shown
 from pyromosaic.train.drawn import (
     cell_sites,
     draw_prior,
@@ -41,7 +40,7 @@ def sleep(
     *,
     means: bool = True,
     seed: Seed = 0,
-    progress_bar: bool = False,
+    progress_bar: bool | Bar = False,
 ) -> np.ndarray:
     """Fit a trained guide to cells drawn from the trained model, so that its posteriors are as wide as they should be.
 
@@ -68,7 +67,7 @@ def sleep(
     seed
         Seed of all draws; the caller's random numbers do not change.
     progress_bar
-        Whether to show a progress bar.
+        Whether to show a progress bar; or the bar of a larger task, to be advanced by these steps.
 
     Returns
     -------
@@ -115,8 +114,9 @@ def sleep(
     values: list[Tensor] = []
 
     def losses() -> Iterator[Tensor]:
-        # Also a bar that is not shown would take a semaphore, which a killed process leaves behind.
-        with tqdm(desc="sleep", total=n_steps, file=sys.stderr) if progress_bar else nullcontext() as bar:
+        with shown(progress_bar, "Widths of posteriors", n_steps) as bar:
+            if bar is not None:
+                bar.say("Training, widths of posteriors")
             for minibatch in chain.from_iterable(repeat(minibatches)):
                 minibatch = minibatch.to(device)
                 value = _surprise(model, guide, minibatch)
@@ -126,7 +126,7 @@ def sleep(
                 if not torch.isfinite(value):
                     raise NonFiniteLossError(f"the loss of the sleep phase is not finite at step {len(values)}")
                 if bar is not None:
-                    bar.update()
+                    bar.advance()
                 yield value + _penalties(guide, minibatch) if means else value
                 for optimiser in own:
                     optimiser.step()
