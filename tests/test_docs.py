@@ -73,6 +73,7 @@ def workshop(monkeypatch, tmp_path, quick_umap):
 # Few cells: a feature may never vary, and no label be sure.
 @pytest.mark.filterwarnings("ignore:.*links are left out, because one of their features never varies")
 @pytest.mark.filterwarnings("ignore:it is not clear that the links match the right cells")
+@pytest.mark.filterwarnings("ignore:it is not sure that the right cells")
 @pytest.mark.filterwarnings("ignore:Mean of empty slice")
 @pytest.mark.filterwarnings("ignore:invalid value encountered in scalar divide")
 @pytest.mark.filterwarnings(

@@ -215,7 +215,8 @@ def test_cell_weights_belong_to_cells_by_name(mosaic, mdata):
         model.guide.fusion.own.normal_()
     z = model.get_latent_representation()
     backwards = model.register({name: adata[::-1].copy() for name, adata in mdata.mod.items()})
-    pd.testing.assert_frame_equal(model.get_latent_representation(data=backwards).loc[z.index], z)
+    turned = model.get_latent_representation(data=backwards).loc[z.index]
+    pd.testing.assert_frame_equal(turned, z, atol=1e-6)  # sums are of another order
     again = model.get_latent_representation()  # after other data were looked at
     pd.testing.assert_frame_equal(again, z)
 

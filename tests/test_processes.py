@@ -263,6 +263,7 @@ def test_a_resumed_run_is_as_if_it_had_never_stopped(tmp_path):
     for one in found:
         assert one["whole"]["parameters"] == one["resumed"]["parameters"] == found[0]["whole"]["parameters"]
         assert one["whole"]["history"] == one["resumed"]["history"]
+    assert len(list(tmp_path.glob("left-*"))) == 2  # the connection ended before the interpreter
     with pytest.raises(ValueError, match="it is that of a run of 2 processes, and this one has 1"):
         resumable().train(4, resume_from=tmp_path / "run", **OPTIONS)
 

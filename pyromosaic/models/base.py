@@ -415,10 +415,8 @@ class TrainedModel:
         if not isinstance(mosaic, Mosaic):
             raise ValueError(f"data must be a Mosaic, e.g. data=model.register(mdata); found a {type(mosaic).__name__}")
         if mosaic.schema != self.schema:
-            raise ValueError(
-                "the data were not registered for this model; call model.register(mdata) first: "
-                f"{self.schema.difference(mosaic.schema)}"
-            )
+            what = self.schema.difference(mosaic.schema)
+            raise ValueError(f"the data were not registered for this model; call model.register(mdata) first: {what}")
         mosaic = self.arranged(mosaic)
         if self._fusion is not None:
             self._fusion.meet(mosaic)

@@ -1,5 +1,6 @@
 """Several processes that train one model: how they are started, and what they tell each other."""
 
+import atexit
 import os
 import sys
 import warnings
@@ -63,6 +64,8 @@ class Processes:
                 "num_nodes out, or start one process to train one model"
             )
         self.options = {"devices": given["devices"], "num_nodes": given["num_nodes"], "strategy": strategy}
+        if self.n > 1:
+            atexit.register(_disconnect)
 
     @property
     def first(self) -> bool:
@@ -109,6 +112,12 @@ def gathered(value: T, n: int) -> list[T]:
     values: list[Any] = [None] * n
     distributed.all_gather_object(values, value)
     return values
+
+
+def _disconnect() -> None:
+    """End the connection of the processes; Gloo's threads may abort an interpreter that ends before them."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _strategy(given: Any, n: int) -> Any:
