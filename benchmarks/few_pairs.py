@@ -30,6 +30,7 @@ from common import arguments, isolated, model_options, quiet, read
 from multivi_mosaic import open_regions
 from rich.console import Console
 from rich.table import Table
+from scipy import sparse
 from scipy.stats import rankdata
 
 N_BOOTSTRAP = 500
@@ -46,6 +47,7 @@ def load(options: Namespace, n_pairs: int, seed: int) -> tuple[Any, dict[str, An
         sizes = {"rna": 300, "adt": 40, "atac": 400}
         whole, truth = simulate(2000, sizes, types=6, n_batches=2, keep_means=False, seed=seed)
         for adata in whole.mod.values():
+            adata.X = sparse.csr_matrix(adata.X)
             adata.obs[options.label_key] = np.asarray(truth.type)[whole.obs_names.get_indexer(adata.obs_names)]
     else:
         whole = open_regions(read(options), options.min_share)
@@ -221,7 +223,6 @@ def linked(options: Namespace, mdata: Any, truth: Mapping[str, Any], seed: int) 
 def peer(options: Namespace, system: str, mdata: Any, truth: Mapping[str, Any], seed: int) -> Any:
     """A peer, run by the interpreter of its own environment; see benchmarks/peers."""
     from baselines import Result
-    from scipy import sparse
 
     with TemporaryDirectory() as directory:
         folder = Path(directory)
