@@ -8,7 +8,7 @@ have them in sparse genes; correlations of logarithms do not.
     python benchmarks/few_pairs.py
     python benchmarks/few_pairs.py --data snare_cortex.h5mu --cells 3000 --pairs 750 300 30 \
         --min-share 0.005 --label-key cell_class --epochs 20
-    python benchmarks/few_pairs.py --simulated --pairs 20 100 400
+    python benchmarks/few_pairs.py --simulated --pairs 20 100 200
     python benchmarks/few_pairs.py --pairs 0 20 --multivi '{"MultiVI with links": {"links": true}}'
     python benchmarks/few_pairs.py --pairs 200 --private NK rna
 """
@@ -63,6 +63,8 @@ def load(options: Namespace, n_pairs: int, seed: int) -> tuple[Any, dict[str, An
         usable = complete[labels.ne("Mis").to_numpy()]
         dropped = complete.difference(rng.permutation(usable)[: options.cells])
     order = rng.permutation(complete.difference(dropped))
+    if n_pairs > len(order) - len(names):
+        raise ValueError(f"{len(order)} cells have all modalities; --pairs must leave some to hide, found {n_pairs}")
     split = order[n_pairs:]  # the same cells stay paired with more pairs
     keeps = {name: split[i :: len(names)] for i, name in enumerate(names)}
     shown, hidden = {}, {}
