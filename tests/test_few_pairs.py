@@ -1,5 +1,6 @@
 """Cells with several modalities, few or many: what they say linearly about all cells, and what models make of it."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -103,8 +104,11 @@ def test_links_stand_in_for_pairs():
     mosaic = Mosaic.from_mudata(mdata, batch_key="batch")
     for graph, known in ((None, False), (links, True)):
         model = MultiVI(mosaic, graph, n_latent=4, linkage="cca")
-        model.train(1, progress_bar=False, sleep_steps=0)
+        with nullcontext() if known else pytest.warns(UserWarning, match="nothing to start from"):
+            model.train(1, progress_bar=False, sleep_steps=0)
         assert bool(model.scores) == known
+    with pytest.warns(UserWarning, match="the links have no effect"):
+        MultiVI(mosaic, links, n_latent=4, linkage=None).train(1, progress_bar=False, sleep_steps=0)
 
 
 def test_cells_without_scores_are_not_pulled():

@@ -370,14 +370,28 @@ class MultiVI(MosaicModel):
                 raise ValueError(f"modality {name!r} has no cell to learn from; load a trained model for such data")
 
     def prepare(self, mosaic: Mosaic) -> None:
-        """Find the scores to which the encoders of a new model are pulled."""
+        """Find the scores to which the encoders of a new model are pulled; warn if links or linkage have no effect."""
         used = any(
             penalty.weight and getattr(penalty, "scores", None) is self.scores for penalty in self.guide.penalties
         )
-        if used and self.linkage is not None and not self.scores and self.history.empty:
+        if self.scores or not self.history.empty:
+            return
+        if used and self.linkage is not None:
             scores = linked_scores(self.linkage, mosaic, self.graph, self.n_latent, paired=True)
             if scores.shape[1]:
                 self.scores.set(torch.tensor(scores).to(self._device))
+            else:
+                warnings.warn(
+                    "the linkage has nothing to start from: no two modalities have 5 cells in common, or links between "
+                    "features that vary; the encoders are not pulled",
+                    stacklevel=3,
+                )
+        elif self.graph is not None:
+            warnings.warn(
+                'the links have no effect, because the encoders are not pulled; set linkage="cca" to use them, or '
+                "leave them out",
+                stacklevel=3,
+            )
 
     def finish(self, mosaic: Mosaic) -> None:
         """Fit the sizes; warn if the shared latent space has collapsed."""
