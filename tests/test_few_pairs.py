@@ -163,6 +163,14 @@ def test_what_few_pairs_need_to_start_from(n_linked, n_pairs, expected):
     assert few_pairs(mosaic, graph) == expected
 
 
+def test_a_modality_of_few_cells_is_not_linked_by_default(recwarn):
+    rna, adt = (simulate(60, {"rna": 20, "adt": 5}, seed=0)[0][name] for name in ("rna", "adt"))
+    mosaic = Mosaic.from_anndata({"rna": rna.copy(), "adt": adt[:8].copy()}, match_cells=True)
+    assert not few_pairs(mosaic, None)
+    MultiVI(mosaic, n_latent=2).train(1, progress_bar=False, sleep_steps=0)
+    assert not any("linkage" in str(one.message) for one in recwarn)
+
+
 def test_sizes_follow_the_depth_of_other_modalities():
     mdata, _ = simulate(400, {"rna": 50, "adt": 10}, patterns=["rna+adt", "rna"], seed=3)
     mosaic = Mosaic.from_mudata(mdata, batch_key="batch")

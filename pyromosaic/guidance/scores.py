@@ -227,7 +227,7 @@ def few_pairs(mosaic: Mosaic, graph: GuidanceGraph | None) -> bool:
     >>> [few_pairs(mosaic, None) for mosaic in mosaics]
     [True, False]
     """
-    present = {name: modality.present for name, modality in mosaic.modalities.items()}
+    present = {name: mosaic.modalities[name].present for name in _measured(mosaic)}
     for a, own in present.items():
         shared = {b: int((own & other).sum()) for b, other in present.items() if b != a}
         linked = graph is not None and any(len(graph.links(a, b)) for b in shared)
@@ -238,10 +238,14 @@ def few_pairs(mosaic: Mosaic, graph: GuidanceGraph | None) -> bool:
     return False
 
 
+def _measured(mosaic: Mosaic) -> list[str]:
+    """Modalities with enough cells for a linkage."""
+    return [name for name, modality in mosaic.modalities.items() if modality.present.sum() > 2 * FEWEST_PAIRS]
+
+
 def _usable(mosaic: Mosaic) -> dict[str, int]:
-    """Number of features that vary within a batch, of the modalities that have two or more and some cells."""
-    many = [name for name, m in mosaic.modalities.items() if m.present.sum() > 2 * FEWEST_PAIRS]
-    return {name: n for name in many if (n := _n_varying(mosaic, name)) > 1}
+    """Number of features that vary within a batch, of the modalities that have two or more and enough cells."""
+    return {name: n for name in _measured(mosaic) if (n := _n_varying(mosaic, name)) > 1}
 
 
 def _strongest_tie(

@@ -382,8 +382,8 @@ class MultiVI(MosaicModel):
                 self.scores.set(torch.tensor(scores).to(self._device))
             else:
                 warnings.warn(
-                    "the linkage has nothing to start from: no two modalities have 5 cells in common, or links between "
-                    "features that vary; the encoders are not pulled",
+                    "the linkage has nothing to start from: no two modalities, each of more than 10 cells, have 5 "
+                    "cells in common, or links between features that vary; the encoders are not pulled",
                     stacklevel=3,
                 )
         elif self.graph is not None:
