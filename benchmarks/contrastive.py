@@ -143,11 +143,11 @@ def ours(options: Namespace, seed: int, arguments: dict[str, Any]) -> Figures:
 def peer(options: Namespace, seed: int) -> Figures:
     """Train and evaluate scvi-tools' ContrastiveVI."""
     quiet()
-    import peers
+    import scvi_tools
 
     adata = load(options, seed)
     background = np.asarray(adata.obs[options.condition_key].astype(str) == options.background)
-    result = peers.contrastivevi(
+    result = scvi_tools.contrastivevi(
         adata, background, options.batch_key, options.peer_epochs, seed, differential=bool(options.markers)
     )
     figures = quality(adata, options, result.latents["background"], result.latents["salient"])

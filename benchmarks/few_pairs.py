@@ -15,18 +15,17 @@ have them in sparse genes; correlations of logarithms do not.
 
 import json
 import resource
-import subprocess
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from common import arguments, isolated, model_options, quiet, read
+from exchange import Counts, Given, ask
 from multivi_mosaic import open_regions
 from rich.console import Console
 from rich.table import Table
@@ -226,30 +225,15 @@ def peer(options: Namespace, system: str, mdata: Any, truth: Mapping[str, Any], 
     """A peer, run by the interpreter of its own environment; see benchmarks/peers."""
     from baselines import Result
 
-    with TemporaryDirectory() as directory:
-        folder = Path(directory)
-        content: dict[str, Any] = {"cells": mdata.obs_names.tolist(), "seed": seed}
-        for kind, tables in (("shown", mdata.mod), ("hidden", truth)):
-            content[kind] = {}
-            for name, adata in tables.items():
-                sparse.save_npz(folder / f"{name}.{kind}.npz", sparse.csr_matrix(adata.X))
-                batch = adata.obs[options.batch_key].astype(str).tolist()
-                content[kind][name] = {"cells": adata.obs_names.tolist(), "batch": batch}
-        (folder / "cells.json").write_text(json.dumps(content))
-        script = Path(__file__).parent / "peers" / f"{system}.py"
-        ran = subprocess.run([options.peers[system], script, folder], capture_output=True, text=True, check=False)
-        if ran.returncode:
-            print(system, ran.stderr[-2000:], file=sys.stderr)
-            return Result(None, {}, {})
-        with np.load(folder / "result.npz") as found:
-            latent = pd.DataFrame(found["latent"], mdata.obs_names) if found["latent"].size else None
-            hidden = {
-                name: pd.DataFrame(found[f"hidden_{name}"], adata.obs_names)
-                for name, adata in truth.items()
-                if f"hidden_{name}" in found
-            }
-            imputed = {name: found[f"imputed_{name}"] for name in truth if f"imputed_{name}" in found}
-            return Result(latent, hidden, imputed, float(found["seconds"]), float(found["memory"]))
+    shown, hidden = ({name: Counts.of(a, options.batch_key) for name, a in one.items()} for one in (mdata.mod, truth))
+    given = Given(list(mdata.obs_names), shown, hidden, seed=seed, epochs=options.peer_epochs)
+    found = ask(options.peers[system], system, given)
+    latents = {
+        name: pd.DataFrame(found[key], a.obs_names) for name, a in truth.items() if (key := f"hidden_{name}") in found
+    }
+    imputed = {name: found[key] for name in truth if (key := f"imputed_{name}") in found}
+    latent = pd.DataFrame(found["latent"], mdata.obs_names) if "latent" in found else None
+    return Result(latent, latents, imputed, *(float(found[k]) if k in found else None for k in ("seconds", "memory")))
 
 
 def run(options: Namespace, systems: list[str], splits: list[tuple[int, int]]) -> list[dict[str, Any]]:
@@ -342,6 +326,7 @@ def main() -> None:
         help="variants of MultiVI and their options, as JSON; the option links is whether they get linked features",
     )
     parser.add_argument("--peers", type=json.loads, default={}, help="names of peers and their interpreters, as JSON")
+    parser.add_argument("--peer-epochs", type=int, help="length of the peers' training; as recommended by default")
     parser.add_argument("--show", type=Path, nargs="+", help="show these files of figures and run nothing")
     options = parser.parse_args()
     options.multivi = {k: v if isinstance(v, str) else json.dumps(v) for k, v in options.multivi.items()}

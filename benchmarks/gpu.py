@@ -211,11 +211,11 @@ def main() -> None:
                 figures |= clock.figures(size)
         with left_out(f"scvi-tools, steps of {size} cells", until) as enough:
             if enough and options.peer:
-                import peers
+                import scvi_tools
 
                 clock = Clock(device)
                 train = {"early_stopping": False, "batch_size": size, "callbacks": [clock], **place}
-                peers.multivi(mdata, "batch", options.epochs, 0, **train)
+                scvi_tools.multivi(mdata, "batch", options.epochs, 0, **train)
                 theirs |= clock.figures(size)
     runs = {"pyromosaic": [figures]} | ({"scvi-tools": [theirs]} if options.peer else {})
     report(f"MultiVI on {device}, and all models beside the CPU", runs, vars(options), options.json)

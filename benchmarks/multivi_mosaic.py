@@ -134,10 +134,10 @@ def ours(options: Namespace, seed: int) -> Figures:
 def peer(options: Namespace, seed: int) -> Figures:
     """Train and evaluate scvi-tools' MULTIVI."""
     quiet()
-    import peers
+    import scvi_tools
 
     data, truth = load(options, seed)
-    result = peers.multivi(data, options.batch_key, options.peer_epochs, seed)
+    result = scvi_tools.multivi(data, options.batch_key, options.peer_epochs, seed)
     latent = pd.DataFrame(result.latent, index=data.obs_names)
     rows = pd.Series(np.arange(data.n_obs), index=data.obs_names)
     figures = quality(data, truth, options, latent, lambda name, cells: result.imputed[name][rows[cells]])

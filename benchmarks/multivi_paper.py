@@ -95,9 +95,9 @@ def unpairing(options: Namespace, seed: int, rate: float, system: str) -> Figure
     if system == "pyromosaic":
         latent = train(mosaic, options, seed).get_latent_representation()
     else:
-        import peers
+        import scvi_tools
 
-        result = peers.multivi(mosaic, options.batch_key, options.peer_epochs, seed)
+        result = scvi_tools.multivi(mosaic, options.batch_key, options.peer_epochs, seed)
         latent = pd.DataFrame(result.latent, index=mosaic.obs_names)
     names = list(mosaic.mod)
     has = pd.DataFrame({n: latent.index.isin(a.obs_names) for n, a in mosaic.mod.items()}, index=latent.index)

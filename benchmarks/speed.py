@@ -71,13 +71,13 @@ def multivi(options: Namespace, seed: int, **train: Any) -> None:
 
 def scvi_multivi(options: Namespace, seed: int, **train: Any) -> None:
     """MULTIVI on the same mosaic, or SCVI on its RNA."""
-    import peers
+    import scvi_tools
 
     mdata = mosaic_data(options, seed)
     if options.rna_only:
-        peers.scvi_rna(mdata["rna"], options.batch_key, options.epochs, seed, **train)
+        scvi_tools.scvi_rna(mdata["rna"], options.batch_key, options.epochs, seed, **train)
     else:
-        peers.multivi(mdata, options.batch_key, options.epochs, seed, **train)
+        scvi_tools.multivi(mdata, options.batch_key, options.epochs, seed, **train)
 
 
 def diagvi(options: Namespace, seed: int, **train: Any) -> None:
@@ -94,12 +94,12 @@ def diagvi(options: Namespace, seed: int, **train: Any) -> None:
 
 def scvi_diagvi(options: Namespace, seed: int, **train: Any) -> None:
     """DIAGVI on the same data."""
-    import peers
+    import scvi_tools
     from diagvi_unpaired import load
 
     adatas, _, table = load(options, seed)
     likelihoods = {name: "nbmixture" if name == "adt" else "nb" for name in adatas}
-    peers.diagvi(adatas, table, likelihoods, options.batch_key, options.epochs, seed, **train)
+    scvi_tools.diagvi(adatas, table, likelihoods, options.batch_key, options.epochs, seed, **train)
 
 
 def cohorts(options: Namespace, seed: int) -> Any:
@@ -120,11 +120,11 @@ def contrastivevi(options: Namespace, seed: int, **train: Any) -> None:
 
 def scvi_contrastivevi(options: Namespace, seed: int, **train: Any) -> None:
     """scvi-tools' ContrastiveVI on the same data."""
-    import peers
+    import scvi_tools
 
     adata = cohorts(options, seed)
     background = np.asarray(adata.obs["condition"].astype(str) == "control")
-    peers.contrastivevi(adata, background, None, options.epochs, seed, **train)
+    scvi_tools.contrastivevi(adata, background, None, options.epochs, seed, **train)
 
 
 MODELS: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {

@@ -4,14 +4,12 @@ Cells without a view have missing values. Removing known technical factors first
 latents of hidden measurements are posterior means of the factors given the weights and the noise that were learnt.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
-from exchange import Given, answer, logged, unlogged
+from exchange import Answer, Given, answer, logged, unlogged
 from mofapy2.run.entry_point import entry_point
 
 
-def fit(given: Given) -> Mapping[str, np.ndarray]:
+def fit(given: Given) -> Answer:
     """Fit the factors, with defaults except for their number, and predict."""
     row = {cell: i for i, cell in enumerate(given.cells)}
     names = list(given.shown)
@@ -26,14 +24,14 @@ def fit(given: Given) -> Mapping[str, np.ndarray]:
     model.set_data_options(scale_views=False)
     model.set_data_matrix([[values[name]] for name in names], views_names=names, samples_names=[given.cells])
     model.set_model_options(factors=15)
-    model.set_train_options(seed=given.seed, verbose=False, quiet=True)
+    model.set_train_options(iter=given.epochs or 1000, seed=given.seed, verbose=False, quiet=True)
     model.build()
     model.run()
     expected = model.model.getExpectations()
     factors = np.asarray(expected["Z"]["E"])
     weights = {name: np.asarray(w["E"]) for name, w in zip(names, expected["W"], strict=True)}
     noise = {name: np.asarray(t["E"]).mean(axis=0) for name, t in zip(names, expected["Tau"], strict=True)}
-    result = {"latent": factors}
+    result: Answer = {"latent": factors}
     for name, table in given.hidden.items():
         overall = np.mean(list(means[name].values()), axis=0)
         mean = np.array([means[name].get(b, overall) for b in table.batch])

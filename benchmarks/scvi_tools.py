@@ -1,7 +1,7 @@
-"""Other systems in the benchmarks, run on the same data, splits and metrics.
+"""scvi-tools in the benchmarks, run on the same data, splits and metrics.
 
-Every function takes the data as a user has them, trains the system with its defaults and returns a :class:`PeerResult`.
-The systems are not dependencies: scvi-tools (1.5 or later) is imported on call.
+Every function takes the data as a user has them, trains a model with its defaults and returns a :class:`PeerResult`.
+scvi-tools (1.5 or later) is not a dependency; it is imported on call.
 """
 
 import contextlib
