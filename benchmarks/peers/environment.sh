@@ -5,5 +5,5 @@ set -e
 here=$(dirname "$0")
 ${PYTHON:-python3} -m venv "$2"
 # The peers' own bounds on torch and numpy are older than what runs; what they need is listed in full.
-"$2/bin/pip" install --quiet --no-deps -r "$here/$1.txt"
+"$2/bin/pip" install --quiet --no-deps --ignore-requires-python -r "$here/$1.txt"
 "$2/bin/pip" install --quiet -r "$here/$1.needs.txt"
