@@ -79,6 +79,7 @@ def ask(interpreter: str, system: str, given: Given) -> Answer:
                 sparse.save_npz(folder / f"{name}.{kind}.npz", table.counts)
                 content[kind][name] = {"cells": table.cells, "features": table.features, "batch": table.batch}
         (folder / "given.json").write_text(json.dumps(content))
+        # -P, so that a script may have the name of the package that it imports.
         command = [interpreter, "-P", here / "peers" / f"{system}.py", folder]
         environment = os.environ | {"PYTHONPATH": str(here)}
         ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""totalVI (Gayoso et al. 2021; scvi-tools): defaults, as many epochs as `train` chooses (400 for few cells).
+"""totalVI (Gayoso et al. 2021; scvi-tools): defaults, at most 400 epochs of few cells, and early stopping.
 
 totalVI takes no cells without RNA, so it learns from those that have RNA, and says nothing of others: there is no
 latent. It takes proteins that are zero in all cells of a batch as missing, so cells with and without antibodies of a
