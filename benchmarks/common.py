@@ -58,20 +58,19 @@ def read(options: argparse.Namespace) -> Any:
 
 @dataclass
 class Cost:
-    """Cost of training: wall and processor seconds, and the largest memory (MB) of the process until its end."""
+    """Cost of training: wall seconds, and the largest resident memory (MB) of the process until its end."""
 
     seconds: float = float("nan")
-    processor: float = float("nan")
     peak_mb: float = float("nan")
 
 
 @contextmanager
 def measured_cost() -> Any:
-    """Measure times and peak memory of the block."""
+    """Measure wall time and peak memory of the block."""
     cost = Cost()
-    start, processor = time.perf_counter(), time.process_time()
+    start = time.perf_counter()
     yield cost
-    cost.seconds, cost.processor = time.perf_counter() - start, time.process_time() - processor
+    cost.seconds = time.perf_counter() - start
     cost.peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

@@ -1,22 +1,19 @@
-"""DiagVI on modalities whose pairing is hidden, compared with scvi-tools' DIAGVI and peers on the same data and links.
+"""DiagVI on modalities whose pairing is hidden, compared with scvi-tools' DIAGVI on the same data and links.
 
 Every measurement is a separate cell, in random order and without its labels; pairing and labels are used only for
 evaluation. For comparison there are the scores of the linkage from which the model starts and, with ``--control``, the
 same data with every feature shuffled over cells, where results must be at chance.
 
     python benchmarks/diagvi_unpaired.py --peer
-    python benchmarks/diagvi_unpaired.py --peers '{"glue": ".peers/glue/bin/python"}'
     python benchmarks/diagvi_unpaired.py --data snare_cortex.h5mu --min-share 0.005 --label-key cell_class --drop Mis
 """
 
-import json
 from argparse import Namespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from common import Figures, arguments, isolated, measured_cost, quiet, read, report
-from exchange import Counts, Given, ask
 from multivi_mosaic import gene_activity, open_regions
 
 
@@ -112,7 +109,7 @@ def ours(options: Namespace, seed: int) -> Figures:
     if model.scores:
         scores = pd.DataFrame(model.scores.values.numpy(), mosaic.obs_names)
         figures |= quality({name: by_cell(scores, name) for name in adatas}, labels, "linkage alone: ")
-    return {**figures, **_cost(cost.seconds, len(model.history), cost.peak_mb), "processor seconds": cost.processor}
+    return {**figures, **_cost(cost.seconds, len(model.history), cost.peak_mb)}
 
 
 def peer(options: Namespace, seed: int) -> Figures:
@@ -124,26 +121,9 @@ def peer(options: Namespace, seed: int) -> Figures:
     torch.set_num_threads(options.threads)
     adatas, labels, table = load(options, seed)
     likelihoods = {name: "nbmixture" if name == "adt" else "nb" for name in adatas}
-    result = scvi_tools.diagvi(adatas, table, likelihoods, options.batch_key, options.peer_epochs or 200, seed)
+    result = scvi_tools.diagvi(adatas, table, likelihoods, options.batch_key, options.peer_epochs, seed)
     latent = {name: pd.DataFrame(result.latents[name], index=adata.obs_names) for name, adata in adatas.items()}
     return {**quality(latent, labels), **_cost(result.seconds, result.epochs, result.peak_memory_mb)}
-
-
-def asked(options: Namespace, system: str, seed: int) -> Figures:
-    """Train and evaluate a peer in its own environment; see benchmarks/peers."""
-    quiet()
-    adatas, labels, table = load(options, seed)
-    shown = {name: Counts.of(adata, options.batch_key) for name, adata in adatas.items()}
-    for name, counts in shown.items():
-        counts.cells = [f"{name}:{cell}" for cell in counts.cells]  # names do not tell pairs
-    known = np.all([table[name].isin(adata.var_names) for name, adata in adatas.items()], axis=0)
-    links = {name: table.loc[known, name].tolist() for name in adatas}
-    cells = [cell for counts in shown.values() for cell in counts.cells]
-    given = Given(cells, shown, links=links, seed=seed, epochs=options.peer_epochs)
-    found = ask(options.peers[system], system, given)
-    latent = {name: pd.DataFrame(found[f"latent_{name}"], adata.obs_names) for name, adata in adatas.items()}
-    cost = {"processor seconds": float(found["seconds"]), "peak memory, MB": float(found["memory"])}
-    return {**quality(latent, labels), **cost}
 
 
 def _cost(seconds: float, epochs: int, peak_mb: float) -> Figures:
@@ -166,10 +146,7 @@ def main() -> None:
     )
     parser.add_argument("--activity", action="store_true", help="sum the regions of each gene, and link genes by name")
     parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--peers", type=json.loads, default={}, help="names of peers and their interpreters, as JSON")
-    parser.add_argument(
-        "--peer-epochs", type=int, help="epochs of scvi-tools and the peers; by default 200, and theirs"
-    )
+    parser.add_argument("--peer-epochs", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--reference", action="store_true", help="use the loss and weights of the reference")
     parser.add_argument("--no-linkage", action="store_true", help="without anchors and pull from the linkage")
@@ -182,8 +159,6 @@ def main() -> None:
         runs["pyromosaic"].append(isolated(ours, options, seed))
         if options.peer:
             runs["scvi-tools"].append(isolated(peer, options, seed))
-        for system in options.peers:
-            runs.setdefault(system, []).append(isolated(asked, options, system, seed))
     title = "DiagVI on " + ("the PBMC mosaic" if options.data is None else options.data.stem) + ", pairing hidden"
     report(title, runs, vars(options), options.json)
 

@@ -1,8 +1,8 @@
 """What a benchmark gives a peer, and what it takes back, as files.
 
 `ask` runs a script of benchmarks/peers by the interpreter of the peer's environment, and the script calls `answer`. The
-folder between them has, for each modality, ``<name>.shown.npz`` and, where measurements are hidden,
-``<name>.hidden.npz`` (sparse counts), and ``given.json`` with all else. The peer writes ``result.npz``.
+folder between them has, for each modality, ``<name>.shown.npz`` and ``<name>.hidden.npz`` (sparse counts), and
+``given.json`` with all else. The peer writes ``result.npz``.
 """
 
 import json
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -50,8 +50,6 @@ class Given:
         What the peer may learn from, by modality.
     hidden
         Measurements to predict, by modality; their cells are cells of the mosaic that have another modality.
-    links
-        Linked features: one list of names by modality, one entry per link. Empty without.
     seed
         Seed of the peer.
     epochs
@@ -60,18 +58,20 @@ class Given:
 
     cells: list[str]
     shown: Mapping[str, Counts]
-    hidden: Mapping[str, Counts] = field(default_factory=dict)
-    links: Mapping[str, list[str]] = field(default_factory=dict)
-    seed: int = 0
-    epochs: int | None = None
+    hidden: Mapping[str, Counts]
+    seed: int
+    epochs: int | None
 
 
 def ask(interpreter: str, system: str, given: Given) -> Answer:
-    """What a peer answers: the arrays of `answer`, processor ``seconds`` and ``memory`` (MB); empty if it fails."""
+    """What a peer answers: the arrays of `answer`, processor ``seconds`` and ``memory`` (MB).
+
+    If the peer fails, its last words are shown, and there is nothing but NaN for seconds and memory.
+    """
     here = Path(__file__).parent
     with TemporaryDirectory() as directory:
         folder = Path(directory)
-        content = {"cells": given.cells, "links": given.links, "seed": given.seed, "epochs": given.epochs}
+        content = {"cells": given.cells, "seed": given.seed, "epochs": given.epochs}
         for kind, tables in (("shown", given.shown), ("hidden", given.hidden)):
             content[kind] = {}
             for name, table in tables.items():
@@ -84,16 +84,16 @@ def ask(interpreter: str, system: str, given: Given) -> Answer:
         ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         if ran.returncode:
             print(system, ran.stderr[-2000:], file=sys.stderr)
-            return {}
+            return {"seconds": float("nan"), "memory": float("nan")}
         with np.load(folder / "result.npz") as found:
             return dict(found)
 
 
 def answer(fit: Callable[[Given], Answer]) -> None:
-    """Run a peer on the folder of the command line, and write its result, processor seconds and memory.
+    """Run a peer on the folder of the command line, and write its result, processor seconds and memory (from Linux).
 
-    `fit` returns any of ``latent`` (all cells of the mosaic, in order), ``latent_<name>`` (cells shown in a modality,
-    from this modality alone), ``hidden_<name>`` and ``imputed_<name>`` (hidden cells, as in `Result` of baselines.py).
+    `fit` returns any of ``latent`` (all cells of the mosaic, in order), ``hidden_<name>`` and ``imputed_<name>``
+    (hidden cells, as in `Result` of baselines.py).
     """
     folder = Path(sys.argv[1])
     content = json.loads((folder / "given.json").read_text())

@@ -226,14 +226,14 @@ def peer(options: Namespace, system: str, mdata: Any, truth: Mapping[str, Any], 
     from baselines import Result
 
     shown, hidden = ({name: Counts.of(a, options.batch_key) for name, a in one.items()} for one in (mdata.mod, truth))
-    given = Given(list(mdata.obs_names), shown, hidden, seed=seed, epochs=options.peer_epochs)
+    given = Given(list(mdata.obs_names), shown, hidden, seed, options.peer_epochs)
     found = ask(options.peers[system], system, given)
     latents = {
         name: pd.DataFrame(found[key], a.obs_names) for name, a in truth.items() if (key := f"hidden_{name}") in found
     }
     imputed = {name: found[key] for name in truth if (key := f"imputed_{name}") in found}
     latent = pd.DataFrame(found["latent"], mdata.obs_names) if "latent" in found else None
-    return Result(latent, latents, imputed, *(float(found[k]) if k in found else None for k in ("seconds", "memory")))
+    return Result(latent, latents, imputed, float(found["seconds"]), float(found["memory"]))
 
 
 def run(options: Namespace, systems: list[str], splits: list[tuple[int, int]]) -> list[dict[str, Any]]:

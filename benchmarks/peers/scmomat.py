@@ -8,6 +8,8 @@ hidden measurements, as cells outside the fit have no factors, and no imputed va
 values with terms of each batch and modality that are unknown where the modality is missing.
 """
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import torch
@@ -23,7 +25,7 @@ def fit(given: Given) -> Answer:
     of = {cell: b for table in given.shown.values() for cell, b in zip(table.cells, table.batch, strict=True)}
     batch += " " + batch.index.map(of)
     groups = [batch.index[batch == one] for one in batch.unique()]
-    counts: Answer = {"nbatches": len(groups)}
+    counts: dict[str, Any] = {"nbatches": len(groups)}
     for name, table in given.shown.items():
         row = {cell: i for i, cell in enumerate(table.cells)}
         kind = "ATAC" if name == "atac" else name
